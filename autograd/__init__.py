@@ -1,0 +1,13 @@
+"""torch.autograd.Functions over the ops of s2kernels, and the functions that call them."""
+
+from s2kernels.autograd.linear import S2DeltaFunction, S2LinearFunction, s2_delta, s2_linear
+from s2kernels.autograd.mlp import S2MLPFunction, s2_mlp
+
+__all__ = [
+    "S2DeltaFunction",
+    "S2LinearFunction",
+    "S2MLPFunction",
+    "s2_delta",
+    "s2_linear",
+    "s2_mlp",
+]

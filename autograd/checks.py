@@ -1,0 +1,125 @@
+"""What the public functions refuse, and how they say it: before anything is computed or changed."""
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from s2kernels.reference import Index
+
+DIMS = ("in", "out")
+MODES = ("inplace", "additive")
+
+# index tensor -> (version, size) for which its content was found good: looking at it costs a
+# synchronisation on a GPU, and the same index comes back in every step.
+_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless value is one of choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Raises TypeError unless every tensor given is a floating one."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}")
+
+
+def check_device(device: torch.device, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless every tensor given is on device."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on the device of x, {device}, got {tensor.device}")
+
+
+def check_shape(name: str, tensor: Tensor, *want: int, why: str) -> None:
+    """Raises ValueError unless tensor has the shape want; why says where that shape comes from."""
+    if tuple(tensor.shape) != want:
+        raise ValueError(f"{name} must have shape {want} ({why}), got {tuple(tensor.shape)}")
+
+
+def check_index(name: str, index: Index, size: int) -> int:
+    """Checks the positions of trained channels on a dimension of that size; returns how many.
+
+    index: int32 tensor (R,), or slice(start, stop) with step 1.
+
+    Raises TypeError for any other type or dtype; ValueError where index is empty, not
+    one-dimensional, holds a position twice, or one outside [0, size).
+    """
+    if isinstance(index, slice):
+        start, stop = index.start, index.stop
+        if not (isinstance(start, int) and isinstance(stop, int) and index.step in (None, 1)):
+            raise TypeError(f"{name} must be slice(start, stop) with integers, got {index}")
+        if not 0 <= start < stop <= size:
+            raise ValueError(f"{name} must be a non-empty run inside [0, {size}), got {index}")
+        return stop - start
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} must be an int32 tensor or a slice, got {type(index).__name__}")
+    if index.dtype != torch.int32:
+        raise TypeError(f"{name} must be of dtype torch.int32, got {index.dtype}")
+    if index.dim() != 1 or index.numel() == 0:
+        raise ValueError(f"{name} must be non-empty and of one dimension, got {tuple(index.shape)}")
+    if torch.compiler.is_compiling() or index.is_meta:
+        return index.numel()
+    if _checked.get(index) != (index._version, size):
+        low, high = (int(bound) for bound in torch.aminmax(index))
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} must lie in [0, {size}), got values from {low} to {high}")
+        repeated = index.numel() - index.unique().numel()
+        if repeated:
+            raise ValueError(f"{name} must not repeat a position, got {repeated} repeated")
+        _checked[index] = (index._version, size)
+    return index.numel()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype the layer computes in: that of autocast, which spares fp64, or else of x."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def check_weight(name: str, weight: Tensor, x: Tensor) -> None:
+    """Raises unless weight is a frozen (N, K) matrix that x (..., K) can be multiplied with.
+
+    TypeError for an integer dtype, or one that differs from that of x where autocast is off;
+    ValueError for a wrong rank, K or device, and for a weight that requires grad.
+    """
+    check_floating(x=x, **{name: weight})
+    if weight.dim() != 2:
+        raise ValueError(f"{name} must be a matrix (N, K), got shape {tuple(weight.shape)}")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must have shape (..., {weight.shape[1]}) to go with {name} "
+            f"{tuple(weight.shape)}, got {tuple(x.shape)}"
+        )
+    check_device(x.device, **{name: weight})
+    if weight.requires_grad:
+        raise ValueError(f"{name} must be frozen: it gets no gradient, its slice does")
+    if weight.dtype != x.dtype and compute_dtype(x) == x.dtype:
+        raise TypeError(f"{name} must be of the dtype of x, {x.dtype}, got {weight.dtype}")
+
+
+def check_slice(
+    layer: str, shape: tuple[int, ...], device: torch.device, delta: Tensor, index: Index, dim: str
+) -> None:
+    """Raises unless delta and index describe a slice on dim of a layer of shape (N, K) on device.
+
+    delta must be floating, and (N, R) for dim="in", (R, K) for dim="out".
+    """
+    check_choice("dim", dim, DIMS)
+    check_floating(delta=delta)
+    check_device(device, delta=delta)
+    if isinstance(index, Tensor):
+        check_device(device, index=index)
+    out_features, in_features = shape
+    num = check_index("index", index, in_features if dim == "in" else out_features)
+    want = (out_features, num) if dim == "in" else (num, in_features)
+    check_shape("delta", delta, *want, why=f"{num} trained {dim}put channels of {layer} {shape}")

@@ -1,0 +1,248 @@
+"""A linear layer of which only a slice is trained (S2FT section 3.3: partial back-propagation).
+
+With W = W0 + scatter(delta, index):
+
+    y = x Wᵀ + b        dx = dy W
+    dim="in"   d_delta = dyᵀ x[:, index]     saves a copy of x[:, index], (M, R), and no other x
+    dim="out"  d_delta = dy[:, index]ᵀ x     saves x
+
+mode="inplace": the slice lies in the dense weight, so y and dx are one dense GEMM each.
+mode="additive": the weight stays as it is, and the slice's part is added to y and to dx.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from s2kernels import backend
+from s2kernels.autograd.checks import (
+    MODES,
+    check_choice,
+    check_device,
+    check_floating,
+    check_shape,
+    check_slice,
+    check_weight,
+    compute_dtype,
+)
+from s2kernels.reference import Index, take
+
+
+def s2_linear(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    index: Index,
+    *,
+    dim: str,
+    bias: Tensor | None = None,
+    mode: str = "inplace",
+    base_slice: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Linear layer with a trained slice: y = x (W0 + scatter(delta, index))ᵀ + bias.
+
+    x:          (..., K), any number of tokens, none included
+    weight:     (N, K), frozen, in the dtype of x (autocast casts both)
+    delta:      (N, R) for dim="in", (R, K) for dim="out"; zero at the start, fp32 by default
+    index:      R trained input or output channels: int32 tensor, or slice(start, stop)
+    bias:       (N,), frozen or trained
+    mode:       "inplace": `weight` holds W0 + delta in its slice. With `base_slice`, the slice of
+                W0 in the shape of delta, the slice is written here, before the forward GEMM and
+                again before dx, so that several deltas may take turns in one weight. Without, the
+                caller has written it (`slice_write`, one launch for a whole model).
+                "additive": `weight` holds W0.
+    impl:       "triton", "torch", or None to let `s2kernels.backend` decide
+
+    Returns y (..., N) in x.dtype. Gradients: x, delta (in delta.dtype), bias.
+
+    Raises TypeError or ValueError, before anything is written, for a wrong dtype, shape, device,
+    dim, mode or index.
+    """
+    check_choice("mode", mode, MODES)
+    check_weight("weight", weight, x)
+    check_slice("weight", tuple(weight.shape), x.device, delta, index, dim)
+    check_floating(bias=bias, base_slice=base_slice)
+    check_device(x.device, bias=bias, base_slice=base_slice)
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[0], why="out_features of weight")
+    if base_slice is not None:
+        if mode == "additive":
+            raise ValueError("base_slice goes with mode='inplace'; mode='additive' writes nothing")
+        check_shape("base_slice", base_slice, *delta.shape, why="the shape of delta")
+    return linear(x, weight, delta, index, dim, bias, mode, base_slice, None, impl)
+
+
+def s2_delta(
+    y: Tensor, x: Tensor, delta: Tensor, index: Index, *, dim: str, impl: str | None = None
+) -> Tensor:
+    """Adds a trained slice's part to the output of any base layer: additive mode on its own.
+
+    y + x[..., index] deltaᵀ for dim="in", y with x deltaᵀ added at [..., index] for dim="out".
+    For bases that `s2_linear` cannot take: quantized or wrapped layers, further adapters.
+
+    y (..., N), x (..., K), delta (N, R) or (R, K), index as in `s2_linear`. Returns a new tensor.
+    Gradients: y, x, delta. Raises as `s2_linear` does.
+    """
+    check_floating(y=y, x=x, delta=delta)
+    check_device(x.device, y=y)
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"y must have the tokens of x, {tuple(x.shape)}, got {tuple(y.shape)}")
+    if y.dtype != compute_dtype(x):
+        raise TypeError(f"y must be of the dtype {compute_dtype(x)} computed in, got {y.dtype}")
+    check_slice("the base layer", (y.shape[-1], x.shape[-1]), x.device, delta, index, dim)
+    return delta_linear(y, x, delta, index, dim, impl)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    index: Index,
+    dim: str,
+    bias: Tensor | None,
+    mode: str,
+    base_slice: Tensor | None = None,
+    before_dx: Callable[[], None] | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """`s2_linear` for a caller that has checked its arguments once and for all, as the host has.
+
+    before_dx is called in backward before `weight` is read: the host puts the slice back there, if
+    something took it out of the weight after the forward (a disabled adapter, a state_dict).
+    """
+    index_tensor, start = split_index(index)
+    y = S2LinearFunction.apply(
+        as_tokens(x),
+        weight,
+        bias,
+        delta,
+        index_tensor,
+        start,
+        dim,
+        mode,
+        base_slice,
+        before_dx,
+        impl,
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def delta_linear(
+    y: Tensor, x: Tensor, delta: Tensor, index: Index, dim: str, impl: str | None = None
+) -> Tensor:
+    """`s2_delta` for a caller that has checked its arguments."""
+    index_tensor, start = split_index(index)
+    out = S2DeltaFunction.apply(
+        y.reshape(-1, y.shape[-1]), as_tokens(x), delta, index_tensor, start, dim, impl
+    )
+    return out.view(y.shape)
+
+
+class S2LinearFunction(torch.autograd.Function):
+    """y (M, N) from x (M, K); see `s2_linear`. index is None where the slice starts at `start`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, delta, index, start, dim, mode, base_slice, before_dx, impl):  # type: ignore[override]
+        ops = backend.select(x, impl)
+        where = join_index(index, start, delta, dim)
+        if base_slice is not None:
+            ops.slice_write([weight], [base_slice], [delta], [where], [dim])
+
+        y = ops.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        needs_dx, _, ctx.needs_dbias, needs_delta = ctx.needs_input_grad[:4]
+        compact = needs_delta and dim == "in"
+        operand = take(x, where) if compact else x
+        if mode == "additive":
+            ops.slice_linear_(y, operand, delta, None if compact else where, dim)
+
+        # delta is saved in inplace mode too: a step of the optimizer between forward and backward
+        # changes what dx ought to be, and autograd notices it by the version of a saved tensor.
+        ctx.save_for_backward(
+            operand if needs_delta else None,
+            weight if needs_dx else None,
+            delta,
+            index,
+            base_slice,
+        )
+        ctx.start, ctx.dim, ctx.mode, ctx.impl = start, dim, mode, impl
+        ctx.before_dx = before_dx
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        operand, weight, delta, index, base_slice = ctx.saved_tensors
+        ops = backend.select(dy, ctx.impl)
+        dim, where = ctx.dim, join_index(index, ctx.start, delta, ctx.dim)
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = dbias = d_delta = None
+            if weight is not None:
+                if base_slice is not None:
+                    ops.slice_write([weight], [base_slice], [delta], [where], [dim])
+                elif ctx.before_dx is not None:
+                    ctx.before_dx()
+                dx = ops.linear_dx(dy, weight.to(dy.dtype))
+                if ctx.mode == "additive":
+                    ops.slice_linear_dx_(dx, dy, delta, where, dim)
+            if operand is not None:
+                d_delta = delta_grad(ops, dy, operand, where, dim, delta)
+            if ctx.needs_dbias:
+                dbias = dy.sum(0)
+        return dx, None, dbias, d_delta, None, None, None, None, None, None, None
+
+
+class S2DeltaFunction(torch.autograd.Function):
+    """y + the slice's part, (M, N); see `s2_delta`."""
+
+    @staticmethod
+    def forward(ctx, y, x, delta, index, start, dim, impl):  # type: ignore[override]
+        ops = backend.select(x, impl)
+        where = join_index(index, start, delta, dim)
+        _, needs_dx, needs_delta = ctx.needs_input_grad[:3]
+        compact = needs_delta and dim == "in"
+        operand = take(x, where) if compact else x
+        out = ops.slice_linear_(y.clone(), operand, delta, None if compact else where, dim)
+        ctx.save_for_backward(operand if needs_delta else None, delta, index)
+        ctx.in_features, ctx.needs_dx = x.shape[1], needs_dx
+        ctx.start, ctx.dim, ctx.impl = start, dim, impl
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        operand, delta, index = ctx.saved_tensors
+        dx = d_delta = None
+        ops = backend.select(dy, ctx.impl)
+        dim, where = ctx.dim, join_index(index, ctx.start, delta, ctx.dim)
+        with torch.autocast(dy.device.type, enabled=False):
+            if ctx.needs_dx:
+                dx = dy.new_zeros(dy.shape[0], ctx.in_features)
+                ops.slice_linear_dx_(dx, dy, delta, where, dim)
+            if operand is not None:
+                d_delta = delta_grad(ops, dy, operand, where, dim, delta)
+        return dy, dx, d_delta, None, None, None, None
+
+
+def delta_grad(ops, dy, operand, where, dim, delta):
+    """d_delta in delta.dtype; an in-slice's operand is already compact."""
+    grad = ops.slice_grad(dy, operand, None if dim == "in" else where, dim)
+    return grad.to(delta.dtype)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """x as (M, K) in the dtype the layer computes in."""
+    return x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+
+
+def split_index(index: Index) -> tuple[Tensor | None, int]:
+    """A Function takes a tensor or an int: torch.compile traces no argument that is a slice."""
+    return (None, index.start) if isinstance(index, slice) else (index, 0)
+
+
+def join_index(index: Tensor | None, start: int, delta: Tensor, dim: str) -> Index:
+    if index is not None:
+        return index
+    return slice(start, start + delta.shape[1 if dim == "in" else 0])

@@ -1,0 +1,190 @@
+"""A gated FFN of which a set of channels is trained, as one Function.
+
+    gate = x Wgᵀ + bg    up = x Wuᵀ + bu    h = silu(gate) * up    y = h Wdᵀ + bd
+
+The trained set S of FFN channels is shared by the three coupled weights (S2FT section 3.1): rows S
+of Wg and Wu, columns S of Wd, in any combination. Backward, with W the weights as trained:
+
+    dh = dy Wd    dgate, dup = swiglu_bwd(dh)    dx = dgate Wg + dup Wu
+    d_down = dyᵀ h[:, S]    d_gate = dgate[:, S]ᵀ x    d_up = dup[:, S]ᵀ x
+
+It saves gate and up, and x where gate or up is trained. h is never saved: the backward of SwiGLU
+rebuilds h[:, S].
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from s2kernels import backend
+from s2kernels.autograd.checks import (
+    MODES,
+    check_choice,
+    check_device,
+    check_floating,
+    check_shape,
+    check_slice,
+    check_weight,
+)
+from s2kernels.autograd.linear import as_tokens, delta_grad, join_index, split_index
+from s2kernels.reference import Index, take
+
+
+def s2_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    index: Index,
+    *,
+    gate_delta: Tensor | None = None,
+    up_delta: Tensor | None = None,
+    down_delta: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    mode: str = "inplace",
+    impl: str | None = None,
+) -> Tensor:
+    """Gated FFN with trained channels: down(silu(gate(x)) * up(x)).
+
+    x:                      (..., K), any number of tokens, none included
+    gate_weight, up_weight: (F, K), frozen; down_weight: (N, F), frozen
+    index:                  R trained FFN channels: int32 tensor, or slice(start, stop)
+    gate_delta, up_delta:   (R, K) or None where frozen; down_delta: (N, R) or None; one at least
+    biases:                 (F,), (F,), (N,), frozen or trained, or None
+    mode:                   "inplace": the weights hold W0 + delta in their slices already
+                            (`slice_write`). "additive": they hold W0.
+    impl:                   "triton", "torch", or None to let `s2kernels.backend` decide
+
+    Returns y (..., N) in x.dtype. Gradients: x, deltas (in their dtype), biases.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, mode or index.
+    """
+    check_choice("mode", mode, MODES)
+    check_weight("gate_weight", gate_weight, x)
+    check_weight("up_weight", up_weight, x)
+    check_shape("up_weight", up_weight, *gate_weight.shape, why="the shape of gate_weight")
+    num_channels = gate_weight.shape[0]
+    check_weight("down_weight", down_weight, x.new_empty(0, num_channels))
+
+    deltas = {"gate": gate_delta, "up": up_delta, "down": down_delta}
+    if all(delta is None for delta in deltas.values()):
+        raise ValueError("one of gate_delta, up_delta, down_delta must be given, got none")
+    weights = {"gate": gate_weight, "up": up_weight, "down": down_weight}
+    for name, delta in deltas.items():
+        if delta is not None:
+            dim, shape = "in" if name == "down" else "out", tuple(weights[name].shape)
+            check_slice(f"{name}_weight", shape, x.device, delta, index, dim)
+    for name, bias in {"gate": gate_bias, "up": up_bias, "down": down_bias}.items():
+        if bias is not None:
+            check_floating(**{f"{name}_bias": bias})
+            check_device(x.device, **{f"{name}_bias": bias})
+            check_shape(f"{name}_bias", bias, weights[name].shape[0], why=f"rows of {name}_weight")
+
+    index_tensor, start = split_index(index)
+    y = S2MLPFunction.apply(
+        as_tokens(x),
+        *(gate_weight, up_weight, down_weight),
+        *(gate_bias, up_bias, down_bias),
+        *(gate_delta, up_delta, down_delta),
+        *(index_tensor, start, mode, impl),
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class S2MLPFunction(torch.autograd.Function):
+    """y (M, N) from x (M, K); see `s2_mlp`. index is None where the run starts at `start`."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        gate_weight,
+        up_weight,
+        down_weight,
+        gate_bias,
+        up_bias,
+        down_bias,
+        gate_delta,
+        up_delta,
+        down_delta,
+        index,
+        start,
+        mode,
+        impl,
+    ):  # type: ignore[override]
+        ops = backend.select(x, impl)
+        where = _channels(index, start, gate_delta, up_delta, down_delta)
+
+        def project(operand, weight, bias, delta, dim):
+            bias = None if bias is None else bias.to(x.dtype)
+            out = ops.linear(operand, weight.to(x.dtype), bias)
+            if mode == "additive" and delta is not None:
+                ops.slice_linear_(out, operand, delta, where, dim)
+            return out
+
+        gate = project(x, gate_weight, gate_bias, gate_delta, "out")
+        up = project(x, up_weight, up_bias, up_delta, "out")
+        y = project(ops.swiglu(gate, up), down_weight, down_bias, down_delta, "in")
+
+        ctx.needs_dx = ctx.needs_input_grad[0]
+        ctx.needs_dbias = ctx.needs_input_grad[4:7]
+        ctx.needs_delta = ctx.needs_input_grad[7:10]
+        needs_x = ctx.needs_delta[0] or ctx.needs_delta[1]
+        ctx.needs_dh = ctx.needs_dx or needs_x or any(ctx.needs_dbias[:2])
+        ctx.save_for_backward(
+            x if needs_x else None,
+            *(gate, up),
+            *((gate_weight, up_weight) if ctx.needs_dx else (None, None)),
+            down_weight if ctx.needs_dh else None,
+            *(gate_delta, up_delta, down_delta),
+            index,
+        )
+        ctx.start, ctx.mode, ctx.impl = start, mode, impl
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gate, up, gate_weight, up_weight, down_weight, *deltas, index = ctx.saved_tensors
+        gate_delta, up_delta, down_delta = deltas
+        ops = backend.select(dy, ctx.impl)
+        where = _channels(index, ctx.start, *deltas)
+        additive = ctx.mode == "additive"
+        needs_gate, needs_up, needs_down = ctx.needs_delta
+        dx = d_gate = d_up = d_down = None
+        dbias = [None, None, None]
+
+        with torch.autocast(dy.device.type, enabled=False):
+            if ctx.needs_dh:
+                dh = ops.linear_dx(dy, down_weight.to(dy.dtype))
+                if additive and down_delta is not None:
+                    ops.slice_linear_dx_(dh, dy, down_delta, where, "in")
+                dgate, dup, h_slice = ops.swiglu_bwd(dh, gate, up, where if needs_down else None)
+            elif needs_down:
+                h_slice = ops.swiglu(take(gate, where), take(up, where))
+            if needs_down:
+                d_down = delta_grad(ops, dy, h_slice, where, "in", down_delta)
+            if needs_gate:
+                d_gate = delta_grad(ops, dgate, x, where, "out", gate_delta)
+            if needs_up:
+                d_up = delta_grad(ops, dup, x, where, "out", up_delta)
+            if ctx.needs_dx:
+                dx = ops.linear_dx(dgate, gate_weight.to(dy.dtype))
+                dx += ops.linear_dx(dup, up_weight.to(dy.dtype))
+                if additive and gate_delta is not None:
+                    ops.slice_linear_dx_(dx, dgate, gate_delta, where, "out")
+                if additive and up_delta is not None:
+                    ops.slice_linear_dx_(dx, dup, up_delta, where, "out")
+            for i, needs_dbias in enumerate(ctx.needs_dbias):
+                if needs_dbias:
+                    dbias[i] = (dy if i == 2 else (dgate, dup)[i]).sum(0)
+        return dx, None, None, None, *dbias, d_gate, d_up, d_down, None, None, None, None
+
+
+def _channels(index, start, gate_delta, up_delta, down_delta):
+    """The trained channels; their number is that of whichever delta there is."""
+    if down_delta is not None:
+        return join_index(index, start, down_delta, "in")
+    return join_index(index, start, gate_delta if gate_delta is not None else up_delta, "out")

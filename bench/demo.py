@@ -1,0 +1,421 @@
+"""The main job: one small Llama, fine-tuned by four methods side by side, and what each costs.
+
+    python -m bench.demo [--help]
+
+Pre-trains a byte-level Llama on the source code of Python's standard library, then fine-tunes
+copies of that checkpoint on the English text of Python's language reference. In every round each
+method takes one step on the same batch, and its time is compared with that of the frozen floor in
+the same round. Prints a table, writes bench/results/<device>/demo.json, draws the figures, and
+takes the S2FT adapters through save, load and merge.
+
+Exits with 1 if S2FT keeps one byte more than the frozen floor and its own slices, or if an adapter
+does not come back as it was trained.
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from bench import corpus, memory, methods, report, timing
+from bench.methods import FLOOR, S2FT, Budget, Method
+from bench.training import Run, finetune, pretrain
+
+
+@dataclass(frozen=True)
+class Job:
+    """Sizes of the model and of the work; a step is batch * length tokens."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    length: int
+    batch: int
+    budget: Budget
+    dtype: torch.dtype  # of the checkpoint that is fine-tuned
+    pretrain_seconds: float
+    pretrain_lr: float
+    steps: int  # of fine-tuning, each method
+    untimed: int  # of these, the first ones that are left out of the times
+    depth_rounds: int  # rounds of S2FT without dx below its first layer
+    evaluations: int  # of the held-out loss while fine-tuning
+    held_out_batches: int
+
+    @property
+    def tokens(self) -> int:
+        """M of a step."""
+        return self.batch * self.length
+
+
+CPU = Job(
+    hidden=256,
+    intermediate=704,
+    layers=4,
+    heads=16,
+    kv_heads=4,
+    length=128,
+    batch=8,
+    budget=Budget(heads=1, channels=16, rank=16, seed=0),
+    dtype=torch.float32,
+    pretrain_seconds=60.0,
+    pretrain_lr=4e-3,
+    steps=120,
+    untimed=4,
+    depth_rounds=10,
+    evaluations=4,
+    held_out_batches=16,
+)
+# Large enough for the kernels, rather than their launches, to take the time.
+CUDA = replace(
+    CPU,
+    hidden=1024,
+    intermediate=2816,
+    layers=8,
+    length=512,
+    batch=32,
+    budget=Budget(heads=1, channels=64, rank=16, seed=0),
+    dtype=torch.bfloat16,
+    pretrain_lr=1e-3,
+    steps=200,
+)
+TOY = replace(
+    CPU,
+    hidden=32,
+    intermediate=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    length=16,
+    batch=4,
+    budget=Budget(heads=1, channels=4, rank=2, seed=0),
+    pretrain_seconds=0.5,
+    steps=8,
+    untimed=2,
+    depth_rounds=4,
+    evaluations=2,
+    held_out_batches=2,
+)
+
+# Peak learning rates: of 1, 2 and 5 times the powers of ten, those with the lowest held-out loss
+# after the steps of the CPU job.
+METHODS = (
+    Method("full", 1e-3, methods.full),
+    Method("lora", 5e-3, methods.lora),
+    Method("s2ft inplace", 1e-2, methods.s2ft("inplace")),
+    Method("s2ft additive", 1e-2, methods.s2ft("additive")),
+    Method(FLOOR, None, methods.frozen),
+)
+
+# How far a logit of the adapter, loaded or merged, may lie from that of the model that trained it,
+# as a share of the largest logit: the same sums are rounded in another order.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    job, device = choose_job(args), torch.device(args.device)
+    began = time.perf_counter()
+    transformers_logging.set_verbosity_error()
+
+    code = corpus.as_tokens(corpus.source_code())
+    english, held_out = corpus.split(corpus.as_tokens(corpus.reference_text()), held_out=0.1)
+    print(
+        f"Python's standard library: pre-training on {len(code) / 1e6:.2f} MB of source code, "
+        f"fine-tuning on {len(english) / 1e6:.2f} MB of English reference, "
+        f"{len(held_out) / 1e6:.2f} MB of it held out"
+    )
+    base, pretraining = make_base(job, code, device)
+    probes = corpus.even_windows(held_out, job.held_out_batches * job.batch, job.length)
+    probes = list(probes.to(device).split(job.batch))
+    generator = torch.Generator().manual_seed(job.budget.seed)
+    batches = [
+        corpus.random_batch(english, job.batch, job.length, generator).to(device)
+        for _ in range(job.steps)
+    ]
+
+    runs = {method.name: Run(method, base, job.budget) for method in METHODS}
+    rounds, curves = finetune(runs, batches, probes, job.evaluations, device)
+    seconds = {name: [times[name] for times in rounds[job.untimed :]] for name in runs}
+    entries = {
+        name: entry(job, run, seconds, curves[name], count_bytes(run, probes[0]))
+        for name, run in runs.items()
+    }
+    print_table(job, base, pretraining, entries)
+    print_times(seconds)
+    exact = check_saved(job, runs, entries)
+    measure_as_run(job, runs, entries, probes[0], device)
+    intact = check_adapters(job, runs, entries, base, probes[0], args.adapter)
+
+    path = args.results / report.device_name(device) / "demo.json"
+    report.write_json(path, [pretraining, *entries.values()], device)
+    print(f"\nwrote {path}")
+    for figure in report.draw(path, args.figures):
+        print(f"drew {figure}")
+    print(f"{time.perf_counter() - began:.0f} s in all")
+    return 0 if exact and intact else 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, batches and slices; default 0"
+    )
+    parser.add_argument(
+        "--pretrain-seconds", type=float, help=f"default {CPU.pretrain_seconds:.0f}"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"of fine-tuning, each method; default {CPU.steps}, on a GPU {CUDA.steps}",
+    )
+    parser.add_argument(
+        "--toy", action="store_true", help="a job of seconds: to see that it runs, not what it says"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=report.RESULTS, help="folder of the JSON; default %(default)s"
+    )
+    parser.add_argument(
+        "--figures", type=Path, default=report.FIGURES, help="of the figures; default %(default)s"
+    )
+    parser.add_argument("--adapter", type=Path, help="keep the S2FT adapters in this folder")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.steps is not None and args.steps < 10:
+        parser.error(f"--steps must be at least 10, got {args.steps}")
+    return args
+
+
+def choose_job(args: argparse.Namespace) -> Job:
+    job = TOY if args.toy else CPU if args.device == "cpu" else CUDA
+    if args.pretrain_seconds is not None:
+        job = replace(job, pretrain_seconds=args.pretrain_seconds)
+    if args.steps is not None:
+        job = replace(job, steps=args.steps)
+    return replace(job, budget=replace(job.budget, seed=args.seed))
+
+
+def make_base(job: Job, code: Tensor, device: torch.device) -> tuple[LlamaForCausalLM, dict]:
+    """The checkpoint that all methods start from, in job.dtype, and its entry in the JSON."""
+    torch.manual_seed(job.budget.seed)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=job.hidden,
+        intermediate_size=job.intermediate,
+        num_hidden_layers=job.layers,
+        num_attention_heads=job.heads,
+        num_key_value_heads=job.kv_heads,
+        max_position_embeddings=job.length,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).to(device)
+    losses, seconds = pretrain(
+        model,
+        code,
+        seconds=job.pretrain_seconds,
+        lr=job.pretrain_lr,
+        batch=job.batch,
+        length=job.length,
+        autocast=job.dtype,
+        seed=job.budget.seed,
+    )
+    extra = {"losses": losses, "parameters": model.num_parameters()}
+    return model.to(job.dtype), benchmark(job, "pre-training", seconds, extra)
+
+
+def benchmark(job: Job, name: str, seconds: list[float], extra: dict) -> dict:
+    """One entry of pytest-benchmark's JSON; `seconds` of every timed step."""
+    params = asdict(job) | {"dtype": str(job.dtype).removeprefix("torch."), "tokens": job.tokens}
+    return {
+        "group": "demo",
+        "name": name,
+        "fullname": f"bench/demo.py::{name}",
+        "params": params,
+        "stats": timing.stats(seconds),
+        "extra_info": extra,
+    }
+
+
+def entry(
+    job: Job,
+    run: Run,
+    seconds: dict[str, list[float]],
+    held_out: dict[int, float],
+    sizes: dict[str, int],
+) -> dict:
+    """What was measured of one method."""
+    name = run.method.name
+    return benchmark(
+        job,
+        name,
+        seconds[name],
+        {
+            "lr": run.method.lr,
+            "trained_parameters": sum(p.numel() for p in run.trained()),
+            "ratio_to_floor": timing.stats(timing.paired_ratios(seconds[name], seconds[FLOOR])),
+            "bytes": sizes,
+            "held_out": {"steps": list(held_out), "losses": list(held_out.values())},
+            "losses": [float(loss) for loss in run.losses],
+        },
+    )
+
+
+def count_bytes(run: Run, batch: Tensor) -> dict[str, int]:
+    """What a step needs, at the end of the forward and of the backward."""
+    run.backward(batch)
+    gradients = memory.total_bytes(memory.gradients(run.model))
+    optimizer = run.optimizer
+    kept = memory.kept_by(lambda: run.loss(batch), run.model)
+    return {
+        "weights": memory.total_bytes(memory.model_tensors(run.model)),
+        "gradients": gradients,
+        "optimizer": 0 if optimizer is None else memory.total_bytes(memory.states(optimizer)),
+        "saved": kept.saved,
+        "unseen": kept.unseen,
+    }
+
+
+def print_table(job: Job, base: nn.Module, pretraining: dict, entries: dict[str, dict]) -> None:
+    parameters, losses = base.num_parameters(), pretraining["extra_info"]["losses"]
+    print(
+        f"\nLlama of {parameters / 1e6:.2f} M parameters in {pretraining['params']['dtype']}, "
+        f"pre-trained for {len(losses)} steps; then {job.steps} steps of {job.tokens} tokens\n"
+    )
+    head = ["method", "lr", "trained", "step ms", "x floor", "quartiles", "weights", "gradients"]
+    rows = [head + ["optimizer", "saved", "held-out loss"]]
+    for name, measured in entries.items():
+        extra = measured["extra_info"]
+        ratio, held_out = extra["ratio_to_floor"], extra["held_out"]["losses"]
+        sizes = [extra["bytes"][part] for part in ("weights", "gradients", "optimizer", "saved")]
+        rows.append(
+            [
+                name,
+                "-" if extra["lr"] is None else f"{extra['lr']:g}",
+                f"{extra['trained_parameters']:,}",
+                f"{measured['stats']['median'] * 1e3:.1f}",
+                f"{ratio['median']:.3f}",
+                f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
+                *(f"{size / 2**20:.2f}" for size in sizes),
+                f"{held_out[0]:.3f} -> {held_out[-1]:.3f}",
+            ]
+        )
+    print(report.table(rows))
+    print(
+        f"\nstep ms, x floor: medians of {job.steps - job.untimed} rounds; a ratio is of two steps "
+        "of one round, and the optimizer's part is in it\n"
+        "weights to saved: MiB; saved = activations kept for the backward, whole storages\n"
+        "held-out loss: nats per byte; lr: AdamW's peak, 5 % warm-up, cosine to 0\n"
+        "every method computes dx down to the embedding, as the floor does"
+    )
+
+
+def print_times(seconds: dict[str, list[float]]) -> None:
+    ratios = [
+        f"{statistics.median(timing.paired_ratios(seconds['lora'], seconds[name])):.3f} ({name})"
+        for name in S2FT
+    ]
+    print(f"\nstep time of LoRA over S2FT: {', '.join(ratios)}")
+
+
+def check_saved(job: Job, runs: dict[str, Run], entries: dict[str, dict]) -> bool:
+    """Whether S2FT keeps the activations of the floor and M * R of each in-slice, to the byte."""
+    sizes = {name: measured["extra_info"]["bytes"] for name, measured in entries.items()}
+    exact = True
+    for name in S2FT:
+        slices = methods.in_slices(runs[name].model)
+        expected = sum(job.tokens * r * job.dtype.itemsize for r in slices.values())
+        found = sizes[name]["saved"] - sizes[FLOOR]["saved"]
+        equal = found == expected and sizes[name]["unseen"] == 0
+        exact &= equal
+        entries[name]["extra_info"]["in_slices"] = {"r": slices, "bytes": expected, "exact": equal}
+        print(
+            f"saved by {name}: floor + {found:,} bytes; M * R * itemsize over {len(slices)} "
+            f"in-slices: {expected:,} bytes; kept elsewhere: {sizes[name]['unseen']:,} bytes: "
+            + ("equal" if equal else "NOT EQUAL")
+        )
+    return exact
+
+
+def measure_as_run(
+    job: Job,
+    runs: dict[str, Run],
+    entries: dict[str, dict],
+    batch: Tensor,
+    device: torch.device,
+) -> None:
+    """S2FT as a user runs it: no dx below the first trained layer, so less than the floor."""
+    compared = {name: runs[name] for name in (*S2FT, FLOOR)}
+    for name, run in compared.items():
+        run.set_lr(0.0)  # the models stay as they were trained
+        if name != FLOOR:
+            run.stop_input_gradients()
+    actions = {name: (lambda _, run=run: run.step(batch)) for name, run in compared.items()}
+    rounds = timing.interleave(actions, job.depth_rounds, device)
+    rounds = list(tqdm(rounds, total=job.depth_rounds, desc="S2FT as run", leave=False))
+    for name in S2FT:
+        ratio = statistics.median(times[name] / times[FLOOR] for times in rounds)
+        saved = memory.kept_by(lambda run=runs[name]: run.loss(batch), runs[name].model).saved
+        entries[name]["extra_info"]["as_run"] = {"ratio_to_floor": ratio, "saved": saved}
+        print(
+            f"{name} as run, without dx below its first trained layer: {ratio:.3f} x floor, "
+            f"{saved / 2**20:.2f} MiB saved"
+        )
+
+
+def check_adapters(
+    job: Job,
+    runs: dict[str, Run],
+    entries: dict[str, dict],
+    base: LlamaForCausalLM,
+    batch: Tensor,
+    folder: Path | None,
+) -> bool:
+    """Whether saved adapters, loaded into fresh copies of the base and merged, do the same."""
+    intact = True
+    for name in S2FT:
+        with tempfile.TemporaryDirectory() as temporary:
+            path = (folder or Path(temporary)) / name.replace(" ", "-")
+            runs[name].model.save_pretrained(path)
+            size = (path / "adapter_model.safetensors").stat().st_size
+            loaded = PeftModel.from_pretrained(copy.deepcopy(base), path)
+        trained, from_file = logits(runs[name].model, batch), logits(loaded, batch)
+        merged = logits(loaded.merge_and_unload(), batch)
+        differences = {
+            "loaded": float((from_file - trained).abs().max()),
+            "merged": float((merged - trained).abs().max()),
+        }
+        limit = TOLERANCE[job.dtype] * float(trained.abs().max())
+        good = max(differences.values()) <= limit
+        intact &= good
+        entries[name]["extra_info"]["adapter"] = {"bytes": size, "logit_difference": differences}
+        print(
+            f"adapter of {name}, {size:,} bytes: largest logit difference "
+            f"{differences['loaded']:.1e} loaded, {differences['merged']:.1e} merged, of logits up "
+            f"to {float(trained.abs().max()):.1f}" + ("" if good else f": MORE THAN {limit:.1e}")
+        )
+    return intact
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: Tensor) -> Tensor:
+    """fp32 (sequences, length, vocabulary)."""
+    return model.eval()(input_ids=batch, use_cache=False).logits.float()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

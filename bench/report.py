@@ -1,0 +1,118 @@
+"""Results as files and as a table. The files have the shape of pytest-benchmark's JSON."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+FIGURES = ROOT / "plots" / "figures"
+VERSION = "1"
+
+
+def device_name(device: torch.device) -> str:
+    """The folder of a device's results: "cpu", or "nvidia-h200" and the like."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def machine_info(device: torch.device) -> dict:
+    """What the numbers depend on; the name of the host is nobody's business."""
+    packages = ("torch", "triton", "transformers", "peft")
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "release": platform.release(),
+        "python_implementation": platform.python_implementation(),
+        "python_version": platform.python_version(),
+        "cpu": {"brand_raw": _cpu_name(), "count": os.cpu_count()},
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device.type == "cuda"
+        else None,
+        **{package: _installed(package) for package in packages},
+    }
+
+
+def commit_info() -> dict:
+    """The commit measured; id None where there is none, or no git."""
+    return {
+        "id": _output("git", "rev-parse", "--verify", "--quiet", "HEAD"),
+        "branch": _output("git", "branch", "--show-current"),
+        "time": _output("git", "log", "-1", "--format=%cI"),
+        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def write_json(path: Path, benchmarks: list[dict], device: torch.device) -> None:
+    """Writes `path` whole or not at all."""
+    document = {
+        "machine_info": machine_info(device),
+        "commit_info": commit_info(),
+        "benchmarks": benchmarks,
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "version": VERSION,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False
+    ) as file:
+        try:
+            json.dump(document, file, indent=1)
+            file.write("\n")
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right. A rule below the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """Standard output of a command run in the repository; None where it fails or says nothing."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,166 @@
+"""Training loops of the demo: one checkpoint by the clock, then all methods in lockstep."""
+
+import copy
+import math
+import time
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlamaForCausalLM
+
+from bench import corpus, timing
+from bench.methods import Budget, Method, input_gradients
+
+
+class Run:
+    """A method at work: its model, its optimizer and the loss of every step."""
+
+    def __init__(self, method: Method, base: LlamaForCausalLM, budget: Budget):
+        self.method = method
+        self.model = method.build(copy.deepcopy(base).requires_grad_(False), budget).train()
+        # dx all the way down, as in the floor. A method whose first trained layer lies further up
+        # would otherwise be compared at another depth of the backward.
+        self._input_gradients = input_gradients(self.model)
+        trained = self.trained()
+        self.optimizer = adamw(trained, method.lr) if trained else None
+        self.losses: list[Tensor] = []
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return next_token_loss(self.model, batch)
+
+    def backward(self, batch: Tensor) -> Tensor:
+        """Forward and backward; leaves the gradients. Returns the loss, detached."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(batch)
+        loss.backward()
+        return loss.detach()
+
+    def step(self, batch: Tensor) -> None:
+        """What the clock sees: forward, backward and, where something is trained, the optimizer."""
+        self.losses.append(self.backward(batch))
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def set_lr(self, factor: float) -> None:
+        """The learning rate, as a share of the method's peak."""
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.method.lr * factor
+
+    def stop_input_gradients(self) -> None:
+        """From here on as a user runs it: no dx below the first trained layer."""
+        self._input_gradients.remove()
+
+
+def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def schedule(progress: float, warm_up: float = 0.05) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to 0 at progress 1."""
+    if progress < warm_up:
+        return progress / warm_up
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - warm_up) / (1 - warm_up)))
+
+
+def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross entropy in nats per byte; batch int64 (sequences, length)."""
+    return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Iterable[Tensor]) -> float:
+    """Mean loss over batches of one size, nats per byte."""
+    model.eval()
+    losses = [next_token_loss(model, batch) for batch in batches]
+    model.train()
+    return float(torch.stack(losses).mean())
+
+
+def pretrain(
+    model: LlamaForCausalLM,
+    text: Tensor,
+    *,
+    seconds: float,
+    lr: float,
+    batch: int,
+    length: int,
+    autocast: torch.dtype,
+    seed: int,
+) -> tuple[list[float], list[float]]:
+    """Trains all of `model` (fp32) for `seconds` by the clock, on random windows of `text`.
+
+    The matrix products are in `autocast`. Returns (losses, seconds) of the steps, two at least.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = adamw(list(model.parameters()), lr)
+    losses: list[float] = []
+    times: list[float] = []
+    began = time.perf_counter()
+    elapsed = 0.0
+    layout = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
+    with tqdm(total=seconds, desc="pre-training", bar_format=layout) as bar:
+        while elapsed < seconds or len(times) < 2:
+            # The first steps count for the warm-up as if one second had passed.
+            progress = max(elapsed, min(1.0, seconds / 100)) / seconds
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(progress)
+            tokens = corpus.random_batch(text, batch, length, generator).to(device)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
+                loss = next_token_loss(model, tokens)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            now = time.perf_counter() - began
+            times.append(now - elapsed)
+            elapsed = now
+            bar.set_postfix_str(f"step {len(losses)}, loss {losses[-1]:.3f}", refresh=False)
+            bar.update(min(elapsed, seconds) - bar.n)
+    return losses, times
+
+
+def finetune(
+    runs: Mapping[str, Run],
+    batches: list[Tensor],
+    held_out: list[Tensor],
+    evaluations: int,
+    device: torch.device,
+) -> tuple[list[dict[str, float]], dict[str, dict[int, float]]]:
+    """One round a batch: each method takes one step on it.
+
+    Returns the seconds of each round by method, and the held-out loss of each method by the number
+    of steps taken: before the first, after the last, `evaluations` in all after the start.
+    """
+    steps = len(batches)
+    due = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
+    before = held_out_loss(next(iter(runs.values())).model, held_out)
+    curves = {name: {0: before} for name in runs}
+    actions = {name: (lambda i, run=run: run.step(batches[i])) for name, run in runs.items()}
+    seconds = []
+
+    def set_lr(step: int) -> None:
+        for run in runs.values():
+            run.set_lr(schedule((step + 1) / steps))
+
+    set_lr(0)
+    with tqdm(total=steps, desc=f"fine-tuning, {len(runs)} methods", unit="round") as bar:
+        for step, times in enumerate(timing.interleave(actions, steps, device), start=1):
+            seconds.append(times)
+            if step in due:
+                for name, run in runs.items():
+                    unchanged = run.optimizer is None
+                    loss = before if unchanged else held_out_loss(run.model, held_out)
+                    curves[name][step] = loss
+            set_lr(step)
+            losses = " ".join(f"{float(run.losses[-1]):.3f}" for run in runs.values())
+            bar.set_postfix_str(f"losses {losses}", refresh=False)
+            bar.update()
+    return seconds, curves

@@ -1,0 +1,200 @@
+"""Overwrite the slice of every weight of a model, in one launch.
+
+    weight[:, index] = base_slice + delta    dim="in",  base_slice and delta (N, R)
+    weight[index, :] = base_slice + delta    dim="out", base_slice and delta (R, K)
+
+weight (N, K): N out_features, K in_features, R trained channels. The sum is in fp32 and rounded
+once, to the weight's dtype. Without a delta the base slice is copied bit for bit.
+
+A model has tens to hundreds of slices, each too small to fill a GPU, so one launch covers them
+all: a table on the device says where every slice lies, and a map says which slice a tile is of.
+The launch writes raw memory: neither autograd nor the version counters of the weights see it.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2kernels.kernels.target import launch_parameters
+
+LAUNCH = {
+    "half": dict(BLOCK_ROWS=32, BLOCK_COLS=64, num_warps=4),
+    "float32": dict(BLOCK_ROWS=32, BLOCK_COLS=64, num_warps=4),
+}
+
+
+class _Place(NamedTuple):
+    """Where one slice lies: a line of the table, whose fields the kernel reads by position.
+
+    Rows and columns are those of the slice, not of the weight; an address of 0 stands for an
+    absent tensor. A run of channels needs no index: the address of the weight is then that of its
+    first channel.
+    """
+
+    weight: int
+    base: int
+    delta: int
+    row_index: int
+    column_index: int
+    rows: int
+    cols: int
+    stride_wr: int
+    stride_wc: int
+    stride_br: int
+    stride_bc: int
+    stride_dr: int
+    stride_dc: int
+    first_tile: int = 0
+
+
+# fmt: off
+@triton.jit
+def _slice_write_kernel(
+    table_ptr, slice_of_tile_ptr,
+    WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr, DELTA_DTYPE: tl.constexpr,
+    NUM_FIELDS: tl.constexpr, HAS_INDEX: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):
+    # fmt: on
+    tile = tl.program_id(0)
+    entry = table_ptr + tl.load(slice_of_tile_ptr + tile).to(tl.int64) * NUM_FIELDS
+    weight_ptr = tl.load(entry + 0).to(tl.pointer_type(WEIGHT_DTYPE))
+    base_ptr = tl.load(entry + 1).to(tl.pointer_type(BASE_DTYPE))
+    delta_address = tl.load(entry + 2)
+    delta_ptr = delta_address.to(tl.pointer_type(DELTA_DTYPE))
+    rows, cols = tl.load(entry + 5), tl.load(entry + 6)
+    stride_wr, stride_wc = tl.load(entry + 7), tl.load(entry + 8)
+    stride_br, stride_bc = tl.load(entry + 9), tl.load(entry + 10)
+    stride_dr, stride_dc = tl.load(entry + 11), tl.load(entry + 12)
+    tile -= tl.load(entry + 13)
+    if ALIGNED:
+        # What the compiler cannot know of numbers read from memory, and needs for wide accesses.
+        weight_ptr = tl.multiple_of(weight_ptr, 16)
+        base_ptr = tl.multiple_of(base_ptr, 16)
+        delta_ptr = tl.multiple_of(delta_ptr, 16)
+        cols = tl.multiple_of(cols, 16)
+        stride_wr = tl.multiple_of(stride_wr, 16)
+        stride_br = tl.multiple_of(stride_br, 16)
+        stride_dr = tl.multiple_of(stride_dr, 16)
+        stride_wc, stride_bc, stride_dc = 1, 1, 1
+
+    tiles_c = tl.cdiv(cols, BLOCK_COLS)
+    offs_r = (tile // tiles_c) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_c = (tile % tiles_c) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask_r, mask_c = offs_r < rows, offs_c < cols
+    mask = mask_r[:, None] & mask_c[None, :]
+    weight_r, weight_c = offs_r, offs_c
+    if HAS_INDEX:
+        row_index, column_index = tl.load(entry + 3), tl.load(entry + 4)
+        if row_index != 0:
+            row_index_ptr = row_index.to(tl.pointer_type(tl.int32))
+            weight_r = tl.load(row_index_ptr + offs_r, mask=mask_r, other=0).to(tl.int64)
+        if column_index != 0:
+            column_index_ptr = column_index.to(tl.pointer_type(tl.int32))
+            weight_c = tl.load(column_index_ptr + offs_c, mask=mask_c, other=0).to(tl.int64)
+
+    base_ptrs = base_ptr + offs_r[:, None] * stride_br + offs_c[None, :] * stride_bc
+    weight_ptrs = weight_ptr + weight_r[:, None] * stride_wr + weight_c[None, :] * stride_wc
+    base = tl.load(base_ptrs, mask=mask)
+    if delta_address == 0:
+        tl.store(weight_ptrs, base.to(WEIGHT_DTYPE), mask=mask)
+    else:
+        delta_ptrs = delta_ptr + offs_r[:, None] * stride_dr + offs_c[None, :] * stride_dc
+        total = base.to(tl.float32) + tl.load(delta_ptrs, mask=mask).to(tl.float32)
+        tl.store(weight_ptrs, total.to(WEIGHT_DTYPE), mask=mask)
+
+
+def slice_write(
+    weights: Sequence[Tensor],
+    base_slices: Sequence[Tensor],
+    deltas: Sequence[Tensor | None],
+    indices: Sequence[Tensor | slice],
+    dims: Sequence[str],
+) -> None:
+    """Overwrite the slice of every weight with base_slice + delta, in place.
+
+    weights (N, K); base_slices and deltas (N, R) for dim="in", (R, K) for dim="out"; a delta of
+    None restores the base slice bit for bit. One launch for each combination of device and dtypes.
+    """
+    given = [delta for delta in deltas if delta is not None]
+    any_delta_dtype = given[0].dtype if given else torch.float32
+    groups: dict[tuple, list[_Place]] = {}
+    for weight, base, delta, index, dim in zip(
+        weights, base_slices, deltas, indices, dims, strict=True
+    ):
+        # A slice without a delta fits the group of any delta dtype.
+        delta_dtype = any_delta_dtype if delta is None else delta.dtype
+        group = (weight.device, weight.dtype, base.dtype, delta_dtype)
+        groups.setdefault(group, []).append(_place(weight, base, delta, index, dim))
+
+    for (device, *dtypes), places in groups.items():
+        launch, *_ = [launch_parameters(LAUNCH, dtype) for dtype in dtypes]
+        table, slice_of_tile, has_index, aligned = _table(
+            tuple(places), launch["BLOCK_ROWS"], launch["BLOCK_COLS"], device
+        )
+        with torch.cuda.device_of(table):
+            _slice_write_kernel[(slice_of_tile.numel(),)](
+                table,
+                slice_of_tile,
+                *(getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes),
+                NUM_FIELDS=len(_Place._fields),
+                HAS_INDEX=has_index,
+                ALIGNED=aligned,
+                **launch,
+            )
+
+
+def _place(
+    weight: Tensor, base: Tensor, delta: Tensor | None, index: Tensor | slice, dim: str
+) -> _Place:
+    weight_address, axis = weight.data_ptr(), 1 if dim == "in" else 0
+    row_index = column_index = 0
+    if isinstance(index, slice):
+        weight_address += index.start * weight.stride(axis) * weight.element_size()
+    elif axis == 1:
+        column_index = index.data_ptr()
+    else:
+        row_index = index.data_ptr()
+    return _Place(
+        weight_address,
+        base.data_ptr(),
+        0 if delta is None else delta.data_ptr(),
+        row_index,
+        column_index,
+        *base.shape,
+        *weight.stride(),
+        *base.stride(),
+        *((0, 1) if delta is None else delta.stride()),
+    )
+
+
+@lru_cache(maxsize=64)
+def _table(
+    places: tuple[_Place, ...], block_rows: int, block_cols: int, device: torch.device
+) -> tuple[Tensor, Tensor, bool, bool]:
+    """The device's copy of `places` and the slice of every tile; has_index, aligned.
+
+    The key is the whole content of the table, so a cached one cannot be stale, and a training
+    loop, which writes the same tensors at every step, copies nothing to the device.
+    """
+    tiles = [triton.cdiv(p.rows, block_rows) * triton.cdiv(p.cols, block_cols) for p in places]
+    starts = [0, *accumulate(tiles)]
+    rows = [p._replace(first_tile=start) for p, start in zip(places, starts, strict=False)]
+    table = torch.tensor(rows, dtype=torch.int64).to(device)
+    slice_of_tile = torch.repeat_interleave(torch.arange(len(places)), torch.tensor(tiles))
+    has_index = any(p.row_index or p.column_index for p in places)
+    aligned = all(
+        p.stride_wc == p.stride_bc == p.stride_dc == 1
+        and all(
+            number % 16 == 0
+            for number in (p.weight, p.base, p.delta, p.cols, p.stride_wr, p.stride_br, p.stride_dr)
+        )
+        for p in places
+    )
+    return table, slice_of_tile.to(torch.int32).to(device), has_index, aligned

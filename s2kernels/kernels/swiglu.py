@@ -1,0 +1,137 @@
+"""SwiGLU, and a backward that rebuilds the slice of h which a trained down_proj needs.
+
+    h     = silu(gate) * up = gate * s * up,  s = sigmoid(gate)
+    dgate = dh * up * s * (1 + gate * (1 - s))
+    dup   = dh * gate * s
+    h[:, index]  as a compact (M, R)
+
+gate, up, h, dh (M, K): M tokens, K channels of the FFN, R of them trained. The arithmetic is in
+fp32; each output is rounded once. Since the backward rebuilds the slice from gate and up, which it
+reads anyway, h need not be kept for the gradient of down_proj.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2kernels.kernels.target import launch_parameters
+
+LAUNCH = {
+    "half": dict(BLOCK=1024, num_warps=4),
+    "float32": dict(BLOCK=1024, num_warps=4),
+}
+
+
+# fmt: off
+@triton.jit
+def _swiglu_kernel(
+    gate_ptr, up_ptr, h_ptr,
+    K,
+    stride_gm, stride_gk,
+    stride_um, stride_uk,
+    stride_hm, stride_hk,
+    BLOCK: tl.constexpr,
+):
+    # fmt: on
+    # Tokens and tiles share axis 0 of the grid: the other axes end at 65535.
+    tiles = tl.cdiv(K, BLOCK)
+    m = (tl.program_id(0) // tiles).to(tl.int64)
+    offs = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < K
+    gate = tl.load(gate_ptr + m * stride_gm + offs * stride_gk, mask=mask).to(tl.float32)
+    up = tl.load(up_ptr + m * stride_um + offs * stride_uk, mask=mask).to(tl.float32)
+    h = gate * tl.sigmoid(gate) * up
+    tl.store(h_ptr + m * stride_hm + offs * stride_hk, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+# fmt: off
+@triton.jit
+def _swiglu_bwd_kernel(
+    dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_slice_ptr, index_ptr,
+    K, R, run_start,
+    stride_dhm, stride_dhk,
+    stride_gm, stride_gk,
+    stride_um, stride_uk,
+    stride_dgm, stride_dgk,
+    stride_dum, stride_duk,
+    stride_hm, stride_hr,
+    BLOCK: tl.constexpr,
+):
+    # fmt: on
+    # After the tiles of a token's K channels come those of its R trained ones.
+    tiles_k = tl.cdiv(K, BLOCK)
+    tiles = tiles_k + tl.cdiv(R, BLOCK)
+    m = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    if tile < tiles_k:
+        offs = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offs < K
+        dh = tl.load(dh_ptr + m * stride_dhm + offs * stride_dhk, mask=mask).to(tl.float32)
+        gate = tl.load(gate_ptr + m * stride_gm + offs * stride_gk, mask=mask).to(tl.float32)
+        up = tl.load(up_ptr + m * stride_um + offs * stride_uk, mask=mask).to(tl.float32)
+        s = tl.sigmoid(gate)
+        silu = gate * s
+        dgate = dh * up * (s + silu * (1 - s))
+        dup = dh * silu
+        dgate_ptrs = dgate_ptr + m * stride_dgm + offs * stride_dgk
+        dup_ptrs = dup_ptr + m * stride_dum + offs * stride_duk
+        tl.store(dgate_ptrs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+        tl.store(dup_ptrs, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    elif h_slice_ptr is not None:
+        offs = (tile - tiles_k).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offs < R
+        channels = run_start + offs
+        if index_ptr is not None:
+            channels = tl.load(index_ptr + offs, mask=mask, other=0).to(tl.int64)
+        gate = tl.load(gate_ptr + m * stride_gm + channels * stride_gk, mask=mask).to(tl.float32)
+        up = tl.load(up_ptr + m * stride_um + channels * stride_uk, mask=mask).to(tl.float32)
+        h = gate * tl.sigmoid(gate) * up
+        h_ptrs = h_slice_ptr + m * stride_hm + offs * stride_hr
+        tl.store(h_ptrs, h.to(h_slice_ptr.dtype.element_ty), mask=mask)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """h = silu(gate) * up for gate, up (M, K)."""
+    M, K = gate.shape
+    launch = launch_parameters(LAUNCH, gate.dtype)
+    h = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype))
+    with torch.cuda.device_of(gate):
+        _swiglu_kernel[(M * triton.cdiv(K, launch["BLOCK"]),)](
+            gate, up, h,
+            K,
+            *gate.stride(),
+            *up.stride(),
+            *h.stride(),
+            **launch,
+        )  # fmt: skip
+    return h
+
+
+def swiglu_bwd(
+    dh: Tensor, gate: Tensor, up: Tensor, index: Tensor | slice | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dgate (M, K), dup (M, K) and h[:, index] as a compact (M, R), or None for index=None."""
+    M, K = gate.shape
+    launch = launch_parameters(LAUNCH, gate.dtype)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    run_start, R = 0, None
+    if isinstance(index, slice):
+        run_start, R, index = index.start, index.stop - index.start, None
+    elif index is not None:
+        R = index.shape[0]
+    h_slice = None if R is None else gate.new_empty((M, R))
+    tiles = triton.cdiv(K, launch["BLOCK"]) + triton.cdiv(R or 0, launch["BLOCK"])
+    with torch.cuda.device_of(gate):
+        _swiglu_bwd_kernel[(M * tiles,)](
+            dh, gate, up, dgate, dup, h_slice, index,
+            K, R or 0, run_start,
+            *dh.stride(),
+            *gate.stride(),
+            *up.stride(),
+            *dgate.stride(),
+            *dup.stride(),
+            *((0, 0) if h_slice is None else h_slice.stride()),
+            **launch,
+        )  # fmt: skip
+    return dgate, dup, h_slice

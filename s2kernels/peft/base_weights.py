@@ -1,0 +1,225 @@
+"""What the base model's weights hold at any time, and the way back to what they were.
+
+Two things are done to them, both undone bit for bit:
+
+    basis    co-permutation: heads and channels of a structure are reordered (layout "permute")
+    slices   W0 + delta is written where an adapter is trained in place (mode "inplace")
+
+A forward of the model engages both. `state_dict`, `load_state_dict`, unloading and deleting an
+adapter release both, so whoever reads or writes the weights through them meets the original basis
+and W0. A disabled adapter and an exception in a forward release the slices. The next forward, or a
+backward that needs the weights, engages again.
+"""
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from s2kernels import backend
+from s2kernels.coupling import Structure, Unit, obstacle
+from s2kernels.permute import Permutation, apply_, plan
+
+if TYPE_CHECKING:
+    from s2kernels.peft.layer import S2FTLinear
+
+
+_SHARDED = "FSDP gathers the weights anew for each forward and backward"
+
+
+class BaseWeights:
+    """Keeper of the base weights of one model; its S2FT layers and its hooks call it.
+
+    `model` is the one that PEFT injects into. `layers` are its S2FT layers, `structures` its
+    coupled structures by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers: list[S2FTLinear] = []
+        self.structures: dict[str, Structure] = {}
+        self.permutations: dict[str, Permutation] = {}
+        self.engaged = False
+        self.in_forward = False
+        self._num_owners: dict[int, int] = {}
+        self._sharded = False
+        self._hooks: list = []
+
+    def attach(self, layers: Iterable["S2FTLinear"], structures: dict[str, Structure]) -> None:
+        """Take charge of `layers`: all S2FT layers of the model. Hooks are set as they are needed.
+
+        Raises ValueError where layout="permute" cannot be had.
+        """
+        self.detach()
+        self.layers = list(layers)
+        self.structures = structures
+        self._inspect()
+        self._plan()
+        self._hooks += [
+            self.model.register_state_dict_pre_hook(self._on_state_dict),
+            self.model.register_load_state_dict_pre_hook(self._on_load_state_dict),
+        ]
+        # A model that needs neither basis nor slices keeps a forward without hooks, which
+        # torch.compile can take in one graph.
+        if any(
+            layer.layouts[name] in ("auto", "permute") or layer.modes[name] != "additive"
+            for layer in self.layers
+            for name in layer.s2ft_delta
+        ):
+            self._hooks += [
+                self.model.register_forward_pre_hook(self._before_forward),
+                self.model.register_forward_hook(self._after_forward, always_call=True),
+            ]
+
+    def detach(self) -> None:
+        """Restore the weights and remove the hooks."""
+        self.release()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def engage(self) -> None:
+        """Bring the weights into the working basis, if they are not in it.
+
+        Raises ValueError where layout="permute" cannot be had; the weights are then untouched.
+        """
+        if self.engaged:
+            return
+        self._inspect()
+        permutations = self._plan()
+        try:
+            for name, permutation in permutations.items():
+                apply_(self.model, self.structures[name], permutation)
+                self.permutations[name] = permutation
+        except BaseException:
+            self._undo_permutations()
+            raise
+        self.engaged = True
+        self._locate()
+
+    def release(self) -> None:
+        """Give the weights back as they were: W0, in the original basis."""
+        self.restore(self.layers)
+        if self.engaged:
+            self._undo_permutations()
+            self.engaged = False
+            self._locate()
+
+    def write(self, adapters: Iterable[tuple["S2FTLinear", str]]) -> None:
+        """Write W0 + delta of one adapter a layer into the weights, by one launch a device."""
+        adapters = list(adapters)
+        self.restore([layer for layer, name in adapters if layer.written not in (None, name)])
+        for layer, name in adapters:
+            if layer.written is None:
+                layer.base_slice = layer.take_base_slice(name)
+                layer.written = name
+        self.write_entries([layer.entry(name, layer.s2ft_delta[name]) for layer, name in adapters])
+
+    def restore(self, layers: Iterable["S2FTLinear"]) -> None:
+        """Put W0 back into the layers where a slice is written, by one launch a device."""
+        layers = [layer for layer in layers if layer.written is not None]
+        self.write_entries([layer.entry(str(layer.written), None) for layer in layers])
+        for layer in layers:
+            layer.written = layer.base_slice = None
+
+    def write_entries(self, entries: list[tuple]) -> None:
+        """`slice_write` of the entries, device by device."""
+        devices: dict[torch.device, list[tuple]] = {}
+        for entry in entries:
+            devices.setdefault(entry[0].device, []).append(entry)
+        for on_device in devices.values():
+            backend.select(on_device[0][0]).slice_write(*zip(*on_device, strict=True))
+
+    def to_working(self, layer: "S2FTLinear", index: Tensor) -> Tensor:
+        """Where the channels `index` of the layer lie in the present basis, int32 (R,)."""
+        if layer.structure not in self.permutations or layer.unit is None:
+            return index
+        return self.permutations[layer.structure].to_working(index, layer.unit)
+
+    def not_inplace(self, weight: Tensor) -> str | None:
+        """Why no slice of this weight can be written, as far as the rest of the model decides."""
+        if self._sharded:
+            return _SHARDED
+        owners = self._num_owners.get(id(weight), 1)
+        return f"the weight is shared by {owners} modules" if owners > 1 else None
+
+    def _inspect(self) -> None:
+        """Look for what forbids writing into weights. FSDP2 comes after the adapter was made, and
+        shows a plain weight in the middle of a forward, so the model is looked at before each.
+        """
+        self._num_owners = {}
+        for _, value in self.model.named_parameters(remove_duplicate=False):
+            self._num_owners[id(value)] = self._num_owners.get(id(value), 0) + 1
+        self._sharded = any(isinstance(module, FSDPModule) for module in self.model.modules())
+
+    def _plan(self) -> dict[str, Permutation]:
+        """The permutation of each structure that an adapter wants permuted, where it can be had."""
+        wanted: dict[str, list[tuple[S2FTLinear, str]]] = {}
+        for layer in self.layers:
+            for name, layout in layer.layouts.items():
+                if layer.structure is not None and layout in ("auto", "permute"):
+                    wanted.setdefault(layer.structure, []).append((layer, name))
+        permutations = {}
+        for structure_name, candidates in wanted.items():
+            # The first adapter decides for all, and among its targets the in-slice: it is the one
+            # whose copies of activations gain from a contiguous run.
+            first = [layer for layer, name in candidates if name == candidates[0][1]]
+            layer = next((layer for layer in first if layer.dim == "in"), first[0])
+            name = candidates[0][1]
+            structure = self.structures[structure_name]
+            reason = _SHARDED if self._sharded else obstacle(self.model, structure)
+            index = layer.s2ft_index[name].cpu()
+            permutation = None if reason else plan(structure, _units(structure, layer.unit, index))
+            if permutation is not None:
+                permutations[structure_name] = permutation
+            elif layer.layouts[name] == "permute":
+                reason = reason or "its heads lie in more than two partly selected KV groups"
+                raise ValueError(
+                    f"layout='permute' cannot be had for {structure_name}: {reason}; "
+                    "use layout='auto' or 'gather'"
+                )
+        return permutations
+
+    def _undo_permutations(self) -> None:
+        for name, permutation in self.permutations.items():
+            apply_(self.model, self.structures[name], permutation.inverse())
+        self.permutations = {}
+
+    def _locate(self) -> None:
+        for layer in self.layers:
+            layer.locate()
+
+    def _before_forward(self, module: nn.Module, args) -> None:
+        if module is not self.model:
+            raise RuntimeError(
+                "nn.DataParallel copies the weights before the slices are written into them; use "
+                "DistributedDataParallel, or S2FTConfig(mode='additive', layout='gather')"
+            )
+        self.engage()
+        adapters = [(layer, layer.inplace_adapter()) for layer in self.layers]
+        self.restore([layer for layer, name in adapters if name is None])
+        self.write([(layer, name) for layer, name in adapters if name is not None])
+        self.in_forward = True
+
+    def _after_forward(self, module: nn.Module, args, output) -> None:
+        self.in_forward = False
+        if sys.exc_info()[0] is not None:
+            self.restore(self.layers)
+
+    def _on_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.release()
+
+    def _on_load_state_dict(self, module: nn.Module, *args) -> None:
+        self.release()
+
+
+def _units(structure: Structure, unit: Unit | None, index: Tensor) -> Tensor:
+    """The query heads or channels of the structure to which `index`, along `unit`, belongs."""
+    units = torch.unique(index // structure.width(unit or structure.unit))
+    if unit == "kv_head":
+        group = torch.arange(structure.num_heads) // (structure.num_heads // structure.num_kv_heads)
+        return torch.nonzero(torch.isin(group, units)).flatten()
+    return units

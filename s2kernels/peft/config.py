@@ -1,0 +1,107 @@
+"""What a user chooses, as PEFT configurations are written."""
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from s2kernels.autograd.checks import MODES, check_choice
+
+LAYOUTS = ("auto", "permute", "block", "gather")
+
+
+class _PeftType(str):
+    """A value like those of `peft.PeftType`, which is a closed enumeration."""
+
+    value = property(str.__str__)
+    name = property(str.__str__)
+
+
+PEFT_TYPE = _PeftType("S2FT")
+
+
+@dataclass
+class S2FTConfig(PeftConfig):
+    """Structured sparse fine-tuning (S2FT, arXiv 2412.06289).
+
+    In every attention and FFN block some heads and channels are trained, drawn at random from
+    (seed, name of the block): the input channels of o_proj and down_proj, the output channels of
+    q_proj, k_proj, v_proj, gate_proj and up_proj. The targets of one block share the selection;
+    k_proj and v_proj train the KV heads that the selected query heads read.
+
+    Choices that are out of range raise ValueError or TypeError here or, where the model decides,
+    in `get_peft_model`, which then leaves the model as it was.
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the projections to train, a regular expression, or 'all-linear'. "
+            "Default: o_proj and down_proj."
+        },
+    )
+    heads: int | float = field(
+        default=0.05,
+        metadata={
+            "help": "Query heads trained in each attention block: a count (int) or a share (float)."
+        },
+    )
+    channels: int | float = field(
+        default=0.02,
+        metadata={
+            "help": "Channels trained in each FFN block: a count (int) or a share (float). Of "
+            "other targets, which layout='gather' admits, so many input channels are trained."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random selection."})
+    mode: str = field(
+        default="auto",
+        metadata={
+            "help": "'inplace': the slice is written into the dense weight, forward and dx are one "
+            "dense GEMM. 'additive': the slice's part is added to the output of the base layer, "
+            "which may be quantized or sharded. 'auto': inplace where it is legal, else additive."
+        },
+    )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "'permute': coupled weights are permuted so that each slice is contiguous. "
+            "'block': aligned runs of 64 channels and whole heads in the original order. 'gather': "
+            "any channels in the original order. 'auto': permute where it is legal, else gather."
+        },
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of modules, or a regular expression, that are not to be trained."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to train. Default: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list of layers, where layers_to_transform cannot guess it."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules that are trained and saved whole, such as a head."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        check_choice("mode", self.mode, MODES + ("auto",))
+        check_choice("layout", self.layout, LAYOUTS)
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} does not go with target_modules given as a regular expression, "
+                        f"got {name}={getattr(self, name)!r}"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern needs layers_to_transform, got {self.layers_pattern!r} alone"
+            )

@@ -1,0 +1,161 @@
+"""Every op in plain torch: the oracle of the tests, the CPU path, and the peer of the kernels.
+
+Sizes: M tokens, N out_features, K in_features, R trained channels. A weight is (N, K).
+A slice of it is named by `dim` and `index`:
+
+    dim="in"   trained input channels  = columns of the weight, delta (N, R)
+    dim="out"  trained output channels = rows of the weight,    delta (R, K)
+
+`index` holds the R trained positions on that dimension, without repeats: an int32 tensor, or a
+`slice(start, start + R)` where they form one run, which is what co-permutation arranges for.
+Where an op says `index=None`, the operand that would be gathered is already the compact (M, R)
+slice. Accumulation is in fp32, or fp64 for fp64 operands. `s2kernels.kernels` holds the same
+names and signatures in Triton; shapes are checked by the public functions of s2kernels.autograd.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Index = Tensor | slice
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b for x (M, K), weight (N, K), bias (N,); y (M, N) in x.dtype."""
+    return F.linear(x, weight, bias)
+
+
+def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    """dx = dy W for dy (M, N), weight (N, K); dx (M, K) in dy.dtype."""
+    return dy @ weight
+
+
+def slice_grad(
+    dy: Tensor,
+    x: Tensor,
+    index: Index | None,
+    dim: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient of a slice of the weight (S2FT section 3.3).
+
+    dim="in":  dyᵀ x[:, index], (N, R); with index=None, x is the compact slice (M, R).
+    dim="out": dy[:, index]ᵀ x, (R, K); with index=None, dy is the compact slice (M, R).
+
+    Returns it in fp32 (fp64 for fp64 operands), or adds it into `out`, of that shape and of any
+    floating dtype, and returns `out`.
+    """
+    if index is not None:
+        dy, x = (dy, take(x, index)) if dim == "in" else (take(dy, index), x)
+    acc = _accumulator(dy)
+    dy, x = dy.to(acc), x.to(acc)
+    if out is None:
+        return dy.t() @ x
+    if out.dtype == acc:
+        return out.addmm_(dy.t(), x)
+    return out.copy_(torch.addmm(out.to(acc), dy.t(), x))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """h = silu(gate) * up, elementwise on (M, K)."""
+    return F.silu(gate) * up
+
+
+def swiglu_bwd(
+    dh: Tensor, gate: Tensor, up: Tensor, index: Index | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Backward of `swiglu`, which also rebuilds the slice of h that a trained down_proj needs.
+
+    With s = sigmoid(gate): dgate = dh * up * s * (1 + gate * (1 - s)), dup = dh * gate * s.
+    Returns dgate (M, K), dup (M, K) and h[:, index] as a compact (M, R), or None for index=None.
+    """
+    acc = _accumulator(gate)
+    g, u, d = gate.to(acc), up.to(acc), dh.to(acc)
+    s = torch.sigmoid(g)
+    silu = g * s
+    dgate = (d * u * (s + silu * (1 - s))).to(gate.dtype)
+    dup = (d * silu).to(up.dtype)
+    if index is None:
+        return dgate, dup, None
+    h_slice = (take(silu, index) * take(u, index)).to(gate.dtype)
+    return dgate, dup, h_slice
+
+
+def slice_write(
+    weights: Sequence[Tensor],
+    base_slices: Sequence[Tensor],
+    deltas: Sequence[Tensor | None],
+    indices: Sequence[Index],
+    dims: Sequence[str],
+) -> None:
+    """Overwrite the slice of every weight with base_slice + delta, in place.
+
+    The sum is rounded once, to the weight's dtype; a delta of None restores the base slice bit for
+    bit. Neither autograd nor the weight's version counter sees the write: a weight saved for
+    backward stays usable, and it is the caller who guarantees that it then holds the same values.
+    """
+    for weight, base_slice, delta, index, dim in zip(
+        weights, base_slices, deltas, indices, dims, strict=True
+    ):
+        if delta is None:
+            value = base_slice
+        else:
+            acc = torch.promote_types(
+                torch.promote_types(base_slice.dtype, delta.dtype), torch.float32
+            )
+            value = (base_slice.to(acc) + delta.detach().to(acc)).to(weight.dtype)
+        axis = 1 if dim == "in" else 0
+        if isinstance(index, slice):
+            weight.data.narrow(axis, index.start, index.stop - index.start).copy_(value)
+        else:
+            weight.data.index_copy_(axis, index.long(), value)
+
+
+def slice_linear_(y: Tensor, x: Tensor, delta: Tensor, index: Index | None, dim: str) -> Tensor:
+    """Add the part of a linear layer's output that comes from the slice (additive mode), in place.
+
+    dim="in":  y += x[:, index] deltaᵀ; with index=None, x is the compact slice (M, R).
+    dim="out": y[:, index] += x deltaᵀ.
+
+    y (M, N), x (M, K); delta is cast to x.dtype, x never is. Returns y.
+    """
+    delta = delta.to(x.dtype)
+    if dim == "in":
+        return y.addmm_(x if index is None else take(x, index), delta.t())
+    assert index is not None
+    return _add_at(y, x, delta.t(), index)
+
+
+def slice_linear_dx_(dx: Tensor, dy: Tensor, delta: Tensor, index: Index, dim: str) -> Tensor:
+    """Add the part of dx that comes from the slice (additive mode), in place.
+
+    dim="in":  dx[:, index] += dy delta.
+    dim="out": dx += dy[:, index] delta.
+
+    dx (M, K), dy (M, N); delta is cast to dy.dtype. Returns dx.
+    """
+    delta = delta.to(dy.dtype)
+    if dim == "out":
+        return dx.addmm_(take(dy, index), delta)
+    return _add_at(dx, dy, delta, index)
+
+
+def take(x: Tensor, index: Index) -> Tensor:
+    """x[:, index] as a compact copy (M, R): a view would keep the whole of x alive."""
+    if isinstance(index, slice):
+        return x[:, index].clone(memory_format=torch.contiguous_format)
+    return x.index_select(1, index)
+
+
+def _add_at(out: Tensor, a: Tensor, b: Tensor, index: Index) -> Tensor:
+    """out[:, index] += a @ b, in place."""
+    if isinstance(index, slice):
+        out[:, index].addmm_(a, b)
+        return out
+    return out.index_add_(1, index, a @ b)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
