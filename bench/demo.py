@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from bench import corpus, memory, methods, report, timing
 from bench.methods import FLOOR, S2FT, Budget, Method
 from bench.training import Run, finetune, pretrain
+from plots import draw_file
 
 
 @dataclass(frozen=True)
@@ -161,14 +162,16 @@ def main(argv: list[str] | None = None) -> int:
     path = args.results / report.device_name(device) / "demo.json"
     report.write_json(path, [pretraining, *entries.values()], device)
     print(f"\nwrote {path}")
-    for figure in report.draw(path, args.figures):
+    for figure in draw_file(path, args.figures):
         print(f"drew {figure}")
     print(f"{time.perf_counter() - began:.0f} s in all")
     return 0 if exact and intact else 1
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo", description=__doc__.splitlines()[0]
+    )
     parser.add_argument(
         "--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU"
     )
@@ -187,7 +190,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--toy", action="store_true", help="a job of seconds: to see that it runs, not what it says"
     )
     parser.add_argument(
-        "--results", type=Path, default=report.RESULTS, help="folder of the JSON; default %(default)s"
+        "--results",
+        type=Path,
+        default=report.RESULTS,
+        help="folder of the JSON; default %(default)s",
     )
     parser.add_argument(
         "--figures", type=Path, default=report.FIGURES, help="of the figures; default %(default)s"

@@ -1,6 +1,5 @@
 """The methods side by side: each takes a copy of one checkpoint and trains its part of it."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 

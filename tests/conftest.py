@@ -16,6 +16,11 @@ from hypothesis import settings
 settings.register_profile("s2kernels", deadline=None, derandomize=True)
 settings.load_profile("s2kernels")
 
+# The interpreter's tl.dot is wrong in bf16 (triton#11584): that dtype needs a GPU.
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
@@ -40,7 +45,12 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def dtypes(device) -> list[torch.dtype]:
-    """The dtypes of the kernels here. The interpreter's tl.dot is wrong in bf16 (triton#11584)."""
-    half = [torch.float16, torch.bfloat16] if device.type == "cuda" else [torch.float16]
-    return [torch.float32, *half]
+def dtypes() -> list[torch.dtype]:
+    """The dtypes of the kernels here."""
+    return DTYPES
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    """Each of `dtypes` in turn."""
+    return request.param

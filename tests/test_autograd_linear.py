@@ -23,7 +23,9 @@ INDICES = {
 class Layer:
     """Random operands of one layer, N = out_features, K = in_features."""
 
-    def __init__(self, dim, mode, index, tokens=(3, 5), dtype=torch.float64, device="cpu", n=7, k=7):
+    def __init__(
+        self, dim, mode, index, tokens=(3, 5), dtype=torch.float64, device="cpu", n=7, k=7
+    ):
         generator = torch.Generator().manual_seed(1)
 
         def randn(*shape):
@@ -109,9 +111,7 @@ def test_s2_linear_takes_strided_inputs(dim, mode):
     layer.dy = layer.dy.transpose(0, 1).contiguous().transpose(0, 1)
     y = layer()
     y.backward(layer.dy)
-    for got, want in zip(
-        (y, layer.x.grad, layer.delta.grad, layer.bias.grad), exact, strict=True
-    ):
+    for got, want in zip((y, layer.x.grad, layer.delta.grad, layer.bias.grad), exact, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 

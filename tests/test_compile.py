@@ -27,7 +27,7 @@ def reports(request):
     selected = [
         item.callspec.params["job"]
         for item in request.session.items
-        if item.path == request.path and "job" in item.callspec.params
+        if item.path == request.path and "job" in getattr(item, "fixturenames", ())
     ]
     futures = {job: pool.submit(compiler.launch_reports, *job) for job in selected}
     futures["uncovered"] = pool.submit(compiler.uncovered_kernels)

@@ -45,7 +45,7 @@ def permutations(model, seed: int) -> dict[str, tuple[Structure, Permutation, to
 @torch.no_grad()
 def test_apply_leaves_the_model_as_it_was(model_type):
     model = tiny_model(model_type)
-    tokens = token_ids(model)
+    tokens = token_ids()
     logits = model(tokens).logits
     before = {name: value.clone() for name, value in model.state_dict().items()}
     storage = {name: value.data_ptr() for name, value in model.state_dict().items()}
@@ -90,7 +90,7 @@ def test_apply_leaves_the_model_as_it_was(model_type):
 def test_an_illegal_move_would_be_seen(model_type):
     """The bound of 1e-10 above means something: one exchange across KV groups breaks the model."""
     model = tiny_model(model_type)
-    tokens = token_ids(model)
+    tokens = token_ids()
     logits = model(tokens).logits
     structure = structures(model)["model.layers.1.self_attn"]
     heads = torch.arange(structure.num_heads)
@@ -117,7 +117,7 @@ def test_apply_inverse_restores_every_bit_in_low_precision(dtype):
 def test_apply_is_seen_by_autograd():
     model = tiny_model("mistral")
     structure, permutation, _ = permutations(model, seed=0)["model.layers.1.mlp"]
-    loss = model(token_ids(model)).logits.sum()
+    loss = model(token_ids()).logits.sum()
     apply_(model, structure, permutation)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -60,10 +60,10 @@ def tiny_model(
     return model.eval()
 
 
-def token_ids(model: PreTrainedModel, batch: int = 2, length: int = 9, seed: int = 1) -> Tensor:
+def token_ids(batch: int = 2, length: int = 9, seed: int = 1) -> Tensor:
     """Random tokens (batch, length), int64, longer than the sliding window of the tiny Mistral."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+    return torch.randint(_COMMON["vocab_size"], (batch, length), generator=generator)
 
 
 def _randomize(model: nn.Module, generator: torch.Generator) -> None:

@@ -56,7 +56,7 @@ class BaseWeights:
         self.detach()
         self.layers = list(layers)
         self.structures = structures
-        self._inspect()
+        self.inspect()
         self._plan()
         self._hooks += [
             self.model.register_state_dict_pre_hook(self._on_state_dict),
@@ -88,7 +88,7 @@ class BaseWeights:
         """
         if self.engaged:
             return
-        self._inspect()
+        self.inspect()
         permutations = self._plan()
         try:
             for name, permutation in permutations.items():
@@ -146,7 +146,7 @@ class BaseWeights:
         owners = self._num_owners.get(id(weight), 1)
         return f"the weight is shared by {owners} modules" if owners > 1 else None
 
-    def _inspect(self) -> None:
+    def inspect(self) -> None:
         """Look for what forbids writing into weights. FSDP2 comes after the adapter was made, and
         shows a plain weight in the middle of a forward, so the model is looked at before each.
         """
@@ -184,9 +184,9 @@ class BaseWeights:
         return permutations
 
     def _undo_permutations(self) -> None:
-        for name, permutation in self.permutations.items():
-            apply_(self.model, self.structures[name], permutation.inverse())
-        self.permutations = {}
+        for name in list(self.permutations):
+            apply_(self.model, self.structures[name], self.permutations[name].inverse())
+            del self.permutations[name]
 
     def _locate(self) -> None:
         for layer in self.layers:

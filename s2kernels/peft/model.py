@@ -42,6 +42,7 @@ class S2FTModel(BaseTuner):
         existing = [module for module in model.modules() if isinstance(module, S2FTLinear)]
         self.base_weights = existing[0].base_weights if existing else BaseWeights(model)
         self.base_weights.release()
+        self.base_weights.inspect()
         self.base_weights.structures = found
 
         children = [(module, dict(module._modules)) for module in model.modules()]

@@ -1,0 +1,126 @@
+"""Figures of `python -m bench.demo`: step time, memory, losses."""
+
+from pathlib import Path
+
+from plots import style
+
+FLOOR = "frozen floor"
+
+# colour, hatch, marker, dashes of each method
+LOOK = {
+    "full": (style.GREY, "//", "s", "-"),
+    "lora": (style.ORANGE, "\\\\", "^", "-"),
+    "s2ft inplace": (style.BLUE, "", "o", "-"),
+    "s2ft additive": (style.GREEN, "..", "x", (0, (4, 3))),
+    FLOOR: ("#FFFFFF", "", "", ":"),
+}
+# colour, hatch of each part of the memory, from the left
+PARTS = {
+    "weights": ("#FFFFFF", ""),
+    "saved": (style.BLUE, ""),
+    "gradients": (style.ORANGE, "////"),
+    "optimizer": (style.GREY, "xxxx"),
+}
+PART_LABELS = {
+    "weights": "weights",
+    "saved": "saved activations",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+}
+
+
+def draw(document: dict, folder: Path) -> list[Path]:
+    """Draws all figures of one results file into `folder`; returns their paths."""
+    benchmarks = {entry["name"]: entry for entry in document["benchmarks"]}
+    methods = {name: benchmarks[name] for name in LOOK}
+    caption = _caption(document, benchmarks)
+    return [
+        step_time(methods, folder / "demo-step-time.svg", caption),
+        memory(methods, folder / "demo-memory.svg", caption),
+        losses(methods, folder / "demo-losses.svg", caption),
+    ]
+
+
+def step_time(methods: dict, path: Path, caption: str) -> Path:
+    """Bars: step time over the frozen floor's in the same round, median and quartiles."""
+    fig, [[axes]] = style.figure(6.4, 2.5)
+    ratios = {name: entry["extra_info"]["ratio_to_floor"] for name, entry in methods.items()}
+    right = max(ratio["q3"] for ratio in ratios.values())
+    for place, (name, ratio) in enumerate(ratios.items()):
+        color, hatch, *_ = LOOK[name]
+        median, spread = ratio["median"], [[ratio["median"] - ratio["q1"]], [0.0]]
+        spread[1][0] = ratio["q3"] - median
+        axes.barh(place, median, 0.68, color=color, hatch=hatch, edgecolor="black", linewidth=0.7)
+        if name != FLOOR:
+            axes.errorbar(median, place, xerr=spread, color="black", capsize=2.5, linewidth=0.9)
+        milliseconds = methods[name]["stats"]["median"] * 1e3
+        label = f"{median:.3f}  ({milliseconds:.3g} ms)"
+        axes.text(right * 1.02, place, label, va="center", fontsize=8)
+    axes.axvline(1.0, color="black", linewidth=0.9, linestyle=":")
+    axes.set(yticks=range(len(ratios)), yticklabels=list(ratios), xlim=(0, right * 1.26))
+    axes.set_xlabel("step time / frozen floor, of the same round (median and quartiles)")
+    axes.grid(visible=False, axis="y")
+    axes.invert_yaxis()
+    return style.save(fig, path, caption)
+
+
+def memory(methods: dict, path: Path, caption: str) -> Path:
+    """Stacked bars: MiB of weights, saved activations, gradients and optimizer state."""
+    fig, [[axes]] = style.figure(6.4, 2.9)
+    left = dict.fromkeys(methods, 0.0)
+    for part, (color, hatch) in PARTS.items():
+        sizes = [entry["extra_info"]["bytes"][part] / 2**20 for entry in methods.values()]
+        look = {"color": color, "hatch": hatch, "edgecolor": "black", "linewidth": 0.7}
+        axes.barh(
+            range(len(methods)), sizes, 0.68, list(left.values()), label=PART_LABELS[part], **look
+        )
+        left = {name: left[name] + size for name, size in zip(left, sizes, strict=True)}
+    right = max(left.values())
+    for place, total in enumerate(left.values()):
+        axes.text(total + right * 0.015, place, f"{total:.1f}", va="center", fontsize=8)
+    axes.set(yticks=range(len(methods)), yticklabels=list(methods), xlim=(0, right * 1.1))
+    axes.set_xlabel("memory of a step, MiB (counted in whole storages)")
+    axes.grid(visible=False, axis="y")
+    axes.invert_yaxis()
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.0), handlelength=1.4)
+    return style.save(fig, path, caption)
+
+
+def losses(methods: dict, path: Path, caption: str) -> Path:
+    """Curves: training loss (running mean) and held-out loss over the steps."""
+    fig, [[left, right]] = style.figure(7.2, 3.1, columns=2)
+    trained = {name: entry["extra_info"] for name, entry in methods.items() if name != FLOOR}
+    for name, extra in trained.items():
+        color, _, marker, dashes = LOOK[name]
+        color = "#777777" if name == "full" else color
+        width = max(1, len(extra["losses"]) // 12)
+        smooth = running_mean(extra["losses"], width)
+        left.plot(range(width, width + len(smooth)), smooth, color=color, linestyle=dashes)
+        held_out = extra["held_out"]
+        right.plot(
+            *(held_out["steps"], held_out["losses"]),
+            color=color,
+            linestyle=dashes,
+            marker=marker,
+            markersize=5,
+            label=f"{name}, {extra['trained_parameters']:,} trained",
+        )
+    left.set(xlabel="step", ylabel="training loss, nats per byte")
+    left.set_title(f"training, mean of {width} steps")
+    right.set(xlabel="step", ylabel="held-out loss, nats per byte", title="held out")
+    right.legend(fontsize=7)
+    return style.save(fig, path, caption)
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """Mean of every `width` consecutive values."""
+    return [sum(values[start : start + width]) / width for start in range(len(values) - width + 1)]
+
+
+def _caption(document: dict, benchmarks: dict) -> str:
+    params = benchmarks[FLOOR]["params"]
+    parameters = benchmarks["pre-training"]["extra_info"]["parameters"]
+    return (
+        f"Llama of {parameters / 1e6:.2f} M parameters, {params['dtype']}, "
+        f"{params['tokens']} tokens a step. {style.machine(document)}"
+    )

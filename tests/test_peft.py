@@ -1,0 +1,665 @@
+"""The PEFT host: every mode and layout trains the same, and the base is never lost."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from safetensors.torch import load_file
+from tiny_models import MODEL_TYPES, tiny_model, token_ids
+from torch import nn
+
+from bench.memory import kept_by
+from s2kernels.coupling import channels_of_heads
+from s2kernels.peft import S2FTConfig, S2FTLinear
+from s2kernels.select import random_units
+
+MODES = ("inplace", "additive")
+LAYOUTS = ("permute", "block", "gather")
+COMBINATIONS = [(mode, layout) for mode in MODES for layout in LAYOUTS]
+EVERY_COMBINATION = pytest.mark.parametrize(("mode", "layout"), COMBINATIONS)
+WIDE = dict(intermediate_size=192)  # three blocks of 64 channels
+
+
+def config(**fields):
+    return S2FTConfig(**dict(heads=2, channels=64, seed=3) | fields)
+
+
+def base_state(model):
+    """Copies of the base model's weights, under the names they have without an adapter."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): value.clone()
+        for name, value in model.state_dict().items()
+        if "s2ft_" not in name
+    }
+
+
+def raw_weights(model):
+    """Copies of what the base parameters hold at this moment; no hook is asked."""
+    return [p.detach().clone() for n, p in model.named_parameters() if "s2ft_" not in n]
+
+
+def deltas(model):
+    return {n: p for n, p in model.named_parameters() if "s2ft_delta" in n}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def train(model, steps=20, ids=None):
+    """AdamW at a rate that moves the model far; returns the losses."""
+    ids = token_ids(batch=3) if ids is None else ids
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def randomized(model, scale=0.3):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for delta in deltas(model).values():
+            delta.copy_(torch.randn(delta.shape, generator=generator, dtype=delta.dtype) * scale)
+    return model
+
+
+def with_indices(model, indices):
+    """Gives the adapter these channels, as loading one does."""
+    state = {name.replace("s2ft_delta", "s2ft_index"): index for name, index in indices.items()}
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def indices(model):
+    return {
+        name: model.get_buffer(name.replace("s2ft_delta", "s2ft_index")).clone()
+        for name in deltas(model)
+    }
+
+
+@pytest.mark.parametrize("targets", (None, "all-linear"), ids=("o+down", "all-linear"))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_mode_and_layout_follows_the_same_trajectory(model_type, targets):
+    """From the channels that layout="block" draws, which every layout can train."""
+    chosen = None
+    reference = None
+    for mode, layout in [("additive", "block"), *COMBINATIONS]:
+        model = tiny_model(model_type, **WIDE)
+        model = get_peft_model(
+            model, config(mode=mode, layout=layout, target_modules=targets)
+        ).train()
+        chosen = chosen or indices(model)
+        with_indices(model, chosen)
+        losses = train(model)
+        result = torch.tensor(losses), [d.detach().clone() for d in deltas(model).values()]
+        if reference is None:
+            reference = result
+            assert losses[-1] < 0.8 * losses[0]
+        difference = max(
+            (got - want).abs().max().item()
+            for got, want in zip(
+                [result[0], *result[1]], [reference[0], *reference[1]], strict=True
+            )
+        )
+        assert difference <= 1e-10, (mode, layout)
+
+
+@EVERY_COMBINATION
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_gradients_are_those_of_dense_autograd_on_the_slices(model_type, mode, layout):
+    ids = token_ids()
+    fields = dict(mode=mode, layout=layout, target_modules="all-linear")
+    model = randomized(get_peft_model(tiny_model(model_type, **WIDE), config(**fields)))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+    dense = tiny_model(model_type, **WIDE).requires_grad_(True)
+    slices = {}
+    for name, delta in deltas(model).items():
+        module = name.removeprefix("base_model.model.").removesuffix(".s2ft_delta.default")
+        index = model.get_buffer(name.replace("s2ft_delta", "s2ft_index")).long()
+        dim = int(model.get_buffer(name.replace("s2ft_delta", "s2ft_dim")))
+        weight = dense.get_submodule(module).weight
+        where = (slice(None), index) if dim == 1 else (index,)
+        with torch.no_grad():
+            weight[where] += delta
+        slices[name] = (weight, where)
+    dense(input_ids=ids, labels=ids).loss.backward()
+    assert len(slices) == 14
+    for name, (weight, where) in slices.items():
+        got, want = deltas(model)[name].grad, weight.grad[where]
+        assert want.abs().max() > 1e-8
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_the_default_trains_the_drawn_heads_and_channels_of_o_and_down():
+    model = tiny_model("llama", **WIDE)
+    model = get_peft_model(model, config(layout="gather"))
+    for block in range(2):
+        layer = model.base_model.model.model.layers[block]
+        heads = random_units(3, f"model.layers.{block}.self_attn", 8, 2)
+        channels = random_units(3, f"model.layers.{block}.mlp", 192, 64)
+        o_proj, down_proj = layer.self_attn.o_proj, layer.mlp.down_proj
+        assert torch.equal(o_proj.s2ft_index["default"], channels_of_heads(heads, 4))
+        assert torch.equal(down_proj.s2ft_index["default"], channels)
+        assert o_proj.s2ft_delta["default"].shape == (32, 8)
+        assert down_proj.s2ft_delta["default"].shape == (32, 64)
+        assert not isinstance(layer.mlp.up_proj, S2FTLinear)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert model.get_nb_trainable_parameters()[0] == trainable == 2 * (32 * 8 + 32 * 64)
+
+
+@EVERY_COMBINATION
+def test_an_adapter_travels_in_the_original_basis(mode, layout, tmp_path):
+    ids = token_ids()
+    fields = dict(mode=mode, layout=layout)
+    model = randomized(get_peft_model(tiny_model("llama", **WIDE), config(**fields)))
+    want = model(ids).logits.detach()
+    chosen = indices(model)
+    model.save_pretrained(tmp_path)
+
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 3 * len(chosen)
+    for name, index in chosen.items():
+        prefix = name.removesuffix("s2ft_delta.default")
+        assert torch.equal(saved[prefix + "s2ft_index"], index)
+        assert torch.equal(saved[prefix + "s2ft_delta"], deltas(model)[name])
+        assert saved[prefix + "s2ft_dim"] == torch.tensor(1, dtype=torch.int32)
+
+    for other_mode, other_layout in COMBINATIONS:
+        loaded_config = PeftConfig.from_pretrained(tmp_path)
+        loaded_config.mode, loaded_config.layout = other_mode, other_layout
+        base = tiny_model("llama", **WIDE)
+        loaded = PeftModel.from_pretrained(base, tmp_path, config=loaded_config)
+        difference = (loaded(ids).logits - want).abs().max()
+        assert difference <= 1e-12, (other_mode, other_layout)
+        merged = loaded.merge_and_unload()
+        assert not any(isinstance(module, S2FTLinear) for module in merged.modules())
+        assert (merged(ids).logits - want).abs().max() <= 1e-12
+
+
+@EVERY_COMBINATION
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_base_comes_back_bit_for_bit(dtype, mode, layout):
+    ids = token_ids()
+    model = tiny_model("llama", dtype, **WIDE)
+    original, logits = base_state(model), model(ids).logits
+    model = get_peft_model(model, config(mode=mode, layout=layout)).train()
+    assert {delta.dtype for delta in deltas(model).values()} == {torch.float32}
+    train(model, steps=3)
+
+    with model.disable_adapter():
+        assert (model(ids).logits - logits).abs().max() <= 8 * torch.finfo(dtype).eps * 4
+        assert_same(base_state(model), original)
+    trained = model(ids).logits
+    assert not torch.equal(trained, logits)
+    assert_same(base_state(model), original)
+    assert torch.equal(model(ids).logits, trained)
+
+    model.merge_adapter()
+    assert not torch.equal(
+        base_state(model)["model.layers.0.mlp.down_proj.weight"],
+        original["model.layers.0.mlp.down_proj.weight"],
+    )
+    model.unmerge_adapter()
+    assert_same(base_state(model), original)
+    assert torch.equal(model(ids).logits, trained)
+
+    base = model.unload()
+    assert_same(base_state(base), original)
+    assert torch.equal(base(ids).logits, logits)
+    assert not base._forward_pre_hooks and not base._forward_hooks
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_exception_in_a_forward_restores_the_base(layout):
+    ids = token_ids()
+    model = tiny_model("llama", torch.float32, **WIDE)
+    original = base_state(model)
+    model = randomized(get_peft_model(model, config(mode="inplace", layout=layout)))
+    want = model(ids).logits
+
+    def fail(module, args):
+        raise KeyError("in the middle")
+
+    layer = model.base_model.model.model.layers[1]
+    for target in (layer.self_attn, layer.mlp.down_proj):
+        hook = target.register_forward_pre_hook(fail)
+        with pytest.raises(KeyError, match="in the middle"):
+            model(ids)
+        hook.remove()
+        slices = [m.written for m in model.modules() if isinstance(m, S2FTLinear)]
+        assert slices == [None] * 4
+        if layout != "permute":  # the raw weights are then in the original basis, too
+            assert all(
+                torch.equal(got, value)
+                for got, value in zip(raw_weights(model), original.values(), strict=True)
+            )
+        assert_same(base_state(model), original)
+        assert torch.equal(model(ids).logits, want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_disabled_pass_between_forward_and_backward_changes_no_gradient(mode, layout):
+    """As DPO does: policy forward, reference forward with the adapter off, backward."""
+    ids = token_ids()
+    fields = dict(mode=mode, layout=layout, target_modules="all-linear")
+    model = randomized(get_peft_model(tiny_model("llama", **WIDE), config(**fields)))
+    reference = tiny_model("llama", **WIDE)(ids).logits
+
+    model(input_ids=ids, labels=ids).loss.backward()
+    want = {name: delta.grad.clone() for name, delta in deltas(model).items()}
+
+    def disturb_and_leave():
+        with model.disable_adapter(), torch.no_grad():
+            assert (model(ids).logits - reference).abs().max() <= 1e-12
+
+    def take_the_slices_out():
+        for module in model.modules():
+            if isinstance(module, S2FTLinear):
+                module.restore()
+
+    for disturb in (disturb_and_leave, take_the_slices_out):
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        disturb()
+        loss.backward()
+        for name, delta in deltas(model).items():
+            torch.testing.assert_close(delta.grad, want[name], rtol=0, atol=1e-14)
+
+    # a backward while the adapter is off; what is off stays off
+    loss = model(input_ids=ids, labels=ids).loss
+    grads = {}
+    with model.disable_adapter():
+        tensors = list(deltas(model).values())
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        grads = torch.autograd.grad(loss, tensors)
+        assert (model(ids).logits - reference).abs().max() <= 1e-12
+    for grad, name in zip(grads, want, strict=True):
+        torch.testing.assert_close(grad, want[name], rtol=0, atol=1e-14)
+
+
+def test_a_state_dict_between_forward_and_backward_is_an_error_or_harmless():
+    """Un-permuting moves the version of a weight that autograd has saved: no wrong gradient."""
+    ids = token_ids()
+    model = randomized(get_peft_model(tiny_model("llama", **WIDE), config(layout="permute")))
+    loss = model(input_ids=ids, labels=ids).loss
+    model.state_dict()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+    model = randomized(get_peft_model(tiny_model("llama", **WIDE), config(layout="gather")))
+    model(input_ids=ids, labels=ids).loss.backward()
+    want = {name: delta.grad.clone() for name, delta in deltas(model).items()}
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    model.state_dict()
+    loss.backward()
+    for name, delta in deltas(model).items():
+        assert torch.equal(delta.grad, want[name])
+
+
+@pytest.mark.parametrize("use_reentrant", (True, False))
+@EVERY_COMBINATION
+def test_gradient_checkpointing_trains_the_same(mode, layout, use_reentrant):
+    ids = token_ids()
+    grads = []
+    for checkpointing in (False, True):
+        model = randomized(
+            get_peft_model(tiny_model("llama", **WIDE), config(mode=mode, layout=layout))
+        ).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append([delta.grad for delta in deltas(model).values()])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+
+
+@EVERY_COMBINATION
+def test_saved_activations_are_those_of_the_floor_plus_the_slices(mode, layout):
+    ids = token_ids(batch=4, length=16)
+
+    def saved(model):
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        kept = kept_by(lambda: model(input_ids=ids, labels=ids).loss, model)
+        assert kept.unseen == 0
+        return kept.saved
+
+    floor = saved(tiny_model("llama", torch.float32, **WIDE).requires_grad_(False).train())
+    model = tiny_model("llama", torch.float32, **WIDE)
+    model = get_peft_model(model, config(mode=mode, layout=layout)).train()
+    model(ids)  # the base slices exist from the first forward on
+    num_trained = sum(index.numel() for index in indices(model).values())
+    assert saved(model) - floor == 4 * 16 * num_trained * 4
+
+
+@pytest.mark.parametrize("mode", ("auto", "additive"))
+def test_several_adapters(mode, tmp_path):
+    ids = token_ids()
+    model = tiny_model("llama", **WIDE)
+    original, logits = base_state(model), model(ids).logits
+    model = randomized(get_peft_model(model, config(mode=mode)))
+    first = model(ids).logits
+    model.add_adapter("second", config(mode=mode, heads=3, channels=20, seed=9))
+    assert torch.equal(model(ids).logits, first)
+
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for name, delta in deltas(model).items():
+            if name.endswith("second"):
+                delta.copy_(torch.randn(delta.shape, generator=generator, dtype=delta.dtype))
+    model.set_adapter("second")
+    second = model(ids).logits
+    model.set_adapter("default")
+    assert torch.equal(model(ids).logits, first)
+    model.base_model.set_adapter(["default", "second"])
+    both = model(ids).logits
+
+    # both at once is the sum of the deltas: merge them one after the other
+    model.merge_adapter(adapter_names=["default", "second"])
+    assert (model(ids).logits - both).abs().max() < 1e-12
+    assert (second - both).abs().max() > 1e-3
+    model.unmerge_adapter()
+    assert_same(base_state(model), original)
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        tiny_model("llama", **WIDE), tmp_path / "second", adapter_name="second"
+    )
+    assert (loaded(ids).logits - second).abs().max() < 1e-12
+
+    model.delete_adapter("default")
+    assert (model(ids).logits - second).abs().max() < 1e-12
+    with model.disable_adapter():
+        assert (model(ids).logits - logits).abs().max() < 1e-12
+    assert_same(base_state(model.unload()), original)
+
+
+def test_inplace_wants_exactly_one_active_adapter():
+    model = get_peft_model(tiny_model("llama", **WIDE), config(mode="inplace"))
+    model.add_adapter("second", config(seed=9))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="exactly one active adapter"):
+        model(token_ids())
+
+
+@EVERY_COMBINATION
+def test_a_deep_copy_trains_apart(mode, layout):
+    ids = token_ids()
+    model = get_peft_model(tiny_model("llama", **WIDE), config(mode=mode, layout=layout)).train()
+    train(model, steps=2)
+    before = model(ids).logits.detach()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(ids).logits, before)
+    losses = train(twin, steps=5)
+    assert losses[-1] < losses[0]
+    assert not torch.equal(twin(ids).logits, before)
+    assert torch.equal(model(ids).logits, before)
+    assert_same(base_state(twin), base_state(model))
+
+
+@EVERY_COMBINATION
+def test_a_change_of_dtype_keeps_the_slices_in_place(mode, layout):
+    ids = token_ids()
+    model = tiny_model("llama", torch.float32, **WIDE)
+    original = {name: value.double() for name, value in base_state(model).items()}
+    model = randomized(get_peft_model(model, config(mode=mode, layout=layout)))
+    want = model(ids).logits
+    model.double()
+    assert (model(ids).logits - want).abs().max() < 1e-4
+    assert_same(base_state(model), original)
+
+
+def test_inference_mode_first_then_training():
+    model = get_peft_model(tiny_model("llama", **WIDE), config())
+    with torch.inference_mode():
+        model(token_ids())
+    losses = train(model.train(), steps=5)
+    assert losses[-1] < losses[0]
+
+
+@EVERY_COMBINATION
+def test_a_part_of_the_model_can_be_called_alone(mode, layout):
+    """Its slices are those of now, not of the last forward of the whole."""
+    ids = token_ids()
+    model = get_peft_model(tiny_model("llama", **WIDE), config(mode=mode, layout=layout))
+    model(ids)
+    randomized(model)
+    inner = model.base_model.model.model
+    hidden = inner(ids).last_hidden_state
+    want = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(hidden, want, rtol=0, atol=1e-12)
+
+
+def test_generate_and_the_ways_to_load(tmp_path):
+    ids = token_ids()
+    base_dir, adapter_dir = tmp_path / "base", tmp_path / "adapter"
+    base = tiny_model("llama", torch.float32, **WIDE)
+    base.save_pretrained(base_dir)
+    base = type(base).from_pretrained(base_dir)
+    model = randomized(get_peft_model(base, config(task_type="CAUSAL_LM")))
+    want = model(ids).logits
+    tokens = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    model.save_pretrained(adapter_dir)
+    assert json.loads((adapter_dir / "adapter_config.json").read_text())["peft_type"] == "S2FT"
+
+    loaded = AutoPeftModelForCausalLM.from_pretrained(adapter_dir)
+    assert torch.equal(loaded(ids).logits, want)
+    assert torch.equal(loaded.generate(input_ids=ids, max_new_tokens=6, do_sample=False), tokens)
+    cheap = PeftModel.from_pretrained(
+        type(base).from_pretrained(base_dir), adapter_dir, low_cpu_mem_usage=True
+    )
+    assert torch.equal(cheap(ids).logits, want)
+    plain = type(base).from_pretrained(base_dir)
+    plain.load_adapter(adapter_dir)
+    assert torch.equal(plain(ids).logits, want)
+    resumed = PeftModel.from_pretrained(
+        type(base).from_pretrained(base_dir), adapter_dir, is_trainable=True
+    )
+    assert train(resumed.train(), steps=4)[-1] < train(resumed, steps=1)[0] + 1
+
+
+def test_injection_without_a_peft_model():
+    ids = token_ids()
+    model = tiny_model("llama", **WIDE)
+    original, logits = base_state(model), model(ids).logits
+    model = inject_adapter_in_model(config(), model)
+    assert (model(ids).logits - logits).abs().max() < 1e-12
+    randomized(model)
+    assert (model(ids).logits - logits).abs().max() > 1e-3
+    assert_same(base_state(model), original)
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(layers_to_transform=[1]), dict(exclude_modules=["o_proj"])]
+)
+def test_peft_fields_choose_the_targets(fields):
+    model = get_peft_model(tiny_model("llama", **WIDE), config(**fields))
+    names = {name for name in deltas(model)}
+    if "layers_to_transform" in fields:
+        assert len(names) == 2 and all("layers.1." in name for name in names)
+    else:
+        assert len(names) == 2 and all("down_proj" in name for name in names)
+
+
+def test_modules_to_save_are_trained_and_saved(tmp_path):
+    ids = token_ids()
+    model = get_peft_model(tiny_model("llama", **WIDE), config(modules_to_save=["lm_head"])).train()
+    train(model, steps=2)
+    want = model(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama", **WIDE), tmp_path)
+    assert (loaded(ids).logits - want).abs().max() < 1e-12
+
+
+def test_compile():
+    ids = token_ids()
+    for mode, layout, fullgraph in (("additive", "gather", True), ("inplace", "permute", False)):
+        torch._dynamo.reset()
+        fields = dict(mode=mode, layout=layout)
+        model = randomized(get_peft_model(tiny_model("llama", **WIDE), config(**fields)))
+        model(input_ids=ids, labels=ids).loss.backward()
+        want = [delta.grad.clone() for delta in deltas(model).values()]
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+            compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        for delta, grad in zip(deltas(model).values(), want, strict=True):
+            torch.testing.assert_close(delta.grad, grad, rtol=0, atol=1e-12)
+
+
+def test_auto_is_additive_where_a_weight_is_shared():
+    model = tiny_model("llama", torch.float32, **WIDE)
+    layers = model.model.layers
+    layers[1].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+    original = base_state(model)
+    model = randomized(get_peft_model(model, config()))
+    model(token_ids())
+    assert not any("mlp" in name for name in model.base_model.base_weights.permutations)
+    with pytest.raises(ValueError, match="the weight is shared by 2 modules"):
+        get_peft_model(model.unload(), config(mode="inplace", layout="gather"))
+    assert_same(base_state(model.base_model.model), original)
+
+
+def test_data_parallel_is_refused():
+    model = get_peft_model(tiny_model("llama", **WIDE), config())
+    inner = model.base_model.model
+    replica = inner._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(token_ids())
+
+
+def _refusals():
+    return {
+        "more heads than there are": (dict(heads=9), ValueError, "heads: 9 wanted of 8"),
+        "no channels": (dict(channels=0), ValueError, "channels: 0 wanted"),
+        "a share above 1": (dict(channels=1.5), ValueError, "channels: 1.5 wanted"),
+        "a share of nothing": (dict(heads=0.0), ValueError, "heads: 0.0 wanted"),
+        "a bool": (dict(heads=True), TypeError, "heads: a count"),
+        "a target that is not linear": (
+            dict(target_modules=["o_proj", "mlp"]),
+            TypeError,
+            "must name linear layers",
+        ),
+        "a target outside the table": (
+            dict(target_modules=["o_proj", "lm_head"]),
+            ValueError,
+            "lm_head is not in the coupling table",
+        ),
+        "no target": (dict(target_modules=["c_attn"]), ValueError, "not found in the base model"),
+        "heads in three KV groups": (
+            dict(heads=3, seed=1, layout="permute"),
+            ValueError,
+            "more than two partly selected KV groups",
+        ),
+        "blocks that do not fit": (dict(channels=200, layout="block"), ValueError, "channels"),
+    }
+
+
+@pytest.mark.parametrize("case", _refusals())
+def test_a_failed_conversion_leaves_the_model_as_it_was(case):
+    fields, error, message = _refusals()[case]
+    model = tiny_model("llama", **WIDE)
+    model.lm_head.requires_grad_(False)
+    modules = {name: id(module) for name, module in model.named_modules()}
+    flags = {name: value.requires_grad for name, value in model.named_parameters()}
+    original, logits = base_state(model), model(token_ids()).logits
+    with pytest.raises(error, match=message):
+        get_peft_model(model, config(**fields))
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == flags
+    assert_same(base_state(model), original)
+    assert torch.equal(model(token_ids()).logits, logits)
+    assert not model._forward_pre_hooks and not model._state_dict_pre_hooks
+
+
+def test_a_failed_second_adapter_leaves_the_first_one_working():
+    ids = token_ids()
+    model = randomized(get_peft_model(tiny_model("llama", **WIDE), config()))
+    want = model(ids).logits
+    keys = set(model.state_dict())
+    with pytest.raises(ValueError, match="heads: 9 wanted"):
+        model.add_adapter("second", config(heads=9))
+    assert set(model.peft_config) == {"default"}
+    assert set(model.state_dict()) == keys
+    assert torch.equal(model(ids).logits, want)
+    assert train(model.train(), steps=3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(mode="fast"), "mode must be one of"),
+        (dict(layout="dense"), "layout must be one of"),
+        (dict(target_modules=".*o_proj", layers_to_transform=[0]), "layers_to_transform does not"),
+        (dict(layers_pattern="layers"), "layers_pattern needs"),
+    ],
+)
+def test_config_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        S2FTConfig(**fields)
+
+
+class Unknown(nn.Module):
+    """A model of a type that the coupling table lacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = type("Config", (), {"model_type": "unheard_of"})()
+        self.up = nn.Linear(12, 24)
+        self.down = nn.Linear(24, 12)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+def test_an_unknown_model_type_is_refused_except_for_gather():
+    model = Unknown()
+    for layout in ("auto", "permute", "block"):
+        with pytest.raises(ValueError, match="'unheard_of' is not in the coupling table"):
+            get_peft_model(model, config(target_modules=["down"], layout=layout))
+    assert type(model.down) is nn.Linear
+    x = torch.randn(5, 12)
+    want = model(x)
+    model = get_peft_model(model, config(target_modules=["down"], layout="gather", channels=5))
+    assert torch.equal(model(x), want)
+    model(x).square().sum().backward()
+    (delta,) = deltas(model).values()
+    assert delta.shape == (12, 5) and delta.grad.abs().sum() > 0
+
+
+def test_an_adapter_that_does_not_fit_is_refused_on_loading(tmp_path):
+    model = get_peft_model(tiny_model("llama", **WIDE), config())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    name = next(name for name in state if "s2ft_index" in name)
+    for change, message in (
+        (lambda index: index + 500, "must lie in"),
+        (lambda index: index * 0, "repeat"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.load_state_dict(state | {name: change(state[name])})
+    name = next(name for name in state if "s2ft_dim" in name)
+    with pytest.raises(ValueError, match="s2ft_dim of adapter 'default' must be 1"):
+        model.load_state_dict(state | {name: state[name] * 0})
+    model.load_state_dict(state)

@@ -1,0 +1,118 @@
+"""The gradient of a slice in Triton against plain torch."""
+
+import importlib
+
+import pytest
+import torch
+from layouts import LAYOUTS, contiguous, make_index, transposed
+from numerics import assert_as_accurate
+
+from s2kernels import kernels, reference
+
+# Not the attribute of the package: that is the launcher of the same name.
+module = importlib.import_module("s2kernels.kernels.slice_grad")
+
+# (M, N, K, R): aligned, with as many channels as a narrow and a wide tile; odd in every dimension
+# and past one tile; one of everything; no tokens.
+SHAPES = [(64, 128, 128, 32), (64, 128, 256, 128), (45, 137, 131, 67), (1, 1, 1, 1), (0, 9, 7, 3)]
+
+
+@pytest.fixture(params=["in", "out"])
+def dim(request):
+    return request.param
+
+
+@pytest.fixture(params=["run", "any", "compact"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Make any few tokens worth a program of their own; returns the splits that were launched."""
+    launched = []
+    choose = module._split
+
+    def spy(*args):
+        launched.append(choose(*args)[0])
+        return choose(*args)
+
+    monkeypatch.setattr(module, "MIN_TOKENS_PER_SPLIT", 16)
+    monkeypatch.setattr(module, "_split", spy)
+    return launched
+
+
+def _operands(shape, dim, kind, dtype, device, layout=contiguous):
+    """dy, x, index, for which `kind` of index."""
+    M, N, K, R = shape
+    index = None
+    if kind == "compact":
+        N, K = (N, R) if dim == "in" else (R, K)
+    else:
+        index = make_index(kind, K if dim == "in" else N, R, device)
+    dy = layout(torch.randn(M, N, device=device).to(dtype))
+    x = layout(torch.randn(M, K, device=device).to(dtype))
+    return dy, x, index
+
+
+def _check(dy, x, index, dim, out=None):
+    exact = reference.slice_grad(
+        dy.double(), x.double(), index, dim, None if out is None else out.double()
+    )
+    eager = reference.slice_grad(dy, x, index, dim, None if out is None else out.clone())
+    actual = kernels.slice_grad(dy, x, index, dim, out)
+    assert out is None or actual is out
+    assert_as_accurate(actual, exact, eager)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slice_grad(shape, dim, kind, dtype, device):
+    _check(*_operands(shape, dim, kind, dtype, device), dim)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, dim, kind, dtype, device):
+    _check(*_operands((37, 45, 51, 9), dim, kind, dtype, device, layout), dim)
+
+
+@pytest.mark.parametrize("num_tokens", [100, 300])
+def test_split_over_tokens(split, num_tokens, dim, kind, dtype, device):
+    _check(*_operands((num_tokens, 45, 51, 9), dim, kind, dtype, device), dim)
+    assert split[0] > 1
+
+
+@pytest.mark.parametrize("layout", [contiguous, transposed])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("num_tokens", [0, 30, 200])
+def test_adds_into_out(split, num_tokens, out_dtype, layout, dim, dtype, device):
+    dy, x, index = _operands((num_tokens, 35, 33, 9), dim, "any", dtype, device)
+    shape = (35, 9) if dim == "in" else (9, 33)
+    _check(dy, x, index, dim, layout(torch.randn(shape, device=device).to(out_dtype)))
+    assert (split[0] > 1) == (num_tokens == 200)
+
+
+def test_adds_into_part_of_a_buffer(split, dim, device):
+    """Gradients may be views of one buffer: what lies between them stays."""
+    dy, x, index = _operands((100, 12, 12, 4), dim, "any", torch.float32, device)
+    buffer = torch.zeros(16, 16, device=device)
+    where = (slice(2, 14), slice(5, 9)) if dim == "in" else (slice(5, 9), slice(2, 14))
+    kernels.slice_grad(dy, x, index, dim, buffer[where])
+    assert buffer[where].all()
+    buffer[where] = 0
+    assert not buffer.any()
+
+
+def test_bit_equal_when_run_twice(split, dim, dtype, device):
+    dy, x, index = _operands((300, 45, 51, 9), dim, "any", dtype, device)
+    first = kernels.slice_grad(dy, x, index, dim)
+    assert split[0] > 1
+    assert all(kernels.slice_grad(dy, x, index, dim).equal(first) for _ in range(2))
+
+
+@pytest.mark.parametrize("tiles", [1, 7, 64, 132, 5000])
+@pytest.mark.parametrize("num_tokens", [0, 1, 255, 512, 5000, 8192])
+def test_split_covers_the_tokens_once(num_tokens, tiles):
+    splits, tokens = module._split(num_tokens, tiles, block=64, programs=132)
+    assert tokens % 64 == 0
+    assert splits * tokens >= num_tokens > (splits - 1) * tokens or num_tokens == 0
+    assert splits == 1 or (splits * tiles <= 132 and tokens >= module.MIN_TOKENS_PER_SPLIT)
