@@ -50,7 +50,7 @@ def check_index(name: str, index: Index, size: int) -> int:
     index: int32 tensor (R,), or slice(start, stop) with step 1.
 
     Raises TypeError for any other type or dtype; ValueError where index is empty, not
-    one-dimensional, holds a position twice, or one outside [0, size).
+    one-dimensional, not contiguous, holds a position twice, or one outside [0, size).
     """
     if isinstance(index, slice):
         start, stop = index.start, index.stop
@@ -65,6 +65,8 @@ def check_index(name: str, index: Index, size: int) -> int:
         raise TypeError(f"{name} must be of dtype torch.int32, got {index.dtype}")
     if index.dim() != 1 or index.numel() == 0:
         raise ValueError(f"{name} must be non-empty and of one dimension, got {tuple(index.shape)}")
+    if not index.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got stride {index.stride(0)}")
     if torch.compiler.is_compiling() or index.is_meta:
         return index.numel()
     if _checked.get(index) != (index._version, size):

@@ -2,6 +2,7 @@
 
 from types import ModuleType, SimpleNamespace
 
+import torch
 from torch import Tensor
 
 from s2kernels import reference
@@ -12,7 +13,8 @@ def select(x: Tensor, impl: str | None = None) -> ModuleType | SimpleNamespace:
 
     impl=None: on CUDA the Triton kernels, but cuBLAS (through torch) for the two dense GEMMs, where
     it is the faster one until a measurement says otherwise; plain torch on every other device, and
-    for fp64, which the kernels do not have.
+    for fp64, which the kernels do not have. Under torch.compile slice_write is torch's, too: that
+    of the kernels needs addresses, which a traced graph does not have.
     impl="triton" or "torch": all ops from that one, whatever the device. It never falls back.
 
     Raises ValueError for any other impl.
@@ -32,7 +34,7 @@ def select(x: Tensor, impl: str | None = None) -> ModuleType | SimpleNamespace:
         slice_grad=kernels.slice_grad,
         swiglu=kernels.swiglu,
         swiglu_bwd=kernels.swiglu_bwd,
-        slice_write=kernels.slice_write,
+        slice_write=(reference if torch.compiler.is_compiling() else kernels).slice_write,
         slice_linear_=kernels.slice_linear_,
         slice_linear_dx_=kernels.slice_linear_dx_,
     )

@@ -6,10 +6,10 @@ A slice of it is named by `dim` and `index`:
     dim="in"   trained input channels  = columns of the weight, delta (N, R)
     dim="out"  trained output channels = rows of the weight,    delta (R, K)
 
-`index` holds the R trained positions on that dimension, without repeats: an int32 tensor, or a
-`slice(start, start + R)` where they form one run, which is what co-permutation arranges for.
-Where an op says `index=None`, the operand that would be gathered is already the compact (M, R)
-slice. Accumulation is in fp32, or fp64 for fp64 operands. `s2kernels.kernels` holds the same
+`index` holds the R trained positions on that dimension, without repeats: a contiguous int32
+tensor, or a `slice(start, start + R)` where they form one run, which is what co-permutation
+arranges for. Where an op says `index=None`, the operand that would be gathered is already the
+compact (M, R) slice. Accumulation is in fp32, or fp64 for fp64 operands. `s2kernels.kernels` holds the same
 names and signatures in Triton; shapes are checked by the public functions of s2kernels.autograd.
 """
 

@@ -12,6 +12,10 @@ def every_other_row(x: Tensor) -> Tensor:
     return _view_of_nan(x, (2 * x.shape[0], x.shape[1]), (slice(None, None, 2), slice(None)))
 
 
+def every_other_column(x: Tensor) -> Tensor:
+    return _view_of_nan(x, (x.shape[0], 2 * x.shape[1]), (slice(None), slice(None, None, 2)))
+
+
 def some_columns(x: Tensor) -> Tensor:
     """Columns of a wider tensor, starting where no alignment is left."""
     columns = slice(3, 3 + x.shape[1])
@@ -22,7 +26,7 @@ def transposed(x: Tensor) -> Tensor:
     return x.t().contiguous().t()
 
 
-LAYOUTS = [contiguous, every_other_row, some_columns, transposed]
+LAYOUTS = [contiguous, every_other_row, every_other_column, some_columns, transposed]
 
 
 def _view_of_nan(x: Tensor, shape: tuple[int, int], where: tuple[slice, slice]) -> Tensor:

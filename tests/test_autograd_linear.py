@@ -297,6 +297,11 @@ def _refused():
         "index out of range": (dict(index=index + 3), ValueError, "index must lie in"),
         "index negative": (dict(index=index - 3), ValueError, "index must lie in"),
         "index repeated": (dict(index=index.new_tensor([1, 1, 2])), ValueError, "repeat"),
+        "index strided": (
+            dict(index=index.repeat_interleave(2)[::2]),
+            ValueError,
+            "index must be contiguous",
+        ),
         "index empty": (dict(index=index[:0]), ValueError, "non-empty"),
         "index int64": (dict(index=index.long()), TypeError, "torch.int32"),
         "index list": (dict(index=[1, 2, 3]), TypeError, "int32 tensor or a slice"),

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 HALF = (torch.bfloat16, torch.float16)
+# fp16 shares its launch parameters with bf16 and differs by one word of the instructions: one chip.
 MODEL_JOBS = [
     (case, "7b", dtype, target)
     for case in compiler.CASES
-    for dtype in (*HALF, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
     for target in compiler.TARGETS
+    if dtype != torch.float16 or target == "sm_90"
 ]
 RAGGED_JOBS = [(case, "ragged", torch.bfloat16, "sm_90") for case in compiler.CASES]
 

@@ -1,0 +1,125 @@
+"""Every op at the shapes of one linear layer: torch beside Triton, which needs a GPU to be timed.
+
+Each case states in extra_info the bytes and the FLOPs that the op cannot do without.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from s2kernels import backend
+
+
+@dataclass(frozen=True)
+class Shape:
+    """M tokens, K in_features, N out_features, R trained channels."""
+
+    name: str
+    m: int
+    k: int
+    n: int
+    r: int
+
+    def __str__(self) -> str:
+        return f"{self.name} M={self.m}"
+
+
+CPU_SHAPES = (Shape("small", 256, 704, 256, 16),)
+CUDA_SHAPES = tuple(
+    Shape(f"llama2-7b {layer}", m, k, 4096, 256)
+    for layer, k in (("o_proj", 4096), ("down_proj", 11008))
+    for m in (512, 2048, 4096, 8192)
+)
+CUDA = torch.cuda.is_available()
+
+
+class Operands:
+    """Random operands in the dtype of the device: bf16 on a GPU, fp32 elsewhere; deltas in fp32."""
+
+    def __init__(self, shape: Shape, device: torch.device):
+        self.shape, self.device = shape, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        torch.manual_seed(0)
+        self.index = torch.randperm(shape.k)[: shape.r].sort().values.to(device, torch.int32)
+
+    def randn(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*sizes, device=self.device, dtype=dtype or self.dtype)
+
+
+def linear(ops, o, s):
+    x, weight = o.randn(s.m, s.k), o.randn(s.n, s.k)
+    size = (s.m * s.k + s.n * s.k + s.m * s.n) * o.dtype.itemsize
+    return lambda: ops.linear(x, weight), size, 2 * s.m * s.n * s.k
+
+
+def linear_dx(ops, o, s):
+    dy, weight = o.randn(s.m, s.n), o.randn(s.n, s.k)
+    size = (s.m * s.k + s.n * s.k + s.m * s.n) * o.dtype.itemsize
+    return lambda: ops.linear_dx(dy, weight), size, 2 * s.m * s.n * s.k
+
+
+def slice_grad(ops, o, s):
+    dy, x = o.randn(s.m, s.n), o.randn(s.m, s.r)
+    size = s.m * (s.n + s.r) * o.dtype.itemsize + 4 * s.n * s.r
+    return lambda: ops.slice_grad(dy, x, None, "in"), size, 2 * s.m * s.n * s.r
+
+
+def swiglu(ops, o, s):
+    gate, up = o.randn(s.m, s.k), o.randn(s.m, s.k)
+    return lambda: ops.swiglu(gate, up), 3 * s.m * s.k * o.dtype.itemsize, 5 * s.m * s.k
+
+
+def swiglu_bwd(ops, o, s):
+    dh, gate, up = o.randn(s.m, s.k), o.randn(s.m, s.k), o.randn(s.m, s.k)
+    size = s.m * (5 * s.k + s.r) * o.dtype.itemsize
+    return lambda: ops.swiglu_bwd(dh, gate, up, o.index), size, 12 * s.m * s.k
+
+
+def slice_write(ops, o, s):
+    """32 layers by one call, as a forward of a model does it."""
+    weights = [o.randn(s.n, s.k) for _ in range(32)]
+    bases = [weight[:, o.index].clone() for weight in weights]
+    deltas = [o.randn(s.n, s.r, dtype=torch.float32) for _ in range(32)]
+    arguments = weights, bases, deltas, [o.index] * 32, ["in"] * 32
+    size = 32 * s.n * s.r * (2 * o.dtype.itemsize + 4)
+    return lambda: ops.slice_write(*arguments), size, 32 * s.n * s.r
+
+
+def slice_linear_(ops, o, s):
+    x, y, delta = o.randn(s.m, s.k), o.randn(s.m, s.n), o.randn(s.n, s.r, dtype=torch.float32)
+    size = s.m * (s.r + 2 * s.n) * o.dtype.itemsize + 4 * s.n * s.r
+    return lambda: ops.slice_linear_(y, x, delta, o.index, "in"), size, 2 * s.m * s.n * s.r
+
+
+def slice_linear_dx_(ops, o, s):
+    dy, dx, delta = o.randn(s.m, s.n), o.randn(s.m, s.k), o.randn(s.n, s.r, dtype=torch.float32)
+    size = s.m * (s.n + 2 * s.r) * o.dtype.itemsize + 4 * s.n * s.r
+    return lambda: ops.slice_linear_dx_(dx, dy, delta, o.index, "in"), size, 2 * s.m * s.n * s.r
+
+
+OPS = (
+    linear,
+    linear_dx,
+    slice_grad,
+    swiglu,
+    swiglu_bwd,
+    slice_write,
+    slice_linear_,
+    slice_linear_dx_,
+)
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton") if CUDA else ("torch",))
+@pytest.mark.parametrize(
+    "shape", CUDA_SHAPES if CUDA else CPU_SHAPES, ids=lambda s: f"{s.name} {s.m}"
+)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def bench_op(benchmark, op, shape, impl, device):
+    operands = Operands(shape, device)
+    ops = backend.select(operands.randn(1), impl)
+    run, size, flops = op(ops, operands, shape)
+    benchmark.group = f"{op.__name__} {shape}"
+    benchmark.extra_info.update(bytes=size, flops=flops, dtype=str(operands.dtype))
+    benchmark.pedantic(run, rounds=20, iterations=10, warmup_rounds=3)
