@@ -46,6 +46,6 @@ def random_batch(tokens: Tensor, batch: int, length: int, generator: torch.Gener
 
 
 def even_windows(tokens: Tensor, count: int, length: int) -> Tensor:
-    """`count` windows evenly spread over `tokens`, the same on every call: int64 (count, length)."""
+    """`count` windows evenly spread over `tokens`, always the same: int64 (count, length)."""
     starts = torch.linspace(0, len(tokens) - length, count).long().unsqueeze(1)
     return tokens[starts + torch.arange(length)].long()

@@ -17,7 +17,8 @@ import copy
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,100 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from bench import corpus, memory, methods, report, timing
-from bench.methods import FLOOR, S2FT, Budget, Method
+from bench.jobs import CPU, CUDA, METHODS, TOLERANCE, TOY, Job
+from bench.methods import FLOOR, S2FT
 from bench.training import Run, finetune, pretrain
 from plots import draw_file
-
-
-@dataclass(frozen=True)
-class Job:
-    """Sizes of the model and of the work; a step is batch * length tokens."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    length: int
-    batch: int
-    budget: Budget
-    dtype: torch.dtype  # of the checkpoint that is fine-tuned
-    pretrain_seconds: float
-    pretrain_lr: float
-    steps: int  # of fine-tuning, each method
-    untimed: int  # of these, the first ones that are left out of the times
-    depth_rounds: int  # rounds of S2FT without dx below its first layer
-    evaluations: int  # of the held-out loss while fine-tuning
-    held_out_batches: int
-
-    @property
-    def tokens(self) -> int:
-        """M of a step."""
-        return self.batch * self.length
-
-
-CPU = Job(
-    hidden=256,
-    intermediate=704,
-    layers=4,
-    heads=16,
-    kv_heads=4,
-    length=128,
-    batch=8,
-    budget=Budget(heads=1, channels=16, rank=16, seed=0),
-    dtype=torch.float32,
-    pretrain_seconds=60.0,
-    pretrain_lr=4e-3,
-    steps=120,
-    untimed=4,
-    depth_rounds=10,
-    evaluations=4,
-    held_out_batches=16,
-)
-# Large enough for the kernels, rather than their launches, to take the time.
-CUDA = replace(
-    CPU,
-    hidden=1024,
-    intermediate=2816,
-    layers=8,
-    length=512,
-    batch=32,
-    budget=Budget(heads=1, channels=64, rank=16, seed=0),
-    dtype=torch.bfloat16,
-    pretrain_lr=1e-3,
-    steps=200,
-)
-TOY = replace(
-    CPU,
-    hidden=32,
-    intermediate=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    length=16,
-    batch=4,
-    budget=Budget(heads=1, channels=4, rank=2, seed=0),
-    pretrain_seconds=0.5,
-    steps=8,
-    untimed=2,
-    depth_rounds=4,
-    evaluations=2,
-    held_out_batches=2,
-)
-
-# Peak learning rates: of 1, 2 and 5 times the powers of ten, those with the lowest held-out loss
-# after the steps of the CPU job.
-METHODS = (
-    Method("full", 1e-3, methods.full),
-    Method("lora", 5e-3, methods.lora),
-    Method("s2ft inplace", 1e-2, methods.s2ft("inplace")),
-    Method("s2ft additive", 1e-2, methods.s2ft("additive")),
-    Method(FLOOR, None, methods.frozen),
-)
-
-# How far a logit of the adapter, loaded or merged, may lie from that of the model that trained it,
-# as a share of the largest logit: the same sums are rounded in another order.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     job, device = choose_job(args), torch.device(args.device)
     began = time.perf_counter()
     transformers_logging.set_verbosity_error()
+    # PEFT reads a property of the model that transformers is about to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     code = corpus.as_tokens(corpus.source_code())
     english, held_out = corpus.split(corpus.as_tokens(corpus.reference_text()), held_out=0.1)
@@ -153,8 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         name: entry(job, run, seconds, curves[name], count_bytes(run, probes[0]))
         for name, run in runs.items()
     }
-    print_table(job, base, pretraining, entries)
-    print_times(seconds)
+    print_entries(job, pretraining, entries)
     exact = check_saved(job, runs, entries)
     measure_as_run(job, runs, entries, probes[0], device)
     intact = check_adapters(job, runs, entries, base, probes[0], args.adapter)
@@ -196,7 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder of the JSON; default %(default)s",
     )
     parser.add_argument(
-        "--figures", type=Path, default=report.FIGURES, help="of the figures; default %(default)s"
+        "--figures", type=Path, default=report.FIGURES, help="default plots/figures"
     )
     parser.add_argument("--adapter", type=Path, help="keep the S2FT adapters in this folder")
     args = parser.parse_args(argv)
@@ -204,6 +116,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.steps is not None and args.steps < 10:
         parser.error(f"--steps must be at least 10, got {args.steps}")
+    if args.pretrain_seconds is not None and not args.pretrain_seconds > 0:
+        parser.error(f"--pretrain-seconds must be above 0, got {args.pretrain_seconds}")
     return args
 
 
@@ -235,7 +149,7 @@ def make_base(job: Job, code: Tensor, device: torch.device) -> tuple[LlamaForCau
         code,
         seconds=job.pretrain_seconds,
         lr=job.pretrain_lr,
-        batch=job.batch,
+        batch=job.pretrain_batch,
         length=job.length,
         autocast=job.dtype,
         seed=job.budget.seed,
@@ -296,46 +210,22 @@ def count_bytes(run: Run, batch: Tensor) -> dict[str, int]:
     }
 
 
-def print_table(job: Job, base: nn.Module, pretraining: dict, entries: dict[str, dict]) -> None:
-    parameters, losses = base.num_parameters(), pretraining["extra_info"]["losses"]
+def print_entries(job: Job, pretraining: dict, entries: dict[str, dict]) -> None:
+    parameters = pretraining["extra_info"]["parameters"]
     print(
-        f"\nLlama of {parameters / 1e6:.2f} M parameters in {pretraining['params']['dtype']}, "
-        f"pre-trained for {len(losses)} steps; then {job.steps} steps of {job.tokens} tokens\n"
-    )
-    head = ["method", "lr", "trained", "step ms", "x floor", "quartiles", "weights", "gradients"]
-    rows = [head + ["optimizer", "saved", "held-out loss"]]
-    for name, measured in entries.items():
-        extra = measured["extra_info"]
-        ratio, held_out = extra["ratio_to_floor"], extra["held_out"]["losses"]
-        sizes = [extra["bytes"][part] for part in ("weights", "gradients", "optimizer", "saved")]
-        rows.append(
-            [
-                name,
-                "-" if extra["lr"] is None else f"{extra['lr']:g}",
-                f"{extra['trained_parameters']:,}",
-                f"{measured['stats']['median'] * 1e3:.1f}",
-                f"{ratio['median']:.3f}",
-                f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
-                *(f"{size / 2**20:.2f}" for size in sizes),
-                f"{held_out[0]:.3f} -> {held_out[-1]:.3f}",
-            ]
-        )
-    print(report.table(rows))
-    print(
-        f"\nstep ms, x floor: medians of {job.steps - job.untimed} rounds; a ratio is of two steps "
-        "of one round, and the optimizer's part is in it\n"
+        f"\nLlama of {parameters / 1e6:.2f} M parameters in {pretraining['params']['dtype']}: "
+        f"{pretraining['stats']['rounds']} steps of pre-training, then {job.steps} steps of "
+        f"{job.tokens} tokens with each method\n\n{report.methods_table(entries)}\n\n"
+        f"step ms, x floor: medians of {job.steps - job.untimed} rounds; a ratio is of two steps "
+        "of one round; the optimizer's part is in it\n"
         "weights to saved: MiB; saved = activations kept for the backward, whole storages\n"
         "held-out loss: nats per byte; lr: AdamW's peak, 5 % warm-up, cosine to 0\n"
-        "every method computes dx down to the embedding, as the floor does"
+        "every method computes dx down to the embedding, as the floor does\n"
     )
-
-
-def print_times(seconds: dict[str, list[float]]) -> None:
-    ratios = [
-        f"{statistics.median(timing.paired_ratios(seconds['lora'], seconds[name])):.3f} ({name})"
-        for name in S2FT
-    ]
-    print(f"\nstep time of LoRA over S2FT: {', '.join(ratios)}")
+    seconds = {name: entry["stats"]["data"] for name, entry in entries.items()}
+    for name in S2FT:
+        ratio = statistics.median(timing.paired_ratios(seconds["lora"], seconds[name]))
+        print(f"step time of lora / {name}: {ratio:.3f}")
 
 
 def check_saved(job: Job, runs: dict[str, Run], entries: dict[str, dict]) -> bool:

@@ -58,12 +58,15 @@ def states(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 def kept_by(forward: Callable[[], Tensor], model: nn.Module) -> Kept:
     """Runs `forward`, which returns a loss, and counts what waits for its backward.
 
-    What `model` holds anyway (parameters, buffers, other tensors of its modules) is not counted.
+    What `model` held before (parameters, buffers, other tensors of its modules) is not counted.
     """
+    held_before = list(model_tensors(model))  # kept alive, so that their identities stay theirs
+    held = storages(held_before)
     handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Handle:
-        handle = _Handle(tensor)
+        # Detached: an output that its own node saves would hold that node, and itself, for ever.
+        handle = _Handle(tensor.detach())
         handles.add(handle)
         return handle
 
@@ -72,7 +75,6 @@ def kept_by(forward: Callable[[], Tensor], model: nn.Module) -> Kept:
 
     # Only what the graph of the loss still holds: a handle dies with the last node that saved it.
     saved = storages(handle.tensor for handle in handles)
-    held = storages(model_tensors(model))
     ignored = held.keys() | storages([loss]).keys()
     return Kept(
         saved=sum(size for key, size in saved.items() if key not in held),

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -90,6 +90,29 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def methods_table(entries: Mapping[str, dict]) -> str:
+    """The demo's table, one line a method, from its entries in the JSON."""
+    head = ["method", "lr", "trained", "step ms", "x floor", "quartiles", "weights", "gradients"]
+    rows = [head + ["optimizer", "saved", "held-out loss"]]
+    for name, entry in entries.items():
+        extra = entry["extra_info"]
+        ratio, held_out = extra["ratio_to_floor"], extra["held_out"]["losses"]
+        sizes = [extra["bytes"][part] for part in ("weights", "gradients", "optimizer", "saved")]
+        rows.append(
+            [
+                name,
+                "-" if extra["lr"] is None else f"{extra['lr']:g}",
+                f"{extra['trained_parameters']:,}",
+                f"{entry['stats']['median'] * 1e3:.1f}",
+                f"{ratio['median']:.3f}",
+                f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
+                *(f"{size / 2**20:.2f}" for size in sizes),
+                f"{held_out[0]:.3f} -> {held_out[-1]:.3f}",
+            ]
+        )
+    return table(rows)
 
 
 def _cpu_name() -> str:

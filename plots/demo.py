@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+
 from plots import style
 
 FLOOR = "frozen floor"
@@ -43,13 +45,13 @@ def draw(document: dict, folder: Path) -> list[Path]:
 
 def step_time(methods: dict, path: Path, caption: str) -> Path:
     """Bars: step time over the frozen floor's in the same round, median and quartiles."""
-    fig, [[axes]] = style.figure(6.4, 2.5)
+    fig, axes = plt.subplots(figsize=(6.4, 2.5))
     ratios = {name: entry["extra_info"]["ratio_to_floor"] for name, entry in methods.items()}
     right = max(ratio["q3"] for ratio in ratios.values())
     for place, (name, ratio) in enumerate(ratios.items()):
         color, hatch, *_ = LOOK[name]
-        median, spread = ratio["median"], [[ratio["median"] - ratio["q1"]], [0.0]]
-        spread[1][0] = ratio["q3"] - median
+        median = ratio["median"]
+        spread = [[median - ratio["q1"]], [ratio["q3"] - median]]
         axes.barh(place, median, 0.68, color=color, hatch=hatch, edgecolor="black", linewidth=0.7)
         if name != FLOOR:
             axes.errorbar(median, place, xerr=spread, color="black", capsize=2.5, linewidth=0.9)
@@ -61,12 +63,13 @@ def step_time(methods: dict, path: Path, caption: str) -> Path:
     axes.set_xlabel("step time / frozen floor, of the same round (median and quartiles)")
     axes.grid(visible=False, axis="y")
     axes.invert_yaxis()
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
     return style.save(fig, path, caption)
 
 
 def memory(methods: dict, path: Path, caption: str) -> Path:
     """Stacked bars: MiB of weights, saved activations, gradients and optimizer state."""
-    fig, [[axes]] = style.figure(6.4, 2.9)
+    fig, axes = plt.subplots(figsize=(6.4, 2.8))
     left = dict.fromkeys(methods, 0.0)
     for part, (color, hatch) in PARTS.items():
         sizes = [entry["extra_info"]["bytes"][part] / 2**20 for entry in methods.values()]
@@ -82,13 +85,14 @@ def memory(methods: dict, path: Path, caption: str) -> Path:
     axes.set_xlabel("memory of a step, MiB (counted in whole storages)")
     axes.grid(visible=False, axis="y")
     axes.invert_yaxis()
-    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.0), handlelength=1.4)
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.42, 1.0), handlelength=1.4)
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
     return style.save(fig, path, caption)
 
 
 def losses(methods: dict, path: Path, caption: str) -> Path:
     """Curves: training loss (running mean) and held-out loss over the steps."""
-    fig, [[left, right]] = style.figure(7.2, 3.1, columns=2)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.5))
     trained = {name: entry["extra_info"] for name, entry in methods.items() if name != FLOOR}
     for name, extra in trained.items():
         color, _, marker, dashes = LOOK[name]
@@ -108,7 +112,8 @@ def losses(methods: dict, path: Path, caption: str) -> Path:
     left.set(xlabel="step", ylabel="training loss, nats per byte")
     left.set_title(f"training, mean of {width} steps")
     right.set(xlabel="step", ylabel="held-out loss, nats per byte", title="held out")
-    right.legend(fontsize=7)
+    fig.legend(loc="lower center", bbox_to_anchor=(0.5, 0.05), ncols=2)
+    fig.tight_layout(rect=(0, 0.19, 1, 1))
     return style.save(fig, path, caption)
 
 

@@ -13,36 +13,31 @@ from matplotlib.figure import Figure
 # apart in print.
 BLUE, ORANGE, GREEN, YELLOW, GREY = "#56B4E9", "#E69F00", "#009E73", "#F0E442", "#BBBBBB"
 
-RC = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#E0E0E0",
-    "grid.linewidth": 0.6,
-    "hatch.linewidth": 0.6,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    # Identifiers in the file come from this salt rather than from chance.
-    "svg.hashsalt": "s2kernels",
-    "svg.fonttype": "path",
-}
-
-
-def figure(width: float, height: float, columns: int = 1):
-    """Figure and axes, in inches, in the common look."""
-    with plt.rc_context(RC):
-        return plt.subplots(1, columns, figsize=(width, height), squeeze=False)
+plt.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "grid.color": "#E0E0E0",
+        "grid.linewidth": 0.6,
+        "hatch.linewidth": 0.6,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "lines.linewidth": 1.4,
+        # Identifiers in the file come from this salt rather than from chance.
+        "svg.hashsalt": "s2kernels",
+        "svg.fonttype": "path",
+    }
+)
 
 
 def save(fig: Figure, path: Path, caption: str) -> Path:
-    """Writes an svg without a date, the caption below the axes."""
-    with plt.rc_context(RC):
-        fig.tight_layout(rect=(0, 0.07, 1, 1))
-        fig.text(0.01, 0.015, caption, fontsize=6.5, color="#444444")
-        fig.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
+    """Writes an svg without a date, the caption at the bottom left; closes the figure."""
+    fig.text(0.01, 0.015, caption, fontsize=6.5, color="#444444")
+    fig.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
     plt.close(fig)
     return path
 

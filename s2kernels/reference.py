@@ -9,8 +9,11 @@ A slice of it is named by `dim` and `index`:
 `index` holds the R trained positions on that dimension, without repeats: a contiguous int32
 tensor, or a `slice(start, start + R)` where they form one run, which is what co-permutation
 arranges for. Where an op says `index=None`, the operand that would be gathered is already the
-compact (M, R) slice. Accumulation is in fp32, or fp64 for fp64 operands. `s2kernels.kernels` holds the same
-names and signatures in Triton; shapes are checked by the public functions of s2kernels.autograd.
+compact (M, R) slice. Activations and weights of one call share a dtype; deltas have their own, fp32
+by default. Accumulation is in fp32, or fp64 for fp64 operands.
+
+`s2kernels.kernels` holds the same names and signatures in Triton. Neither checks its arguments: the
+public functions of s2kernels.autograd do.
 """
 
 from collections.abc import Sequence

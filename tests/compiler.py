@@ -144,6 +144,7 @@ class LaunchReport:
     spills: int
     shared_bytes: int
     has_matrix_instruction: bool
+    has_register_wgmma: bool
 
 
 def start_worker() -> None:
@@ -238,6 +239,8 @@ def _report(compiled, chip: Target) -> LaunchReport:
         spills=spills,
         shared_bytes=compiled.metadata.shared,
         has_matrix_instruction=re.search(chip.matrix_instruction, assembly) is not None,
+        # One brace group holds the accumulator; a second one, the first operand in registers.
+        has_register_wgmma=re.search(r"wgmma\.mma_async[^;{]*\{[^;{]*\{", assembly) is not None,
     )
 
 

@@ -11,15 +11,11 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from hypothesis import settings
+from numerics import DTYPES
 
 # An interpreted kernel is slow without being wrong, and a red test should stay red when run again.
 settings.register_profile("s2kernels", deadline=None, derandomize=True)
 settings.load_profile("s2kernels")
-
-# The interpreter's tl.dot is wrong in bf16 (triton#11584): that dtype needs a GPU.
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from bench.memory import kept_by
 from numerics import assert_as_accurate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bench.memory import kept_by
 from s2kernels.autograd import s2_delta, s2_linear
 from s2kernels.reference import slice_write
 

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from bench.memory import kept_by
 from numerics import assert_as_accurate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bench.memory import kept_by
 from s2kernels.autograd import s2_mlp
 
 MODES = ("inplace", "additive")

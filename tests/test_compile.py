@@ -51,6 +51,9 @@ def _check(reports, job) -> list[compiler.LaunchReport]:
         # In fp32 input_precision is "ieee", which NVIDIA's tensor cores do not have.
         if launch.has_dot and dtype in HALF:
             assert launch.has_matrix_instruction, launch
+        # ptxas 12.9 lets registers be reused before an asynchronous wgmma has read its first
+        # operand from them (triton#11781): ours come from shared memory.
+        assert not launch.has_register_wgmma, launch
     return launches
 
 

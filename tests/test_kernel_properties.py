@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, make_index
-from numerics import assert_as_accurate
+from numerics import DTYPES, assert_as_accurate
 
 from s2kernels import kernels, reference
 

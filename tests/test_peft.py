@@ -18,6 +18,7 @@ from tiny_models import MODEL_TYPES, tiny_model, token_ids
 from torch import nn
 
 from bench.memory import kept_by
+from s2kernels import backend, kernels, reference
 from s2kernels.coupling import channels_of_heads
 from s2kernels.peft import S2FTConfig, S2FTLinear
 from s2kernels.select import random_units
@@ -428,6 +429,42 @@ def test_a_change_of_dtype_keeps_the_slices_in_place(mode, layout):
     model.double()
     assert (model(ids).logits - want).abs().max() < 1e-4
     assert_same(base_state(model), original)
+
+
+@EVERY_COMBINATION
+def test_the_device_trains_as_fp64_on_the_cpu_does(mode, layout, device):
+    """On a GPU this is the host on the compiled kernels."""
+    ids = token_ids(batch=3)
+    losses = []
+    for dtype, where in ((torch.float64, "cpu"), (torch.float32, device)):
+        model = tiny_model("llama", dtype, **WIDE).to(where)
+        model = get_peft_model(model, config(mode=mode, layout=layout)).train()
+        losses.append(torch.tensor(train(model, steps=8, ids=ids.to(where)), dtype=torch.float64))
+        assert all(
+            delta.device.type == torch.device(where).type for delta in deltas(model).values()
+        )
+    assert (losses[0] - losses[1]).abs().max() < 1e-4
+
+
+@EVERY_COMBINATION
+def test_the_host_runs_on_the_triton_kernels(mode, layout, device, monkeypatch):
+    """Every op of a step, dense GEMMs included, from `s2kernels.kernels`."""
+    ids = token_ids().to(device)
+    grads = []
+    for ops in (reference, kernels):
+        monkeypatch.setattr(backend, "select", lambda x, impl=None, ops=ops: ops)
+        model = tiny_model("llama", torch.float32, **WIDE).to(device)
+        fields = dict(mode=mode, layout=layout, target_modules="all-linear")
+        model = randomized(get_peft_model(model, config(**fields)))
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append([delta.grad for delta in deltas(model).values()])
+        with model.disable_adapter():
+            model(ids)
+        assert_same(
+            base_state(model), base_state(tiny_model("llama", torch.float32, **WIDE).to(device))
+        )
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 def test_inference_mode_first_then_training():

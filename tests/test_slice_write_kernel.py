@@ -133,10 +133,10 @@ def test_one_launch_for_each_combination_of_dtypes(device, launches):
 
 
 def test_sum_is_rounded_once(device):
-    """1 + 2⁻¹¹ + 2⁻²⁰ in fp16: rounding the delta first would lose the tie-break, and give 1."""
+    """1 + 2⁻¹¹ + 2⁻²² in fp16: a delta rounded first is 2⁻¹¹, a tie, and the sum then 1."""
     weight = torch.zeros(1, 1, dtype=torch.float16, device=device)
     base = torch.ones_like(weight)
-    delta = torch.full((1, 1), 2**-11 + 2**-20 * 0.25, device=device)
+    delta = torch.full((1, 1), 2**-11 + 2**-22, device=device)
     kernels.slice_write([weight], [base], [delta], [slice(0, 1)], ["in"])
     assert weight.item() == 1 + 2**-10
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2kernels.kernels.target import launch_parameters
+from s2kernels.kernels.target import launch_parameters, on_device
 from s2kernels.kernels.tiles import grouped_tile
 
 LAUNCH = {
@@ -78,7 +78,7 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     launch = launch_parameters(LAUNCH, a.dtype)
     c = torch.empty((M, C), dtype=a.dtype, device=a.device)
     grid = (triton.cdiv(M, launch["BLOCK_M"]) * triton.cdiv(C, launch["BLOCK_C"]),)
-    with torch.cuda.device_of(a):
+    with on_device(a):
         _linear_kernel[grid](
             a, b, bias, c,
             M, C, D,

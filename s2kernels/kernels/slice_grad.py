@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2kernels.kernels.target import launch_parameters, num_sms
+from s2kernels.kernels.target import launch_parameters, num_sms, on_device
 from s2kernels.kernels.tiles import fitted_block, grouped_tile
 
 # BLOCK_R is the largest one; fitted_block takes a smaller one for a smaller slice.
@@ -144,7 +144,7 @@ def slice_grad(
         target = torch.empty((num_splits, *shape), dtype=torch.float32, device=wide.device)
     stride_op, stride_or = target.stride()[-2:] if dim == "in" else target.stride()[:-3:-1]
 
-    with torch.cuda.device_of(wide):
+    with on_device(wide):
         _slice_grad_kernel[(tiles, num_splits)](
             wide, part, index, target,
             M, P, R, tokens_per_split,
@@ -172,5 +172,5 @@ def _split(num_tokens: int, tiles: int, block: int, programs: int) -> tuple[int,
     more tokens; none is empty.
     """
     splits = max(1, min(programs // max(tiles, 1), num_tokens // MIN_TOKENS_PER_SPLIT))
-    tokens = triton.cdiv(triton.cdiv(num_tokens, splits), block) * block
-    return max(1, triton.cdiv(num_tokens, tokens) if tokens else 1), max(tokens, block)
+    tokens = max(block, triton.cdiv(triton.cdiv(num_tokens, splits), block) * block)
+    return max(1, triton.cdiv(num_tokens, tokens)), tokens

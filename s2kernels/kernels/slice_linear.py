@@ -11,12 +11,11 @@ kernel, c[:, columns] += a[:, channels] b for b (D, C), serves them all: at most
 is an index, the other is everything. The sum is in fp32 and rounded once, to c's dtype.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2kernels.kernels.target import launch_parameters
+from s2kernels.kernels.target import launch_parameters, on_device
 from s2kernels.kernels.tiles import fitted_block, grouped_tile
 
 # BLOCK_C is the largest one; fitted_block takes a smaller one for fewer columns.
@@ -135,7 +134,7 @@ def _launch(
     launch = dict(launch_parameters(table, a.dtype))
     launch["BLOCK_C"] = fitted_block(C, launch["BLOCK_C"])
     grid = (triton.cdiv(M, launch["BLOCK_M"]) * triton.cdiv(C, launch["BLOCK_C"]),)
-    with torch.cuda.device_of(a):
+    with on_device(a):
         _slice_linear_kernel[grid](
             a, b, c, gather, scatter,
             M, C, D,

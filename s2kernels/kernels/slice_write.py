@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2kernels.kernels.target import launch_parameters
+from s2kernels.kernels.target import launch_parameters, on_device
 
 LAUNCH = {
     "half": dict(BLOCK_ROWS=32, BLOCK_COLS=64, num_warps=4),
@@ -134,11 +134,12 @@ def slice_write(
         groups.setdefault(group, []).append(_place(weight, base, delta, index, dim))
 
     for (device, *dtypes), places in groups.items():
+        # All three dtypes are asked about, so that one which the kernel does not take is refused.
         launch, *_ = [launch_parameters(LAUNCH, dtype) for dtype in dtypes]
         table, slice_of_tile, has_index, aligned = _table(
             tuple(places), launch["BLOCK_ROWS"], launch["BLOCK_COLS"], device
         )
-        with torch.cuda.device_of(table):
+        with on_device(table):
             _slice_write_kernel[(slice_of_tile.numel(),)](
                 table,
                 slice_of_tile,
@@ -186,8 +187,11 @@ def _table(
     tiles = [triton.cdiv(p.rows, block_rows) * triton.cdiv(p.cols, block_cols) for p in places]
     starts = [0, *accumulate(tiles)]
     rows = [p._replace(first_tile=start) for p, start in zip(places, starts, strict=False)]
-    table = torch.tensor(rows, dtype=torch.int64).to(device)
-    slice_of_tile = torch.repeat_interleave(torch.arange(len(places)), torch.tensor(tiles))
+    # Explicitly on the CPU first: a default device that is set may be another, or meta.
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    slice_of_tile = torch.arange(len(places), dtype=torch.int32, device="cpu").repeat_interleave(
+        torch.tensor(tiles, device="cpu")
+    )
     has_index = any(p.row_index or p.column_index for p in places)
     aligned = all(
         p.stride_wc == p.stride_bc == p.stride_dc == 1
@@ -197,4 +201,4 @@ def _table(
         )
         for p in places
     )
-    return table, slice_of_tile.to(torch.int32).to(device), has_index, aligned
+    return table.to(device), slice_of_tile.to(device), has_index, aligned

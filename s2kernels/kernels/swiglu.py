@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2kernels.kernels.target import launch_parameters
+from s2kernels.kernels.target import launch_parameters, on_device
 
 LAUNCH = {
     "half": dict(BLOCK=1024, num_warps=4),
@@ -96,7 +96,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     M, K = gate.shape
     launch = launch_parameters(LAUNCH, gate.dtype)
     h = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype))
-    with torch.cuda.device_of(gate):
+    with on_device(gate):
         _swiglu_kernel[(M * triton.cdiv(K, launch["BLOCK"]),)](
             gate, up, h,
             K,
@@ -122,7 +122,7 @@ def swiglu_bwd(
         R = index.shape[0]
     h_slice = None if R is None else gate.new_empty((M, R))
     tiles = triton.cdiv(K, launch["BLOCK"]) + triton.cdiv(R or 0, launch["BLOCK"])
-    with torch.cuda.device_of(gate):
+    with on_device(gate):
         _swiglu_bwd_kernel[(M * tiles,)](
             dh, gate, up, dgate, dup, h_slice, index,
             K, R or 0, run_start,

@@ -1,8 +1,10 @@
 """What the launchers ask about dtype and hardware. No other file of the kernels does."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 # Without a GPU the interpreter and the compiler see the launches of an H100.
 _NUM_SMS_WITHOUT_GPU = 132
@@ -25,3 +27,8 @@ def num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return _NUM_SMS_WITHOUT_GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Makes the device of x the current one, on which Triton launches; torch.compile traces it."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,103 @@
+"""What the demo does, by device: sizes, budgets and learning rates."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from bench import methods
+from bench.methods import FLOOR, Budget, Method
+
+
+@dataclass(frozen=True)
+class Job:
+    """Sizes of the model and of the work; a step is batch * length tokens."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    length: int
+    batch: int
+    pretrain_batch: int  # smaller: more steps in the same time
+    budget: Budget
+    dtype: torch.dtype  # of the checkpoint that is fine-tuned
+    pretrain_seconds: float
+    pretrain_lr: float
+    steps: int  # of fine-tuning, each method
+    untimed: int  # of these, the first ones that are left out of the times
+    depth_rounds: int  # rounds of S2FT without dx below its first layer
+    evaluations: int  # of the held-out loss while fine-tuning
+    held_out_batches: int
+
+    @property
+    def tokens(self) -> int:
+        """M of a step."""
+        return self.batch * self.length
+
+
+CPU = Job(
+    hidden=256,
+    intermediate=704,
+    layers=4,
+    heads=16,
+    kv_heads=4,
+    length=128,
+    batch=16,
+    pretrain_batch=8,
+    budget=Budget(heads=1, channels=16, rank=16, seed=0),
+    dtype=torch.float32,
+    pretrain_seconds=60.0,
+    pretrain_lr=4e-3,
+    steps=90,
+    untimed=4,
+    depth_rounds=15,
+    evaluations=4,
+    held_out_batches=8,
+)
+# Large enough for the kernels, rather than their launches, to take the time.
+CUDA = replace(
+    CPU,
+    hidden=1024,
+    intermediate=2816,
+    layers=8,
+    length=512,
+    batch=32,
+    pretrain_batch=32,
+    budget=Budget(heads=1, channels=64, rank=16, seed=0),
+    dtype=torch.bfloat16,
+    pretrain_lr=1e-3,
+    steps=200,
+)
+TOY = replace(
+    CPU,
+    hidden=32,
+    intermediate=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    length=16,
+    batch=4,
+    pretrain_batch=4,
+    budget=Budget(heads=1, channels=4, rank=2, seed=0),
+    pretrain_seconds=0.5,
+    steps=8,
+    untimed=2,
+    depth_rounds=4,
+    evaluations=2,
+    held_out_batches=2,
+)
+
+# Peak learning rates: of 1, 2 and 5 times the powers of ten, those with the lowest held-out loss
+# after the steps of the CPU job.
+METHODS = (
+    Method("full", 1e-3, methods.full),
+    Method("lora", 5e-3, methods.lora),
+    Method("s2ft inplace", 1e-2, methods.s2ft("inplace")),
+    Method("s2ft additive", 1e-2, methods.s2ft("additive")),
+    Method(FLOOR, None, methods.frozen),
+)
+
+# How far a logit of the adapter, loaded or merged, may lie from that of the model that trained it,
+# as a share of the largest logit: the same sums are rounded in another order.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
