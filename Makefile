@@ -12,7 +12,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make check   linter, formatter and type checker"
 	@echo "make bench   benchmarks of the ops, into bench/results/$(DEVICE)/ (DEVICE=name to change)"
-	@echo "make plots   every figure, from the committed results"
+	@echo "make plots   every figure and the tables of the README, from the committed results"
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo
@@ -30,7 +30,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-json=bench/results/$(DEVICE)/ops.json
 
 plots: $(VENV)/.installed
-	$(BIN)/python -m plots
+	$(BIN)/python -m plots --readme README.md
 
 # torch first, alone and pinned: a range would let what depends on it choose another build. Where
 # venv cannot bring pip (Debian without python3-venv), the pip of $(PYTHON) installs it.

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         for _ in range(job.steps)
     ]
 
-    runs = {method.name: Run(method, base, job.budget) for method in METHODS}
+    runs = {method.name: Run(method.with_lr(job.lr_scale), base, job.budget) for method in METHODS}
     rounds, curves = finetune(runs, batches, probes, job.evaluations, device)
     seconds = {name: [times[name] for times in rounds[job.untimed :]] for name in runs}
     entries = {
@@ -85,7 +85,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m bench.demo", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--device", default="auto", help="cpu or cuda; default: cuda where there is a GPU"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: cuda where there is a GPU",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of weights, batches and slices; default 0"
@@ -105,15 +108,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--results",
         type=Path,
         default=report.RESULTS,
-        help="folder of the JSON; default %(default)s",
+        help="folder of the JSON; default bench/results",
     )
     parser.add_argument(
-        "--figures", type=Path, default=report.FIGURES, help="default plots/figures"
+        "--figures", type=Path, default=report.FIGURES, help="folder; default plots/figures"
     )
     parser.add_argument("--adapter", type=Path, help="keep the S2FT adapters in this folder")
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     if args.steps is not None and args.steps < 10:
         parser.error(f"--steps must be at least 10, got {args.steps}")
     if args.pretrain_seconds is not None and not args.pretrain_seconds > 0:
@@ -187,7 +192,7 @@ def entry(
         {
             "lr": run.method.lr,
             "trained_parameters": sum(p.numel() for p in run.trained()),
-            "ratio_to_floor": timing.stats(timing.paired_ratios(seconds[name], seconds[FLOOR])),
+            "ratio_to_floor": timing.quartiles(timing.paired_ratios(seconds[name], seconds[FLOOR])),
             "bytes": sizes,
             "held_out": {"steps": list(held_out), "losses": list(held_out.values())},
             "losses": [float(loss) for loss in run.losses],

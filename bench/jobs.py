@@ -24,6 +24,7 @@ class Job:
     dtype: torch.dtype  # of the checkpoint that is fine-tuned
     pretrain_seconds: float
     pretrain_lr: float
+    lr_scale: float  # times the rates of METHODS
     steps: int  # of fine-tuning, each method
     untimed: int  # of these, the first ones that are left out of the times
     depth_rounds: int  # rounds of S2FT without dx below its first layer
@@ -49,6 +50,7 @@ CPU = Job(
     dtype=torch.float32,
     pretrain_seconds=60.0,
     pretrain_lr=4e-3,
+    lr_scale=1.0,
     steps=90,
     untimed=4,
     depth_rounds=15,
@@ -67,6 +69,7 @@ CUDA = replace(
     budget=Budget(heads=1, channels=64, rank=16, seed=0),
     dtype=torch.bfloat16,
     pretrain_lr=1e-3,
+    lr_scale=0.25,  # in inverse proportion to the width, not searched
     steps=200,
 )
 TOY = replace(

@@ -1,7 +1,7 @@
 """The methods side by side: each takes a copy of one checkpoint and trains its part of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -32,6 +32,10 @@ class Method:
     name: str
     lr: float | None
     build: Callable[[LlamaForCausalLM, Budget], nn.Module]
+
+    def with_lr(self, scale: float) -> "Method":
+        """The method with `scale` times its learning rate."""
+        return self if self.lr is None else replace(self, lr=self.lr * scale)
 
 
 def input_gradients(model: nn.Module):

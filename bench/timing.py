@@ -47,22 +47,28 @@ def paired_ratios(seconds: Sequence[float], reference: Sequence[float]) -> list[
     return [a / b for a, b in zip(seconds, reference, strict=True)]
 
 
-def stats(data: Sequence[float]) -> dict:
-    """The statistics of pytest-benchmark, under its names; `data` in seconds, two at least."""
+def quartiles(data: Sequence[float]) -> dict:
+    """Median, spread and the data itself; two values at least."""
     q1, median, q3 = statistics.quantiles(data, n=4, method="inclusive")
-    mean = statistics.fmean(data)
+    return {"median": median, "q1": q1, "q3": q3, "iqr": q3 - q1, "data": list(data)}
+
+
+def stats(seconds: Sequence[float]) -> dict:
+    """The statistics of pytest-benchmark, under its names; two values at least."""
+    spread = quartiles(seconds)
+    mean, deviation = statistics.fmean(seconds), statistics.stdev(seconds)
+    far_from_mean = sum(abs(value - mean) > deviation for value in seconds)
+    reach = 1.5 * spread["iqr"]
+    far_out = sum(not spread["q1"] - reach <= s <= spread["q3"] + reach for s in seconds)
     return {
-        "min": min(data),
-        "max": max(data),
+        "min": min(seconds),
+        "max": max(seconds),
         "mean": mean,
-        "stddev": statistics.stdev(data),
-        "median": median,
-        "q1": q1,
-        "q3": q3,
-        "iqr": q3 - q1,
-        "rounds": len(data),
+        "stddev": deviation,
+        "rounds": len(seconds),
         "iterations": 1,
         "ops": 1 / mean,
-        "total": sum(data),
-        "data": list(data),
+        "total": sum(seconds),
+        "outliers": f"{far_from_mean};{far_out}",
+        **spread,
     }

@@ -106,6 +106,24 @@ def test_plots_needs_neither_torch_nor_s2kernels():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_the_tables_of_a_page_are_those_of_the_results(results, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- demo cpu -->\nold\n<!-- /demo cpu -->\nafter\n")
+    arguments = ["--results", str(results), "--out", str(tmp_path), "--readme", str(page)]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--check"])
+    assert "make plots" in capsys.readouterr().err
+    assert main(arguments) == 0 and main([*arguments, "--check"]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| lora | 100 | 130.0 | 1.300 (1.290 to 1.320) |" in text
+    assert "Testing CPU, 2 cores" in text
+
+    page.write_text("no place for a table")
+    with pytest.raises(ValueError, match="one place for the table 'demo cpu', got 0"):
+        main(arguments)
+
+
 def test_running_mean():
     assert demo.running_mean([1.0, 3.0, 5.0], 2) == [2.0, 4.0]
     assert demo.running_mean([1.0, 3.0], 1) == [1.0, 3.0]
