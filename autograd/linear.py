@@ -151,10 +151,11 @@ class S2LinearFunction(torch.autograd.Function):
         if base_slice is not None:
             ops.slice_write([weight], [base_slice], [delta], [where], [dim])
 
-        y = ops.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         needs_dx, _, ctx.needs_dbias, needs_delta = ctx.needs_input_grad[:4]
         compact = needs_delta and dim == "in"
+        # before the GEMM, while what produced x has left it in the cache
         operand = take(x, where) if compact else x
+        y = ops.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if mode == "additive":
             ops.slice_linear_(y, operand, delta, None if compact else where, dim)
 
