@@ -396,6 +396,42 @@ def test_several_adapters(mode, tmp_path):
     assert_same(base_state(model.unload()), original)
 
 
+@pytest.mark.parametrize("mode", ("auto", "additive"))
+def test_a_mixed_batch_takes_an_adapter_for_each_row(mode):
+    ids = token_ids(batch=5)
+    model = get_peft_model(tiny_model("llama", **WIDE), config(mode=mode)).eval()
+    original = base_state(model)
+    model.add_adapter("second", config(mode=mode, heads=3, channels=20, seed=9))
+    randomized(model)
+    names = ["default", "__base__", "second", "default", "second"]
+    rows = []
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                rows.append(model(ids[row : row + 1]).logits)
+        else:
+            model.set_adapter(name)
+            rows.append(model(ids[row : row + 1]).logits)
+    mixed = model(input_ids=ids, adapter_names=names).logits
+    assert (mixed - torch.cat(rows)).abs().max() < 1e-12
+    assert (rows[0] - mixed[1]).abs().max() > 1e-3
+    assert_same(base_state(model), original)
+
+    options = dict(max_new_tokens=4, do_sample=False)
+    together = model.generate(input_ids=ids, adapter_names=names, **options)
+    model.set_adapter("second")
+    assert torch.equal(together[2:3], model.generate(input_ids=ids[2:3], **options))
+    beams = model.generate(input_ids=ids, adapter_names=names, num_beams=2, **options)
+    assert torch.equal(beams[2:3], model.generate(input_ids=ids[2:3], num_beams=2, **options))
+
+    with pytest.raises(ValueError, match="among .* got .'third'"):
+        model(input_ids=ids, adapter_names=["third"] * 5)
+    with pytest.raises(ValueError, match="each of the 5 rows"):
+        model(input_ids=ids, adapter_names=["second"])
+    with pytest.raises(ValueError, match="for inference"):
+        model.train()(input_ids=ids, adapter_names=names)
+
+
 def test_inplace_wants_exactly_one_active_adapter():
     model = get_peft_model(tiny_model("llama", **WIDE), config(mode="inplace"))
     model.add_adapter("second", config(seed=9))

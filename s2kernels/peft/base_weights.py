@@ -44,6 +44,8 @@ class BaseWeights:
         self.permutations: dict[str, Permutation] = {}
         self.engaged = False
         self.in_forward = False
+        # of a mixed batch: the adapter of each row, while its forward runs
+        self.adapter_names: list[str] | None = None
         self._num_owners: dict[int, int] = {}
         self._sharded = False
         self._hooks: list = []

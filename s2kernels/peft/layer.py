@@ -130,7 +130,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
         Raises ValueError where an adapter demands mode="inplace" and is not the only active one.
         """
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or self.merged or self.base_weights.adapter_names is not None:
             return None
         names = self._present(self.active_adapters)
         if len(names) == 1:
@@ -164,6 +164,8 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         """The base layer's output with the active adapters: (..., N) for x (..., K)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.base_weights.adapter_names is not None and not self.disable_adapters:
+            return self._forward_mixed(x, self.base_weights.adapter_names, *args, **kwargs)
         name = self.inplace_adapter()
         if name is not None:
             return self._forward_inplace(x, name)
@@ -190,6 +192,27 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         return linear(
             x, self.weight, delta, where, self.dim, self.bias, "inplace", before_dx=before_dx
         )
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
+        """Row i of the batch through adapter_names[i]; "__base__", or an adapter that this layer
+        lacks, leaves the row as the base layer has it.
+        """
+        if self.merged:
+            raise ValueError("adapter_names does not go with merged adapters: call unmerge_adapter")
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"adapter_names must name an adapter for each of the {len(x)} rows of the batch, "
+                f"got {len(adapter_names)}"
+            )
+        self.restore()
+        y = self.base_layer(x, *args, **kwargs)
+        for name in self._present(sorted(set(adapter_names))):
+            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+            index = torch.tensor(rows, device=x.device)
+            delta, where = self.s2ft_delta[name], self.positions[name]
+            part = delta_linear(y[index], x[index], delta, where, self.dim)
+            y = y.index_copy(0, index, part)
+        return y
 
     def _before_dx(self, name: str) -> None:
         """What the forward saw in the weight is put back, if something else is there by now."""

@@ -1,5 +1,7 @@
 """The tuner: which layers are replaced, which of their channels are trained, and the life cycle."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,6 +110,26 @@ class S2FTModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """A mixed batch: `adapter_names` names the adapter of each row, "__base__" for none."""
+        names = kwargs.get("adapter_names")
+        if names is not None:
+            if self.training:
+                raise ValueError("adapter_names is for inference: call model.eval() first")
+            unknown = set(names) - set(self.peft_config) - {"__base__"}
+            if unknown:
+                raise ValueError(
+                    f"adapter_names must be among {sorted(self.peft_config)} or '__base__', got "
+                    f"{sorted(unknown)}"
+                )
+            names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        self.base_weights.adapter_names = names
+        try:
+            yield
+        finally:
+            self.base_weights.adapter_names = None
 
     def disable_adapter_layers(self) -> None:
         self.base_weights.restore(self.base_weights.layers)
