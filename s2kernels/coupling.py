@@ -1,78 +1,28 @@
-"""Which parameters of a model share heads or FFN channels, per model type (S2FT section 3.1).
+"""Which parameters of a model share heads or FFN channels (S2FT section 3.1).
 
-A structure is one attention or one FFN module. Its heads or channels lie along one axis of several
-parameters: whoever reorders them reorders all of these. The only knowledge of architectures is
-`TABLE`, which names every parameter of the two modules, those that stay as they are included. What
-it does not name is refused, never guessed: an unseen norm or bias would silently change the model.
+A structure is one attention, one FFN, or the experts of one mixture. Its heads or channels lie
+along one axis of several parameters: whoever reorders them reorders all of these. Which ones, says
+`s2kernels.architectures.TABLE`. What that does not name is refused, never guessed: an unseen norm
+or bias would silently change the model.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["attention", "ffn"]
-Unit = Literal["query_head", "kv_head", "channel"]
-Dim = Literal["in", "out"]
-
-# Parameter -> (what lies along it, axis), or None where it does not depend on the order of heads
-# or channels. Biases are listed for every model type: a model need not have them.
-Places = dict[str, tuple[Unit, int] | None]
-
-_ATTENTION: Places = {
-    "q_proj.weight": ("query_head", 0),
-    "q_proj.bias": ("query_head", 0),
-    "k_proj.weight": ("kv_head", 0),
-    "k_proj.bias": ("kv_head", 0),
-    "v_proj.weight": ("kv_head", 0),
-    "v_proj.bias": ("kv_head", 0),
-    "o_proj.weight": ("query_head", 1),
-    "o_proj.bias": None,
-}
-_QK_NORM: Places = {  # (head_dim,): one vector, shared by all heads
-    "q_norm.weight": None,
-    "k_norm.weight": None,
-}
-_FFN: Places = {
-    "gate_proj.weight": ("channel", 0),
-    "gate_proj.bias": ("channel", 0),
-    "up_proj.weight": ("channel", 0),
-    "up_proj.bias": ("channel", 0),
-    "down_proj.weight": ("channel", 1),
-    "down_proj.bias": None,
-}
-
-# config.model_type -> kind -> (last part of the module's name, its parameters).
-TABLE: dict[str, dict[Kind, tuple[str, Places]]] = {
-    "llama": {"attention": ("self_attn", _ATTENTION), "ffn": ("mlp", _FFN)},
-    "mistral": {"attention": ("self_attn", _ATTENTION), "ffn": ("mlp", _FFN)},
-    "qwen2": {"attention": ("self_attn", _ATTENTION), "ffn": ("mlp", _FFN)},
-    "qwen3": {"attention": ("self_attn", _ATTENTION | _QK_NORM), "ffn": ("mlp", _FFN)},
-}
-
-
-@dataclass(frozen=True)
-class Member:
-    """A parameter of a structure and the axis along which the structure's units lie."""
-
-    suffix: str  # "o_proj.weight": its name within the structure
-    unit: Unit
-    axis: int
-
-    @property
-    def dim(self) -> Dim:
-        """The channels of the projection that the units are: "out" = rows of its weight."""
-        return "in" if self.axis == 1 else "out"
+from s2kernels.architectures import TABLE, Entry, Kind, Member, Members, Unit, is_weight
 
 
 @dataclass(frozen=True)
 class Structure:
-    """One attention or FFN module, and its parameters that share heads or channels.
+    """One attention, FFN or set of experts, and its parameters that share heads or channels.
 
     `name` is the module's name in the model that was given to `structures`. The sizes come from
-    the configuration; those of the other kind are 0.
+    the configuration; those of the other kinds are 0, and `num_experts` is 1 where there are none.
+    The channels of experts are counted through: channel c of expert e is e * num_channels + c.
     """
 
     name: str
@@ -82,6 +32,7 @@ class Structure:
     num_kv_heads: int = 0
     head_dim: int = 0
     num_channels: int = 0
+    num_experts: int = 1
 
     @property
     def unit(self) -> Unit:
@@ -93,23 +44,68 @@ class Structure:
         return {
             "query_head": self.num_heads,
             "kv_head": self.num_kv_heads,
-            "channel": self.num_channels,
+            "channel": self.num_experts * self.num_channels,
         }[unit]
 
     def width(self, unit: Unit) -> int:
         """How many consecutive channels of a projection one `unit` takes up."""
         return 1 if unit == "channel" else self.head_dim
 
+    def size(self, member: Member) -> int:
+        """How many channels the axis of `member` has."""
+        return sum(stop - start for _, start, stop, _ in self._segments(member))
+
+    @property
+    def projections(self) -> dict[str, Member]:
+        """The linear layers by their name within the structure ("o_proj"), and their weights."""
+        return {m.suffix.removesuffix(".weight"): m for m in self.members if is_weight(m)}
+
     def role(self, leaf: str) -> Member:
-        """The weight of the projection `leaf` ("o_proj"): its `dim` and `unit` are what
+        """The weight of the projection `leaf` ("o_proj"): its `dim` and `units` are what
         an S2FT layer on that projection trains. Raises ValueError for another leaf.
         """
-        weights = [member for member in self.members if member.suffix.endswith(".weight")]
-        for member in weights:
-            if member.suffix == f"{leaf}.weight":
-                return member
-        known = ", ".join(member.suffix.removesuffix(".weight") for member in weights)
-        raise ValueError(f"{self.name} has no projection {leaf!r}, it has {known}")
+        if leaf not in self.projections:
+            known = ", ".join(self.projections) or "none"
+            raise ValueError(f"{self.name} has no projection {leaf!r}, it has {known}")
+        return self.projections[leaf]
+
+    def channels(self, member: Member, units: Tensor) -> Tensor:
+        """Where `units`, query heads or channels (n,), lie along the axis of `member`, int32.
+
+        With a query head goes the KV head that it reads. Not for experts.
+        """
+        parts = []
+        for unit, start, _, width in self._segments(member):
+            own = torch.unique(units // self._group) if unit == "kv_head" else units
+            parts.append(start + channels_of_heads(own, width))
+        return torch.cat(parts)
+
+    def units_at(self, member: Member, index: Tensor) -> Tensor:
+        """The query heads or channels, ascending, to which the positions `index` along the axis of
+        `member` belong: all that read a KV head, where the positions are in k and v alone.
+        """
+        own, of_kv = [index[:0]], [index[:0]]
+        for unit, start, stop, width in self._segments(member):
+            here = (index[(index >= start) & (index < stop)] - start) // width
+            (of_kv if unit == "kv_head" else own).append(here)
+        units = torch.unique(torch.cat(own))
+        if len(units):
+            return units
+        readers = torch.arange(self._group, device=index.device)
+        return (torch.unique(torch.cat(of_kv)).unsqueeze(1) * self._group + readers).flatten()
+
+    @property
+    def _group(self) -> int:
+        """Query heads that read one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def _segments(self, member: Member) -> Iterator[tuple[Unit, int, int, int]]:
+        """(unit, first channel, end, channels of one unit) of each segment of the axis."""
+        stop = 0
+        for unit in member.units:
+            width = self.width(unit) * member.blocks
+            start, stop = stop, stop + self.count(unit) // self.num_experts * width
+            yield unit, start, stop, width
 
 
 def structures(model: nn.Module) -> dict[str, Structure]:
@@ -118,31 +114,44 @@ def structures(model: nn.Module) -> dict[str, Structure]:
     Tuner layers on the projections (modules with a `base_layer`) are looked through, so the answer
     is the same before and after an adapter was injected.
 
-    Raises ValueError for a model type that `TABLE` lacks, and for a parameter in an attention or
-    FFN module that it does not name.
+    Raises ValueError for a model type that `TABLE` lacks, and for a parameter in a structure that
+    it does not name.
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in TABLE:
         raise ValueError(
             f"model type {model_type!r} is not in the coupling table, which knows "
-            f"{', '.join(sorted(TABLE))}; add an entry for it to s2kernels.coupling.TABLE"
+            f"{', '.join(sorted(TABLE))}; add an entry for it to s2kernels.architectures.TABLE"
         )
-    num_heads = config.num_attention_heads
-    heads = dict(
-        num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-    )
-    sizes = {"attention": heads, "ffn": dict(num_channels=config.intermediate_size)}
+    found = {
+        name: (module, entry)
+        for name, module in _base_modules(model)
+        for entry in TABLE[model_type]
+        if _matches(name, entry.module) and _has_projections(module, entry)
+    }
+    return {
+        name: Structure(
+            name,
+            entry.kind,
+            _members(name, module, entry.members, [n for n in found if n != name], model_type),
+            **_sizes(config, entry),
+        )
+        for name, (module, entry) in found.items()
+    }
 
-    found = {}
-    for name, module in _base_modules(model):
-        for kind, (leaf, table) in TABLE[model_type].items():
-            if name.rpartition(".")[2] == leaf:
-                members = _members(name, module, table, model_type)
-                found[name] = Structure(name, kind, members, **sizes[kind])
-    return found
+
+def find(found: dict[str, Structure], name: str) -> tuple[Structure, Member] | None:
+    """The structure that holds the projection called `name`, and the projection's weight.
+
+    The innermost one, if several do; None if none does.
+    """
+    parts = name.split(".")
+    for cut in reversed(range(len(parts))):
+        structure, leaf = found.get(".".join(parts[:cut])), ".".join(parts[cut:])
+        if structure is not None and leaf in structure.projections:
+            return structure, structure.role(leaf)
+    return None
 
 
 def base_layer(model: nn.Module, name: str) -> nn.Module:
@@ -156,7 +165,19 @@ def parameter(model: nn.Module, structure: Structure, member: Member) -> nn.Para
     Raises AttributeError if it does not exist, or is not a Parameter.
     """
     leaf, _, attribute = member.suffix.rpartition(".")
-    return base_layer(model, f"{structure.name}.{leaf}").get_parameter(attribute)
+    return base_layer(model, _join(structure.name, leaf)).get_parameter(attribute)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is the Conv1D of transformers: a linear layer whose weight is (in, out)."""
+    # by name: the core does without transformers
+    kind = type(layer)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def is_dense(layer: nn.Module) -> bool:
+    """Whether it is a torch.nn.Linear or a Conv1D, and not a subclass, which may be anything."""
+    return type(layer) is nn.Linear or is_conv1d(layer)
 
 
 def obstacle(model: nn.Module, structure: Structure) -> str | None:
@@ -171,9 +192,9 @@ def obstacle(model: nn.Module, structure: Structure) -> str | None:
 
     for member in structure.members:
         leaf, _, attribute = member.suffix.rpartition(".")
-        outer = model.get_submodule(f"{structure.name}.{leaf}")
+        outer = model.get_submodule(_join(structure.name, leaf))
         layer = _unwrap(outer)
-        if type(layer) is not nn.Linear:
+        if leaf and not is_dense(layer):
             return f"{leaf} is a {type(layer).__name__}, not a torch.nn.Linear"
         value = getattr(layer, attribute)
         if type(value) is not nn.Parameter:  # DTensor and the quantized types are subclasses
@@ -187,13 +208,16 @@ def obstacle(model: nn.Module, structure: Structure) -> str | None:
         base = {id(own) for own in layer.parameters()}
         for name, other in outer.named_parameters():
             if id(other) not in base and "s2ft_" not in name:  # ours is translated by its tuner
-                return f"{leaf} has an adapter of another method: {name}"
-        size = structure.count(member.unit) * structure.width(member.unit)
-        if value.shape[member.axis] != size:
-            return (
-                f"{member.suffix} has {value.shape[member.axis]} channels on axis {member.axis}, "
-                f"the configuration says {size}"
-            )
+                return f"{leaf or 'it'} has an adapter of another method: {name}"
+        sizes = [(member.axis, structure.size(member), "channels")]
+        if structure.kind == "experts":
+            sizes.append((0, structure.num_experts, "experts"))
+        for axis, size, what in sizes:
+            if value.shape[axis] != size:
+                return (
+                    f"{member.suffix} has {value.shape[axis]} {what} on axis {axis}, "
+                    f"the configuration says {size}"
+                )
     return None
 
 
@@ -203,27 +227,70 @@ def channels_of_heads(heads: Tensor, head_dim: int) -> Tensor:
     return (heads.to(torch.int32).unsqueeze(1) * head_dim + within).flatten()
 
 
-def _members(name: str, module: nn.Module, table: Places, model_type: str) -> tuple[Member, ...]:
-    projections = {suffix.rpartition(".")[0] for suffix, place in table.items() if place}
-    present = set()
+def _sizes(config: Any, entry: Entry) -> dict[str, int]:
+    if entry.kind == "attention":
+        num_heads = config.num_attention_heads
+        return dict(
+            num_heads=num_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        )
+    # n_inner of GPT-2 may be None, which means this
+    num_channels = getattr(config, entry.channels) or 4 * config.hidden_size
+    num_experts = getattr(config, entry.experts) if entry.experts else 1
+    return dict(num_channels=num_channels, num_experts=num_experts)
+
+
+def _members(
+    name: str, module: nn.Module, table: Members, others: list[str], model_type: str
+) -> tuple[Member, ...]:
+    """What of `table` the module has. Structures in it, among `others`, answer for themselves."""
+    projections = {suffix.rpartition(".")[0] for suffix, member in table.items() if member}
+    inside = tuple(f"{other}." for other in others if other.startswith(f"{name}."))
+    layers, present = {}, set()
     for leaf, layer in _base_modules(module):
+        if f"{name}.{leaf}.".startswith(inside):
+            continue
+        layers[leaf] = layer
         # Other Linear classes (quantized ones) bring parameters of their own. They are no reason
         # to refuse the model: `obstacle` refuses to permute them.
-        foreign = leaf in projections and type(layer) is not nn.Linear
+        foreign = leaf and leaf in projections and not is_dense(layer)
         for attribute, _ in layer.named_parameters(recurse=False, remove_duplicate=False):
-            suffix = f"{leaf}.{attribute}".lstrip(".")
+            suffix = _join(leaf, attribute)
             if suffix not in table and not foreign:
                 raise ValueError(
                     f"{name}.{suffix} is not in the coupling table of {model_type!r}; add it to "
-                    "s2kernels.coupling.TABLE, with the axis along which heads or channels lie, "
-                    "or with None if it does not depend on their order"
+                    "s2kernels.architectures.TABLE, with the axis along which heads or channels "
+                    "lie, or with None if it does not depend on their order"
                 )
             present.add(suffix)
+
+    members = [m for m in table.values() if m and (m.suffix in present or is_weight(m))]
     return tuple(
-        Member(suffix, *place)
-        for suffix, place in table.items()
-        if place and (suffix in present or suffix.endswith(".weight"))
+        replace(member, axis=1 - member.axis)
+        if is_weight(member) and is_conv1d(layers[member.suffix.removesuffix(".weight")])
+        else member
+        for member in members
     )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    wanted = pattern.split(".")
+    parts = name.split(".")[-len(wanted) :]
+    return len(parts) == len(wanted) and all(
+        part.isdigit() if want == "*" else part == want
+        for part, want in zip(parts, wanted, strict=True)
+    )
+
+
+def _has_projections(module: nn.Module, entry: Entry) -> bool:
+    """Modules of one name may differ: an `mlp` is a FFN in some layers, a mixture in others."""
+    names = {name for name, _ in _base_modules(module)}
+    return all(m is None or m.suffix.rpartition(".")[0] in names for m in entry.members.values())
+
+
+def _join(name: str, leaf: str) -> str:
+    return f"{name}.{leaf}" if name and leaf else name or leaf
 
 
 def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -233,7 +300,7 @@ def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.M
     module = _unwrap(module)
     yield name, module
     for leaf, child in module.named_children():
-        yield from _base_modules(child, f"{name}.{leaf}" if name else leaf)
+        yield from _base_modules(child, _join(name, leaf))
 
 
 def _unwrap(module: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 Every slice that is trained is then one dense submatrix (S2FT section 3.1). Only moves that leave
 the model's function alone are made:
 
-    FFN channels       in any order
+    FFN channels       in any order, those of an expert among themselves
     KV groups          as units: the KV head together with the query heads that read it
     query heads        within their KV group
 
@@ -19,17 +19,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2kernels.coupling import Structure, Unit, channels_of_heads, obstacle, parameter
+from s2kernels.architectures import Member, Unit
+from s2kernels.coupling import Structure, channels_of_heads, obstacle, parameter
 
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
     """The order of every kind of unit in one structure.
 
-    orders    for each unit ("query_head" and "kv_head", or "channel") an int64 tensor (count,)
-    head_dim  the channels of a head; not used for unit "channel"
-    start     the working position, in units, at which the run begins that `plan` was asked for;
-              an inverse carries it along unchanged
+    orders       for each unit ("query_head" and "kv_head", or "channel") an int64 tensor (count,)
+    head_dim     the channels of a head; not used for unit "channel"
+    start        the working position, in units, at which the run begins that `plan` was asked for;
+                 an inverse carries it along unchanged
+    num_experts  each has its own part of the order; see `Structure`
 
     Under grouped-query attention the run holds the selected heads in an order of its own, which
     need not ascend. Translate, never assume: `to_original(run)` names the channel at each position.
@@ -38,35 +40,46 @@ class Permutation:
     orders: dict[Unit, Tensor]
     head_dim: int = 1
     start: int = 0
+    num_experts: int = 1
 
-    def to_working(self, index: Tensor, unit: Unit) -> Tensor:
+    def to_working(self, index: Tensor, along: Unit | Member) -> Tensor:
         """Working positions, int32 (n,), of the original channel positions `index`, integer (n,).
 
-        `unit` is what lies along the axis that `index` counts on: "query_head" for the outputs of
-        q_proj and the inputs of o_proj, "kv_head" for the outputs of k_proj and v_proj, "channel"
-        for the FFN. The answer is on the device of `index`, in its order.
+        `along` is the axis that `index` counts on: a parameter's, or one that holds a single kind
+        of unit and nothing else, "query_head" for the outputs of q_proj and the inputs of o_proj,
+        "kv_head" for the outputs of k_proj and v_proj, "channel" for the FFN. The answer is on the
+        device of `index`, in its order.
 
         Raises ValueError for a position outside the axis or a unit that the structure lacks.
         """
-        return _take(self.inverse().channels(unit), index)
+        return _take(self.inverse().channels(along), index)
 
-    def to_original(self, index: Tensor, unit: Unit) -> Tensor:
+    def to_original(self, index: Tensor, along: Unit | Member) -> Tensor:
         """Original positions of the working channel positions `index`: undoes `to_working`."""
-        return _take(self.channels(unit), index)
+        return _take(self.channels(along), index)
 
     def inverse(self) -> "Permutation":
         """The permutation that takes the working basis back to the original one."""
         orders = {unit: torch.argsort(order) for unit, order in self.orders.items()}
-        return Permutation(orders, self.head_dim, self.start)
+        return Permutation(orders, self.head_dim, self.start, self.num_experts)
 
-    def channels(self, unit: Unit) -> Tensor:
-        """The order of `unit`, channel by channel, int32."""
-        if unit not in self.orders:
-            raise ValueError(f"unit must be one of {', '.join(self.orders)}, got {unit!r}")
-        order = self.orders[unit]
-        if unit == "channel":
-            return order.to(torch.int32)
-        return channels_of_heads(order, self.head_dim)
+    def channels(self, along: Unit | Member) -> Tensor:
+        """The order along an axis, channel by channel, int32; experts one after the other."""
+        return _count_through(self.channels_of_each_expert(along))
+
+    def channels_of_each_expert(self, along: Unit | Member) -> Tensor:
+        """The same as (num_experts, n), counted within the expert."""
+        units, blocks = ((along,), 1) if isinstance(along, str) else (along.units, along.blocks)
+        segments, size = [], 0
+        for unit in units:
+            if unit not in self.orders:
+                raise ValueError(f"unit must be one of {', '.join(self.orders)}, got {unit!r}")
+            order = self.orders[unit].view(self.num_experts, -1)
+            width = 1 if unit == "channel" else self.head_dim * blocks
+            segment = channels_of_heads((order % order.shape[1]).flatten(), width) + size
+            segments.append(segment.view(self.num_experts, -1))
+            size += segments[-1].shape[1]
+        return torch.cat(segments, dim=1)
 
 
 def plan(structure: Structure, selected_units: Tensor) -> Permutation | None:
@@ -76,15 +89,17 @@ def plan(structure: Structure, selected_units: Tensor) -> Permutation | None:
 
     The run begins at position 0, except where two KV groups are partly selected: there the first
     of them leads, with its selected heads last, and `start` says where the run begins. Whatever
-    the contiguity does not move keeps its original order.
+    the contiguity does not move keeps its original order. Experts have a run each.
 
     Raises TypeError for an index that is not an integer tensor, ValueError for one that is empty,
     does not ascend strictly, or leaves the structure.
     """
     total = structure.count(structure.unit)
     chosen = _mask(selected_units, total, f"selected_units of {structure.name}")
-    if structure.kind == "ffn":
-        return Permutation({"channel": torch.argsort((~chosen).long(), stable=True)})
+    if structure.kind != "attention":
+        rank = (~chosen).long().view(structure.num_experts, -1)
+        order = _count_through(torch.argsort(rank, dim=1, stable=True))
+        return Permutation({"channel": order}, num_experts=structure.num_experts)
 
     chosen = chosen.view(structure.num_kv_heads, -1)
     counts = chosen.sum(1)
@@ -126,10 +141,15 @@ def apply_(model: nn.Module, structure: Structure, permutation: Permutation) -> 
     reason = obstacle(model, structure)
     if reason is not None:
         raise ValueError(f"{structure.name} cannot be permuted: {reason}")
+    if permutation.num_experts != structure.num_experts:
+        raise ValueError(
+            f"permutation has the orders of {permutation.num_experts} experts, "
+            f"{structure.name} has {structure.num_experts}"
+        )
     inverse = permutation.inverse()
     for member in structure.members:
-        wanted = structure.count(member.unit) * structure.width(member.unit)
-        got = len(permutation.channels(member.unit))
+        wanted = structure.num_experts * structure.size(member)
+        got = len(permutation.channels(member))
         if got != wanted:
             raise ValueError(
                 f"permutation orders {got} channels of unit {member.unit}, "
@@ -139,18 +159,32 @@ def apply_(model: nn.Module, structure: Structure, permutation: Permutation) -> 
     done = []
     try:
         for member in structure.members:
-            _reorder_(parameter(model, structure, member), member.axis, permutation, member.unit)
+            _reorder_(model, structure, member, permutation)
             done.append(member)
     except BaseException:
         for member in done:
-            _reorder_(parameter(model, structure, member), member.axis, inverse, member.unit)
+            _reorder_(model, structure, member, inverse)
         raise
 
 
 @torch.no_grad()
-def _reorder_(value: nn.Parameter, axis: int, permutation: Permutation, unit: Unit) -> None:
-    # one expression: a name for the copy would keep it alive while the next one is made
-    value.copy_(value.index_select(axis, permutation.channels(unit).to(value.device)))
+def _reorder_(
+    model: nn.Module, structure: Structure, member: Member, permutation: Permutation
+) -> None:
+    value, axis = parameter(model, structure, member), member.axis
+    orders = permutation.channels_of_each_expert(member).to(value.device)
+    if structure.kind != "experts":
+        # one expression: a name for the copy would keep it alive while the next one is made
+        value.copy_(value.index_select(axis, orders[0]))
+        return
+    for expert, order in zip(value, orders, strict=True):
+        expert.copy_(expert.index_select(axis - 1, order))
+
+
+def _count_through(orders: Tensor) -> Tensor:
+    """(experts, n), counted within each row, as (experts * n,)."""
+    first = torch.arange(len(orders), dtype=orders.dtype, device=orders.device) * orders.shape[1]
+    return (orders + first.unsqueeze(1)).flatten()
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:

@@ -7,44 +7,132 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import MODEL_TYPES, tiny_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from s2kernels.architectures import TABLE, Member, in_projections
 from s2kernels.coupling import (
-    Member,
     base_layer,
     channels_of_heads,
+    find,
     obstacle,
     parameter,
     structures,
 )
 
-WEIGHTS = {
-    "attention": [
-        ("q_proj.weight", "query_head", 0),
-        ("k_proj.weight", "kv_head", 0),
-        ("v_proj.weight", "kv_head", 0),
-        ("o_proj.weight", "query_head", 1),
-    ],
-    "ffn": [
-        ("gate_proj.weight", "channel", 0),
-        ("up_proj.weight", "channel", 0),
-        ("down_proj.weight", "channel", 1),
-    ],
+
+def linear(name: str, unit: str, dim: str = "out", bias: bool = True) -> list[tuple]:
+    """What is expected of a torch.nn.Linear: (suffix, units, axis, dim, blocks)."""
+    weight = (f"{name}.weight", (unit,), 0 if dim == "out" else 1, dim, 1)
+    return [weight, (f"{name}.bias", (unit,), 0, "out", 1)] if bias and dim == "out" else [weight]
+
+
+def attention(q: str, k: str, v: str, o: str, bias: bool = True) -> list[tuple]:
+    return [
+        *linear(q, "query_head", bias=bias),
+        *linear(k, "kv_head", bias=bias),
+        *linear(v, "kv_head", bias=bias),
+        *linear(o, "query_head", "in"),
+    ]
+
+
+def gated(bias: bool) -> list[tuple]:
+    up = linear("gate_proj", "channel", bias=bias) + linear("up_proj", "channel", bias=bias)
+    return up + linear("down_proj", "channel", "in")
+
+
+QKVO = attention("q_proj", "k_proj", "v_proj", "o_proj")
+QKVO_PLAIN = attention("q_proj", "k_proj", "v_proj", "o_proj", bias=False)
+QKV = ("query_head", "kv_head", "kv_head")
+BERT = {
+    "bert.encoder.layer.*.attention": attention(
+        "self.query", "self.key", "self.value", "output.dense"
+    ),
+    "bert.encoder.layer.*": linear("intermediate.dense", "channel")
+    + linear("output.dense", "channel", "in"),
 }
-BIASES = {
-    "attention": [
-        ("q_proj.bias", "query_head", 0),
-        ("k_proj.bias", "kv_head", 0),
-        ("v_proj.bias", "kv_head", 0),
-    ],
-    "ffn": [("gate_proj.bias", "channel", 0), ("up_proj.bias", "channel", 0)],
+EXPERTS = [
+    ("gate_up_proj", ("channel", "channel"), 1, "out", 1),
+    ("down_proj", ("channel",), 2, "in", 1),
+]
+# the members of every kind of structure, and its (heads, KV heads, head_dim)
+EXPECTED = {
+    "llama": ((8, 4, 4), {"model.layers.*.self_attn": QKVO, "model.layers.*.mlp": gated(True)}),
+    "mistral": (
+        (8, 2, 4),
+        {"model.layers.*.self_attn": QKVO_PLAIN, "model.layers.*.mlp": gated(False)},
+    ),
+    "qwen2": ((8, 4, 4), {"model.layers.*.self_attn": QKVO, "model.layers.*.mlp": gated(False)}),
+    "qwen3": ((8, 2, 6), {"model.layers.*.self_attn": QKVO, "model.layers.*.mlp": gated(False)}),
+    "gemma2": ((8, 4, 6), {"model.layers.*.self_attn": QKVO, "model.layers.*.mlp": gated(False)}),
+    "gemma3_text": (
+        (8, 2, 6),
+        {"model.layers.*.self_attn": QKVO, "model.layers.*.mlp": gated(False)},
+    ),
+    "phi3": (
+        (8, 4, 4),
+        {
+            "model.layers.*.self_attn": [
+                ("qkv_proj.weight", QKV, 0, "out", 1),
+                ("o_proj.weight", ("query_head",), 1, "in", 1),
+            ],
+            "model.layers.*.mlp": [
+                ("gate_up_proj.weight", ("channel", "channel"), 0, "out", 1),
+                ("down_proj.weight", ("channel",), 1, "in", 1),
+            ],
+        },
+    ),
+    "gpt2": (
+        (8, 8, 4),
+        {
+            "transformer.h.*.attn": [
+                ("c_attn.weight", QKV, 1, "out", 1),
+                ("c_attn.bias", QKV, 0, "out", 1),
+                ("c_proj.weight", ("query_head",), 0, "in", 1),
+            ],
+            "transformer.h.*.mlp": [
+                ("c_fc.weight", ("channel",), 1, "out", 1),
+                ("c_fc.bias", ("channel",), 0, "out", 1),
+                ("c_proj.weight", ("channel",), 0, "in", 1),
+            ],
+        },
+    ),
+    "gpt_neox": (
+        (8, 8, 4),
+        {
+            "gpt_neox.layers.*.attention": [
+                ("query_key_value.weight", ("query_head",), 0, "out", 3),
+                ("query_key_value.bias", ("query_head",), 0, "out", 3),
+                ("dense.weight", ("query_head",), 1, "in", 1),
+            ],
+            "gpt_neox.layers.*.mlp": linear("dense_h_to_4h", "channel")
+            + linear("dense_4h_to_h", "channel", "in"),
+        },
+    ),
+    "opt": (
+        (8, 8, 4),
+        {
+            "model.decoder.layers.*.self_attn": attention("q_proj", "k_proj", "v_proj", "out_proj"),
+            "model.decoder.layers.*": linear("fc1", "channel") + linear("fc2", "channel", "in"),
+        },
+    ),
+    "bert": ((8, 8, 4), BERT),
+    "roberta": (
+        (8, 8, 4),
+        {name.replace("bert", "roberta"): members for name, members in BERT.items()},
+    ),
+    "mixtral": (
+        (8, 2, 4),
+        {"model.layers.*.self_attn": QKVO_PLAIN, "model.layers.*.mlp.experts": EXPERTS},
+    ),
+    "qwen3_moe": (
+        (8, 4, 4),
+        {
+            "model.layers.*.self_attn": QKVO,
+            "model.layers.0.mlp": gated(False),
+            "model.layers.1.mlp.experts": EXPERTS,
+        },
+    ),
 }
-WITH_BIASES = {
-    "llama": {"attention", "ffn"},
-    "mistral": set(),
-    "qwen2": {"attention"},
-    "qwen3": {"attention"},
-}
-HEADS = {"llama": (8, 4, 4), "mistral": (8, 2, 4), "qwen2": (8, 4, 4), "qwen3": (8, 2, 6)}
 
 
 class TunerLayer(nn.Module):
@@ -68,22 +156,30 @@ def wrap(model: nn.Module, *leaves: str) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_structures(model_type):
-    found = structures(tiny_model(model_type))
-    assert list(found) == [
-        "model.layers.0.self_attn",
-        "model.layers.0.mlp",
-        "model.layers.1.self_attn",
-        "model.layers.1.mlp",
-    ]
+    model = tiny_model(model_type)
+    found = structures(model)
+    heads, patterns = EXPECTED[model_type]
+    expected = {
+        pattern.replace("*", layer): members
+        for pattern, members in patterns.items()
+        for layer in ("01" if "*" in pattern else "-")
+    }
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    assert list(found) == sorted(expected, key=order.__getitem__)
     for name, structure in found.items():
-        kind = "attention" if name.endswith("self_attn") else "ffn"
-        expected = WEIGHTS[kind] + (BIASES[kind] if kind in WITH_BIASES[model_type] else [])
-        assert (structure.name, structure.kind) == (name, kind)
-        assert {(m.suffix, m.unit, m.axis) for m in structure.members} == set(expected)
-        assert len(structure.members) == len(expected)
+        got = [(m.suffix, m.units, m.axis, m.dim, m.blocks) for m in structure.members]
+        assert (structure.name, got) == (name, expected[name])
+        is_attention = name.endswith(("attn", "attention"))
+        is_experts = name.endswith("experts")
+        assert structure.kind == (
+            "attention" if is_attention else "experts" if is_experts else "ffn"
+        )
         sizes = (structure.num_heads, structure.num_kv_heads, structure.head_dim)
-        assert sizes == (HEADS[model_type] if kind == "attention" else (0, 0, 0))
-        assert structure.num_channels == (40 if kind == "ffn" else 0)
+        assert sizes == (heads if is_attention else (0, 0, 0))
+        num_channels = 24 if (model_type, is_experts) == ("qwen3_moe", True) else 40
+        assert structure.num_channels == (0 if is_attention else num_channels)
+        assert structure.num_experts == (4 if is_experts else 1)
+        assert obstacle(model, structure) is None
 
 
 def test_structures_reads_kv_heads_and_head_dim_that_a_configuration_leaves_out():
@@ -98,15 +194,18 @@ def test_structures_reads_kv_heads_and_head_dim_that_a_configuration_leaves_out(
 def test_structures_looks_through_tuner_layers(model_type):
     model = tiny_model(model_type)
     before = structures(model)
-    weight = model.model.layers[0].self_attn.o_proj.weight
-    wrap(model, "q_proj", "o_proj", "down_proj")
-    wrap(model, "o_proj")  # a tuner layer on a tuner layer
+    wrap(model, *{name.rpartition(".")[2] for s in before.values() for name in s.projections})
+    wrap(model, "o_proj", "c_proj", "dense")  # a tuner layer on a tuner layer
     assert structures(model) == before
-    attention = before["model.layers.0.self_attn"]
-    o_proj = attention.role("o_proj")
-    assert parameter(model, attention, o_proj) is weight
-    assert base_layer(model, "model.layers.0.self_attn.o_proj").weight is weight
-    assert obstacle(model, attention) is None
+    plain = tiny_model(model_type)
+    for structure in before.values():
+        assert obstacle(model, structure) is None
+        for leaf, member in structure.projections.items():
+            name = f"{structure.name}.{leaf}"
+            assert torch.equal(
+                parameter(model, structure, member), plain.get_submodule(name).weight
+            )
+            assert base_layer(model, name).weight is parameter(model, structure, member)
 
 
 def test_structures_of_a_peft_model():
@@ -125,6 +224,18 @@ def test_structures_of_a_peft_model():
     )
     peft_model.unload()
     assert all(obstacle(model, structure) is None for structure in before)
+
+
+def test_structures_of_a_mixture_with_lora_on_its_experts():
+    model = tiny_model("mixtral", torch.float32)
+    before = structures(model)
+    config = LoraConfig(target_parameters=["experts.gate_up_proj"], target_modules=[], r=2)
+    get_peft_model(model, config)
+    assert structures(model) == before
+    assert obstacle(model, before["model.layers.1.mlp.experts"]) == (
+        "it has an adapter of another method: lora_A.default.weight"
+    )
+    assert obstacle(model, before["model.layers.1.self_attn"]) is None
 
 
 def test_role():
@@ -147,13 +258,116 @@ def test_role():
     assert (attention.unit, ffn.unit) == ("query_head", "channel")
     with pytest.raises(ValueError, match="no projection 'fc1', it has gate_proj, up_proj, down"):
         ffn.role("fc1")
+    experts = structures(tiny_model("mixtral"))["model.layers.0.mlp.experts"]
+    with pytest.raises(ValueError, match="no projection 'down_proj', it has none"):
+        experts.role("down_proj")
+
+
+def test_find():
+    found = structures(tiny_model("bert"))
+    attention, ffn = found["bert.encoder.layer.1.attention"], found["bert.encoder.layer.1"]
+    names = {
+        "attention.self.value": (attention, "self.value"),
+        "attention.output.dense": (attention, "output.dense"),
+        "output.dense": (ffn, "output.dense"),
+    }
+    for name, (structure, leaf) in names.items():
+        place = find(found, f"bert.encoder.layer.1.{name}")
+        assert place == (structure, structure.role(leaf))
+    for name in ("attention.output", "attention.dense", "dense", ""):
+        assert find(found, f"bert.encoder.layer.1.{name}") is None
+    assert find(found, "cls.predictions.transform.dense") is None
+
+
+@pytest.mark.parametrize(
+    "model_type, name, leaf, units, channels",
+    [
+        # 8 heads of 4 channels and 4 KV heads; a KV head is trained once
+        (
+            "phi3",
+            "model.layers.0.self_attn",
+            "qkv_proj",
+            [2, 3],
+            [*range(8, 16), *range(36, 40), *range(52, 56)],
+        ),
+        ("phi3", "model.layers.0.mlp", "gate_up_proj", [3, 39], [3, 39, 43, 79]),
+        (
+            "gpt2",
+            "transformer.h.0.attn",
+            "c_attn",
+            [5],
+            [*range(20, 24), *range(52, 56), *range(84, 88)],
+        ),
+        (
+            "gpt_neox",
+            "gpt_neox.layers.0.attention",
+            "query_key_value",
+            [1, 7],
+            [*range(12, 24), *range(84, 96)],
+        ),
+        ("qwen2", "model.layers.0.self_attn", "v_proj", [0, 1, 7], [*range(4), *range(12, 16)]),
+        ("qwen2", "model.layers.0.self_attn", "o_proj", [6], [*range(24, 28)]),
+    ],
+)
+def test_where_units_lie_on_an_axis(model_type, name, leaf, units, channels):
+    structure = structures(tiny_model(model_type))[name]
+    member = structure.role(leaf)
+    got = structure.channels(member, torch.tensor(units, dtype=torch.int32))
+    assert (got.tolist(), got.dtype) == (channels, torch.int32)
+    back = structure.units_at(member, got)
+    assert back.tolist() == ([0, 1, 6, 7] if leaf == "v_proj" else units)
+
+
+def test_units_of_positions_in_k_and_v_alone():
+    attention = structures(tiny_model("phi3"))["model.layers.0.self_attn"]
+    index = torch.tensor([47, 52], dtype=torch.int32)  # k of KV head 3, v of KV head 1
+    assert attention.units_at(attention.role("qkv_proj"), index).tolist() == [2, 3, 6, 7]
+
+
+def test_sizes_that_a_configuration_leaves_out():
+    ffn = structures(tiny_model("gpt2", intermediate_size=None))["transformer.h.0.mlp"]
+    assert ffn.num_channels == 4 * 32
+
+
+def test_the_axis_follows_the_layer():
+    """A Linear in the place of a square Conv1D: only the layer can say which axis is which."""
+    model = tiny_model("gpt2")
+    attn = model.transformer.h[1].attn
+    attn.c_proj = nn.Linear(32, 32).double()
+    found = structures(model)
+    axes = [found[f"transformer.h.{i}.attn"].role("c_proj").axis for i in (0, 1)]
+    assert axes == [0, 1]
+    assert obstacle(model, found["transformer.h.1.attn"]) is None
+
+
+def test_a_module_without_the_projections_is_no_structure():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp = nn.Sequential(nn.Linear(32, 32))
+    assert "model.layers.0.mlp" not in structures(model)
+    assert len(structures(model)) == 3
+
+
+def test_default_targets():
+    assert {model_type: in_projections(model_type) for model_type in TABLE} == {
+        **dict.fromkeys(
+            ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"),
+            ["o_proj", "down_proj"],
+        ),
+        "gpt2": ["c_proj"],
+        "gpt_neox": ["dense", "dense_4h_to_h"],
+        "opt": ["out_proj", "fc2"],
+        "bert": ["output.dense"],
+        "roberta": ["output.dense"],
+        "mixtral": ["o_proj"],
+        "qwen3_moe": ["o_proj", "mlp.down_proj"],  # experts have a down_proj, too
+    }
 
 
 def test_structures_refuses_an_unknown_model_type():
     model = tiny_model("llama")
     model.config.model_type = "sunbird"
     with pytest.raises(
-        ValueError, match="'sunbird' is not in .* llama, mistral, qwen2, qwen3; add"
+        ValueError, match="'sunbird' is not in .* llama, mistral, .* qwen3_moe, roberta; add"
     ):
         structures(model)
     with pytest.raises(ValueError, match="model type None is not in"):
@@ -181,6 +395,39 @@ def test_structures_refuses_a_parameter_that_the_table_does_not_name(owner, name
     if wrapped:
         wrap(model, "q_proj", "down_proj")
     with pytest.raises(ValueError, match=f"model.layers.1.{owner}.{name} is not in .*'llama'; add"):
+        structures(model)
+
+
+@pytest.mark.parametrize(
+    "model_type, owner, name",
+    [
+        ("opt", "model.decoder.layers.1", "gate"),  # the decoder layer is the FFN
+        ("opt", "model.decoder.layers.1.self_attn", "sinks"),
+        ("bert", "bert.encoder.layer.1.intermediate", "norm"),
+        ("mixtral", "model.layers.1.mlp.experts", "gate_up_proj_bias"),
+    ],
+)
+def test_structures_refuses_it_in_nested_modules_too(model_type, owner, name):
+    model = tiny_model(model_type)
+    model.get_submodule(owner).register_parameter(name, nn.Parameter(torch.zeros(8)))
+    with pytest.raises(ValueError, match=f"^{owner}.{name} is not in .*'{model_type}'; add"):
+        structures(model)
+
+
+def test_structures_refuses_cross_attention_in_an_encoder_layer():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "bert",
+            hidden_size=8,
+            num_attention_heads=2,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            vocab_size=8,
+            is_decoder=True,
+            add_cross_attention=True,
+        )
+    )
+    with pytest.raises(ValueError, match="layer.0.crossattention.self.query.weight is not in"):
         structures(model)
 
 
@@ -261,6 +508,18 @@ def test_obstacle(change, reason):
     assert obstacle(model, found["model.layers.0.self_attn"]) is None
 
 
+def test_obstacle_of_experts():
+    model = tiny_model("mixtral")
+    name = "model.layers.0.mlp.experts"
+    experts, structure = model.get_submodule(name), structures(model)[name]
+    experts.down_proj = nn.Parameter(experts.down_proj[:3].detach())
+    assert obstacle(model, structure) == (
+        "down_proj has 3 experts on axis 0, the configuration says 4"
+    )
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.byte(), requires_grad=False)
+    assert obstacle(model, structure) == "gate_up_proj is torch.uint8, not floating"
+
+
 def test_obstacle_of_sharded_weights():
     model = tiny_model("llama")
     attention = structures(model)["model.layers.0.self_attn"]
@@ -282,7 +541,7 @@ def test_parameter_that_is_missing():
     model = tiny_model("mistral")
     attention = structures(model)["model.layers.0.self_attn"]
     with pytest.raises(AttributeError):
-        parameter(model, attention, Member("q_proj.bias", "query_head", 0))
+        parameter(model, attention, Member("q_proj.bias", ("query_head",), 0))
 
 
 def test_channels_of_heads():

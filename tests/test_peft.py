@@ -16,6 +16,8 @@ from peft import (
 from safetensors.torch import load_file
 from tiny_models import MODEL_TYPES, tiny_model, token_ids
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from bench.memory import kept_by
 from s2kernels import backend, kernels, reference
@@ -28,6 +30,11 @@ LAYOUTS = ("permute", "block", "gather")
 COMBINATIONS = [(mode, layout) for mode in MODES for layout in LAYOUTS]
 EVERY_COMBINATION = pytest.mark.parametrize(("mode", "layout"), COMBINATIONS)
 WIDE = dict(intermediate_size=192)  # three blocks of 64 channels
+# Of the encoders "all-linear" would name layers of the head, too.
+EVERY_PROJECTION = dict.fromkeys(("bert", "roberta"), r".*\.layer\..*(query|key|value|dense)")
+NUM_PROJECTIONS = dict(
+    phi3=8, gpt2=8, gpt_neox=8, opt=12, bert=12, roberta=12, mixtral=8, qwen3_moe=11
+)
 
 
 def config(**fields):
@@ -94,10 +101,11 @@ def indices(model):
     }
 
 
-@pytest.mark.parametrize("targets", (None, "all-linear"), ids=("o+down", "all-linear"))
+@pytest.mark.parametrize("every_projection", (False, True), ids=("o+down", "all"))
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_mode_and_layout_follows_the_same_trajectory(model_type, targets):
+def test_every_mode_and_layout_follows_the_same_trajectory(model_type, every_projection):
     """From the channels that layout="block" draws, which every layout can train."""
+    targets = EVERY_PROJECTION.get(model_type, "all-linear") if every_projection else None
     chosen = None
     reference = None
     for mode, layout in [("additive", "block"), *COMBINATIONS]:
@@ -107,7 +115,7 @@ def test_every_mode_and_layout_follows_the_same_trajectory(model_type, targets):
         ).train()
         chosen = chosen or indices(model)
         with_indices(model, chosen)
-        losses = train(model)
+        losses = train(model, steps=12)
         result = torch.tensor(losses), [d.detach().clone() for d in deltas(model).values()]
         if reference is None:
             reference = result
@@ -125,7 +133,8 @@ def test_every_mode_and_layout_follows_the_same_trajectory(model_type, targets):
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_gradients_are_those_of_dense_autograd_on_the_slices(model_type, mode, layout):
     ids = token_ids()
-    fields = dict(mode=mode, layout=layout, target_modules="all-linear")
+    targets = EVERY_PROJECTION.get(model_type, "all-linear")
+    fields = dict(mode=mode, layout=layout, target_modules=targets)
     model = randomized(get_peft_model(tiny_model(model_type, **WIDE), config(**fields)))
     model(input_ids=ids, labels=ids).loss.backward()
 
@@ -135,15 +144,17 @@ def test_gradients_are_those_of_dense_autograd_on_the_slices(model_type, mode, l
         module = name.removeprefix("base_model.model.").removesuffix(".s2ft_delta.default")
         index = model.get_buffer(name.replace("s2ft_delta", "s2ft_index")).long()
         dim = int(model.get_buffer(name.replace("s2ft_delta", "s2ft_dim")))
-        weight = dense.get_submodule(module).weight
+        layer = dense.get_submodule(module)
+        transposed = isinstance(layer, Conv1D)
         where = (slice(None), index) if dim == 1 else (index,)
         with torch.no_grad():
-            weight[where] += delta
-        slices[name] = (weight, where)
+            (layer.weight.t() if transposed else layer.weight)[where] += delta
+        slices[name] = (layer.weight, transposed, where)
     dense(input_ids=ids, labels=ids).loss.backward()
-    assert len(slices) == 14
-    for name, (weight, where) in slices.items():
-        got, want = deltas(model)[name].grad, weight.grad[where]
+    assert len(slices) == NUM_PROJECTIONS.get(model_type, 14)
+    for name, (weight, transposed, where) in slices.items():
+        grad = weight.grad.t() if transposed else weight.grad
+        got, want = deltas(model)[name].grad, grad[where]
         assert want.abs().max() > 1e-8
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12, msg=name)
 
@@ -175,7 +186,7 @@ def test_an_adapter_travels_in_the_original_basis(mode, layout, tmp_path):
     model.save_pretrained(tmp_path)
 
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(saved) == 3 * len(chosen)
+    assert len(saved) == 4 * len(chosen)
     for name, index in chosen.items():
         prefix = name.removesuffix("s2ft_delta.default")
         assert torch.equal(saved[prefix + "s2ft_index"], index)
@@ -192,6 +203,69 @@ def test_an_adapter_travels_in_the_original_basis(mode, layout, tmp_path):
         merged = loaded.merge_and_unload()
         assert not any(isinstance(module, S2FTLinear) for module in merged.modules())
         assert (merged(ids).logits - want).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model_type", ("phi3", "gpt2", "gpt_neox", "bert", "qwen3_moe"))
+def test_the_life_of_an_adapter_on_other_layouts_of_weights(model_type, mode, tmp_path):
+    """Fused, transposed, interleaved, named otherwise, beside experts: nothing is special."""
+    ids = token_ids()
+    base = tiny_model(model_type, **WIDE)
+    original, logits = base_state(base), base(ids).logits
+    targets = EVERY_PROJECTION.get(model_type, "all-linear")
+    model = randomized(get_peft_model(base, config(mode=mode, target_modules=targets)))
+    want = model(ids).logits.detach()
+    assert (want - logits).abs().max() > 1e-3
+    assert model.base_model.base_weights.permutations
+    with model.disable_adapter():
+        assert (model(ids).logits - logits).abs().max() <= 1e-12
+    assert_same(base_state(model), original)
+    model.merge_adapter()
+    assert (model(ids).logits - want).abs().max() <= 1e-12
+    model.unmerge_adapter()
+    assert_same(base_state(model), original)
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(model_type, **WIDE), tmp_path)
+    assert (loaded(ids).logits - want).abs().max() <= 1e-12
+    merged = loaded.merge_and_unload()
+    assert (merged(ids).logits - want).abs().max() <= 1e-12
+    assert type(merged) is type(base)
+    assert_same(base_state(model.unload()), original)
+
+
+def test_the_default_targets_of_each_type_are_trained():
+    for model_type in MODEL_TYPES:
+        model = get_peft_model(tiny_model(model_type, **WIDE), config())
+        dims = [m.dim for m in model.modules() if isinstance(m, S2FTLinear)]
+        # two blocks, each with an attention and a FFN, where that is none of experts
+        assert dims == ["in"] * {"mixtral": 2, "qwen3_moe": 3}.get(model_type, 4), model_type
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets", "error", "message"),
+    [
+        ("mixtral", ["o_proj", "down_proj"], ValueError, "names .*0.mlp.experts.down_proj, a ten"),
+        ("qwen3_moe", r".*(o|gate_up)_proj", ValueError, "names .*1.mlp.experts.gate_up_proj, a"),
+        ("mixtral", ["experts"], TypeError, "must name linear layers, .* is a MixtralExperts"),
+    ],
+)
+def test_experts_are_no_targets(model_type, targets, error, message):
+    model = tiny_model(model_type)
+    original = base_state(model)
+    with pytest.raises(error, match=message):
+        get_peft_model(model, config(target_modules=targets, channels=4))
+    assert_same(base_state(model), original)
+    assert not any(isinstance(module, S2FTLinear) for module in model.modules())
+
+
+def test_a_mixture_in_every_layer(tmp_path):
+    """The default names `mlp.down_proj`, which this model has nowhere."""
+    base = tiny_model("qwen3_moe", mlp_only_layers=[])
+    model = get_peft_model(base, config())
+    assert [name.split(".")[-3] for name in deltas(model)] == ["o_proj", "o_proj"]
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_model("qwen3_moe", mlp_only_layers=[]), tmp_path)
 
 
 @EVERY_COMBINATION
@@ -432,6 +506,36 @@ def test_a_mixed_batch_takes_an_adapter_for_each_row(mode):
         model.train()(input_ids=ids, adapter_names=names)
 
 
+@pytest.mark.parametrize("mode", ("auto", "additive"))
+def test_a_weighted_adapter_is_the_exact_sum(mode, tmp_path):
+    ids = token_ids()
+    model = get_peft_model(tiny_model("llama", **WIDE), config(mode=mode))
+    model.add_adapter("second", config(mode=mode, heads=5, channels=150, seed=9))
+    randomized(model)
+    model.add_weighted_adapter(["default", "second"], [2.0, -0.5], "sum")
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    union = set(layer.s2ft_index["default"].tolist()) | set(layer.s2ft_index["second"].tolist())
+    assert layer.s2ft_index["sum"].tolist() == sorted(union) and len(union) < 64 + 150
+
+    model.set_adapter("sum")
+    got = model(ids).logits
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, S2FTLinear):
+                module.s2ft_delta["default"].mul_(2.0)
+                module.s2ft_delta["second"].mul_(-0.5)
+    model.base_model.set_adapter(["default", "second"])
+    assert (got - model(ids).logits).abs().max() < 1e-12
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(tiny_model("llama", **WIDE), tmp_path / "sum")
+    assert (loaded(ids).logits - got).abs().max() < 1e-12
+
+    with pytest.raises(ValueError, match="got .'third'"):
+        model.add_weighted_adapter(["third"], [1.0], "other")
+    with pytest.raises(ValueError, match="exists already"):
+        model.add_weighted_adapter(["second"], [1.0], "sum")
+
+
 def test_inplace_wants_exactly_one_active_adapter():
     model = get_peft_model(tiny_model("llama", **WIDE), config(mode="inplace"))
     model.add_adapter("second", config(seed=9))
@@ -483,13 +587,14 @@ def test_the_device_trains_as_fp64_on_the_cpu_does(mode, layout, device):
 
 
 @EVERY_COMBINATION
-def test_the_host_runs_on_the_triton_kernels(mode, layout, device, monkeypatch):
+@pytest.mark.parametrize("model_type", ("llama", "gpt2"))  # gpt2's weights are transposed
+def test_the_host_runs_on_the_triton_kernels(model_type, mode, layout, device, monkeypatch):
     """Every op of a step, dense GEMMs included, from `s2kernels.kernels`."""
     ids = token_ids().to(device)
     grads = []
     for ops in (reference, kernels):
         monkeypatch.setattr(backend, "select", lambda x, impl=None, ops=ops: ops)
-        model = tiny_model("llama", torch.float32, **WIDE).to(device)
+        model = tiny_model(model_type, torch.float32, **WIDE).to(device)
         fields = dict(mode=mode, layout=layout, target_modules="all-linear")
         model = randomized(get_peft_model(model, config(**fields)))
         model(input_ids=ids, labels=ids).loss.backward()
@@ -497,7 +602,7 @@ def test_the_host_runs_on_the_triton_kernels(mode, layout, device, monkeypatch):
         with model.disable_adapter():
             model(ids)
         assert_same(
-            base_state(model), base_state(tiny_model("llama", torch.float32, **WIDE).to(device))
+            base_state(model), base_state(tiny_model(model_type, torch.float32, **WIDE).to(device))
         )
     for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
@@ -550,6 +655,23 @@ def test_generate_and_the_ways_to_load(tmp_path):
         type(base).from_pretrained(base_dir), adapter_dir, is_trainable=True
     )
     assert train(resumed.train(), steps=4)[-1] < train(resumed, steps=1)[0] + 1
+
+
+def test_the_model_card_has_a_snippet_that_works(tmp_path):
+    ids = token_ids()
+    base_dir, adapter_dir = tmp_path / "base", tmp_path / "adapter"
+    tiny_model("llama", torch.float32, **WIDE).save_pretrained(base_dir)
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    model = randomized(get_peft_model(base, config(task_type="CAUSAL_LM")))
+    for _ in range(2):
+        model.save_pretrained(adapter_dir)
+    card = (adapter_dir / "README.md").read_text()
+    assert card.count("## S2FT adapter") == 1
+    assert "- s2ft\n" in card and "arxiv:2412.06289" in card and "## Model Details" in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    exec(snippet.replace("PATH OF THIS FOLDER", str(adapter_dir)), scope)
+    assert torch.equal(scope["model"](ids).logits, model(ids).logits)
 
 
 def test_injection_without_a_peft_model():
@@ -697,22 +819,23 @@ def test_config_refuses(fields, message):
 class Unknown(nn.Module):
     """A model of a type that the coupling table lacks."""
 
-    def __init__(self):
+    def __init__(self, down):
         super().__init__()
         self.config = type("Config", (), {"model_type": "unheard_of"})()
         self.up = nn.Linear(12, 24)
-        self.down = nn.Linear(24, 12)
+        self.down = down
 
     def forward(self, x):
         return self.down(torch.tanh(self.up(x)))
 
 
-def test_an_unknown_model_type_is_refused_except_for_gather():
-    model = Unknown()
+@pytest.mark.parametrize("down", (nn.Linear(24, 12), Conv1D(12, 24)), ids=("Linear", "Conv1D"))
+def test_an_unknown_model_type_is_refused_except_for_gather(down):
+    model = Unknown(down)
     for layout in ("auto", "permute", "block"):
         with pytest.raises(ValueError, match="'unheard_of' is not in the coupling table"):
             get_peft_model(model, config(target_modules=["down"], layout=layout))
-    assert type(model.down) is nn.Linear
+    assert model.down is down
     x = torch.randn(5, 12)
     want = model(x)
     model = get_peft_model(model, config(target_modules=["down"], layout="gather", channels=5))
@@ -720,6 +843,31 @@ def test_an_unknown_model_type_is_refused_except_for_gather():
     model(x).square().sum().backward()
     (delta,) = deltas(model).values()
     assert delta.shape == (12, 5) and delta.grad.abs().sum() > 0
+
+
+@EVERY_COMBINATION
+def test_an_adapter_is_refused_on_another_base(mode, layout, tmp_path):
+    """Whichever way it is loaded; and it is not where the base differs in dtype alone."""
+    ids = token_ids()
+    fields = dict(mode=mode, layout=layout, task_type="CAUSAL_LM")
+    model = randomized(get_peft_model(tiny_model("llama", torch.float32, **WIDE), config(**fields)))
+    model(ids)
+    model.save_pretrained(tmp_path)
+
+    other = tiny_model("llama", torch.float32, **WIDE)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+    message = "model.layers.1.mlp.down_proj: the adapter was trained on another base"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(copy.deepcopy(other), tmp_path)
+    other.load_adapter(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        other(ids)
+
+    for dtype in (torch.float64, torch.bfloat16):
+        loaded = PeftModel.from_pretrained(tiny_model("llama", dtype, **WIDE), tmp_path)
+        assert (loaded(ids).logits - model(ids).logits).abs().max() < 0.5
+    loaded.unload().float()
 
 
 def test_an_adapter_that_does_not_fit_is_refused_on_loading(tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,9 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import MODEL_TYPES, tiny_model, token_ids
 
+from s2kernels.architectures import Member
 from s2kernels.coupling import Structure, channels_of_heads, parameter, structures
 from s2kernels.permute import Permutation, apply_, plan
 from s2kernels.select import random_units
+
+ABSOLUTE_POSITIONS = ("opt", "bert", "roberta")
+KEY_BIASES = ("k_proj.bias", "self.key.bias")
+GROUPED = [t for t in MODEL_TYPES if t not in (*ABSOLUTE_POSITIONS, "gpt2", "gpt_neox")]
 
 
 def attention(num_heads: int, num_kv_heads: int, head_dim: int = 1) -> Structure:
@@ -20,25 +26,31 @@ def ffn(num_channels: int) -> Structure:
 
 
 def permutations(model, seed: int) -> dict[str, tuple[Structure, Permutation, torch.Tensor]]:
-    """A plan for every structure, that moves all of its units. Channels are random. Of the heads,
-    layer 0 selects two KV groups in part and one wholly if there are more, layer 1 a part of one.
+    """A plan for every structure, that moves all kinds of its units. Channels are random. Of the
+    heads, layer 0 selects two KV groups in part and one wholly if there are more, layer 1 a part of
+    one; where each query head has its own KV head, three of them and one.
     """
     plans = {}
     for name, structure in structures(model).items():
-        if structure.kind == "ffn":
-            units = random_units(seed, name, structure.num_channels, 13)
+        if structure.kind != "attention":
+            units = random_units(seed, name, structure.count("channel"), 13)
         else:
             group = structure.num_heads // structure.num_kv_heads
             heads = torch.arange(structure.num_heads)
-            if "layers.0" in name:
+            if ".0" in name:
                 whole = (heads // group == 2) & (structure.num_kv_heads > 2)
                 units = heads[(heads == 0) | whole | (heads == structure.num_heads - 1)]
             else:
-                units = heads[-group + 1 :]
+                units = heads[-max(group - 1, 1) :]
         permutation = plan(structure, units)
         assert permutation is not None
         plans[name] = structure, permutation, units
     return plans
+
+
+def moves(permutation: Permutation, member: Member) -> bool:
+    order = permutation.channels(member)
+    return not torch.equal(order, torch.arange(len(order), dtype=torch.int32))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -51,18 +63,26 @@ def test_apply_leaves_the_model_as_it_was(model_type):
     storage = {name: value.data_ptr() for name, value in model.state_dict().items()}
 
     plans = permutations(model, seed=3)
-    assert [p.start > 0 for _, p, _ in plans.values()] == [True, False, False, False]
-    for structure, permutation, units in plans.values():
+    assert len(plans) == 4
+    for name, (structure, permutation, units) in plans.items():
+        assert (permutation.start > 0) == (structure.num_kv_heads in (2, 4) and ".0" in name)
         apply_(model, structure, permutation)
-        # what is trained is one run, and holds what it should
+        if structure.kind == "experts":
+            assert_experts_moved(model, structure, units, before)
+            continue
+        # what is trained of an in-slice is one run, and every slice holds what it should
         width = structure.width(structure.unit)
-        role = structure.role("o_proj" if structure.kind == "attention" else "down_proj")
         run = torch.arange(permutation.start * width, (permutation.start + len(units)) * width)
-        original = permutation.to_original(run, role.unit)
-        selected = channels_of_heads(units, width)
-        assert torch.equal(original.sort().values, selected)
-        slice_before = before[f"{structure.name}.{role.suffix}"][:, original.long()]
-        assert torch.equal(parameter(model, structure, role)[:, run], slice_before)
+        for member in structure.members:
+            channels = structure.channels(member, units)
+            working = permutation.to_working(channels, member)
+            assert torch.equal(permutation.to_original(working, member), channels)
+            value = parameter(model, structure, member)
+            slice_before = before[f"{name}.{member.suffix}"].index_select(member.axis, channels)
+            assert torch.equal(value.index_select(member.axis, working), slice_before)
+            if member.dim == "in":
+                assert torch.equal(channels, channels_of_heads(units, width))
+                assert torch.equal(working.sort().values, run.int())
 
     for name, value in model.state_dict().items():
         assert value.data_ptr() == storage[name]
@@ -70,7 +90,7 @@ def test_apply_leaves_the_model_as_it_was(model_type):
             name == f"{structure.name}.{member.suffix}"
             for structure, permutation, _ in plans.values()
             for member in structure.members
-            if permutation.orders[member.unit].tolist() != list(range(structure.count(member.unit)))
+            if moves(permutation, member)
         )
         if moved:
             assert not torch.equal(value, before[name]), name
@@ -85,10 +105,43 @@ def test_apply_leaves_the_model_as_it_was(model_type):
     assert torch.equal(model(tokens).logits, logits)
 
 
+def assert_experts_moved(model, structure, units, before) -> None:
+    """The selected channels of each expert come first, the other ones follow."""
+    gate_up, down = (before[f"{structure.name}.{name}_proj"] for name in ("gate_up", "down"))
+    experts = model.get_submodule(structure.name)
+    size = structure.num_channels
+    for expert in range(structure.num_experts):
+        chosen = [int(unit) % size for unit in units if unit // size == expert]
+        order = chosen + [channel for channel in range(size) if channel not in chosen]
+        assert torch.equal(experts.down_proj[expert], down[expert][:, order])
+        assert torch.equal(experts.gate_up_proj[expert, :size], gate_up[expert][order])
+        assert torch.equal(experts.gate_up_proj[expert, size:], gate_up[expert, size:][order])
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @torch.no_grad()
+def test_every_parameter_of_the_table_has_to_move(model_type):
+    """The bound of 1e-10 above means something: it is broken if one of them stays where it is."""
+    model = tiny_model(model_type)
+    tokens = token_ids()
+    logits = model(tokens).logits
+    for structure, permutation, _ in permutations(model, seed=3).values():
+        for left in [member for member in structure.members if moves(permutation, member)]:
+            rest = tuple(member for member in structure.members if member is not left)
+            apply_(model, replace(structure, members=rest), permutation)
+            change = (model(tokens).logits - logits).abs().max()
+            apply_(model, replace(structure, members=rest), permutation.inverse())
+            if model_type in ABSOLUTE_POSITIONS and left.suffix in KEY_BIASES:
+                assert change <= 1e-10  # it adds the same number to all scores of a query
+            else:
+                assert change > 1e-5, (structure.name, left)
+    assert torch.equal(model(tokens).logits, logits)
+
+
+@pytest.mark.parametrize("model_type", GROUPED)
+@torch.no_grad()
 def test_an_illegal_move_would_be_seen(model_type):
-    """The bound of 1e-10 above means something: one exchange across KV groups breaks the model."""
+    """One exchange across KV groups breaks the model."""
     model = tiny_model(model_type)
     tokens = token_ids()
     logits = model(tokens).logits
@@ -152,6 +205,10 @@ def test_apply_refuses_before_anything_changes():
         apply_(model, self_attn, plan(attention(16, 4, 4), torch.tensor([3])))
     with pytest.raises(ValueError, match="one of channel, got 'query_head'"):
         apply_(model, self_attn, plan(ffn(40), torch.tensor([3])))
+    mixture = tiny_model("mixtral")
+    experts = structures(mixture)["model.layers.0.mlp.experts"]
+    with pytest.raises(ValueError, match="has the orders of 1 experts, .*experts has 4"):
+        apply_(mixture, experts, plan(ffn(160), torch.tensor([3])))
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(ValueError, match="0.mlp cannot be permuted: up_proj.weight is shared"):
         apply_(model, mlp, plan(mlp, torch.tensor([3])))
@@ -170,6 +227,40 @@ def test_plan_of_channels():
     assert (working.tolist(), working.dtype) == ([2, 3, 0], torch.int32)
     original = permutation.to_original(torch.tensor([2, 3, 0], dtype=torch.int32), "channel")
     assert (original.tolist(), original.dtype) == ([5, 0, 1], torch.int32)
+
+
+def test_plan_of_experts():
+    """Each expert's selected channels come first among its own."""
+    experts = Structure("moe", "experts", (), num_channels=4, num_experts=3)
+    permutation = plan(experts, torch.tensor([1, 3, 10]))
+    assert permutation.orders["channel"].tolist() == [1, 3, 0, 2, 4, 5, 6, 7, 10, 8, 9, 11]
+    working = permutation.to_working(torch.tensor([3, 10, 4]), "channel")
+    assert working.tolist() == [1, 8, 4]
+    gate_up = Member("gate_up_proj", ("channel", "channel"), 1)
+    assert permutation.channels(gate_up).tolist() == [
+        *(1, 3, 0, 2, 5, 7, 4, 6),  # gate and up of the first expert
+        *(8, 9, 10, 11, 12, 13, 14, 15),
+        *(18, 16, 17, 19, 22, 20, 21, 23),
+    ]
+    back = permutation.inverse()
+    assert back.num_experts == 3
+    assert back.to_working(working, "channel").tolist() == [3, 10, 4]
+
+
+def test_translation_on_fused_axes():
+    permutation = plan(attention(4, 2, head_dim=2), torch.tensor([3]))
+    assert permutation.orders["query_head"].tolist() == [3, 2, 0, 1]
+    qkv = Member("qkv.weight", ("query_head", "kv_head", "kv_head"), 0)
+    order = [6, 7, 4, 5, 0, 1, 2, 3, 10, 11, 8, 9, 14, 15, 12, 13]
+    assert permutation.channels(qkv).tolist() == order
+    assert permutation.to_working(torch.tensor([6, 11, 12]), qkv).tolist() == [0, 9, 14]
+    assert permutation.to_original(torch.tensor([0, 9, 14]), qkv).tolist() == [6, 11, 12]
+    interleaved = Member("qkv.weight", ("query_head",), 0, blocks=3)
+    assert permutation.channels(interleaved).tolist() == [
+        6 * head + i for head in (3, 2, 0, 1) for i in range(6)
+    ]
+    with pytest.raises(ValueError, match="positions from 0 to 15 wanted, got 16 to 16"):
+        permutation.to_working(torch.tensor([16]), qkv)
 
 
 @pytest.mark.parametrize(

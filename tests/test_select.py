@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from s2kernels.select import budget, random_units
+from s2kernels.select import budget, random_scores, random_units, ranked_units
 
 NAME = "model.layers.0.mlp"
 
@@ -108,3 +108,103 @@ def test_budget_refuses(value, error, message):
 def test_budget_refuses_a_block_that_does_not_fit():
     with pytest.raises(ValueError, match="channels: blocks of 64 wanted, there are 40 in all"):
         budget(0.5, 40, "channels", 64)
+
+
+ATTENTION = [f"model.layers.{i}.self_attn" for i in range(2)]
+MLP = [f"model.layers.{i}.mlp" for i in range(2)]
+HEADS = {
+    ATTENTION[0]: torch.tensor([5.0, 1.0, 3.0, 3.0]),
+    ATTENTION[1]: torch.tensor([0.5, 4.0, 3.0, 0.1]),
+}
+CHANNELS = {
+    MLP[0]: torch.tensor([9.0, 8.0, 7.0, 6.0, 0.0]),
+    MLP[1]: torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]),
+}
+
+
+def ranked(scores, counts, **options) -> dict:
+    chosen = ranked_units(scores, dict(zip(scores, counts, strict=False)), **options)
+    assert all((units.dtype, units.ndim) == (torch.int32, 1) for units in chosen.values())
+    return {name: units.tolist() for name, units in chosen.items()}
+
+
+@pytest.mark.parametrize(
+    "scores, counts, options, expected",
+    [
+        (HEADS, (2, 3), {}, {ATTENTION[0]: [0, 2], ATTENTION[1]: [0, 1, 2]}),
+        (HEADS, (2, 1), dict(largest=False), {ATTENTION[0]: [1, 2], ATTENTION[1]: [3]}),
+        (HEADS, (4, 4), {}, {ATTENTION[0]: [0, 1, 2, 3], ATTENTION[1]: [0, 1, 2, 3]}),
+        (HEADS, (2,), {}, {ATTENTION[0]: [0, 2]}),  # what has no count is left alone
+        # 5, 4, and of three 3s the first, then the second
+        (HEADS, (1, 2), dict(scope="global"), {ATTENTION[0]: [0, 2], ATTENTION[1]: [1]}),
+        (HEADS, (2, 2), dict(scope="global"), {ATTENTION[0]: [0, 2, 3], ATTENTION[1]: [1]}),
+        (HEADS, (1, 1), dict(scope="global", largest=False), {ATTENTION[1]: [0, 3]}),
+        (CHANNELS, (2, 2), dict(scope="global"), {MLP[0]: [0, 1, 2, 3]}),
+        # heads compete with heads, channels with channels
+        (
+            {**CHANNELS, **HEADS},
+            (1, 1, 1, 1),
+            dict(scope="global"),
+            {MLP[0]: [0, 1], ATTENTION[0]: [0], ATTENTION[1]: [1]},
+        ),
+        # the fifth channel belongs to no whole block
+        (CHANNELS, (2, 2), dict(block=2), {MLP[0]: [0, 1], MLP[1]: [2, 3]}),
+        (CHANNELS, (2, 2), dict(block=2, largest=False), {MLP[0]: [2, 3], MLP[1]: [0, 1]}),
+        (CHANNELS, (2, 2), dict(block=2, scope="global"), {MLP[0]: [0, 1, 2, 3]}),
+    ],
+)
+def test_ranked_units(scores, counts, options, expected):
+    chosen = ranked(scores, counts, **options)
+    assert chosen == expected
+    assert list(chosen) == list(expected)
+
+
+def test_a_block_counts_by_its_root_of_the_sum_of_squares():
+    scores = {"mlp": torch.tensor([5.0, 5.0, 8.0, 0.0, 6.0, 4.0])}  # 50, 64, 52; sums 10, 8, 10
+    assert ranked(scores, [2], block=2) == {"mlp": [2, 3]}
+    assert ranked(scores, [4], block=2) == {"mlp": [2, 3, 4, 5]}
+
+
+def test_ranked_units_breaks_ties_by_position():
+    scores = {name: torch.ones(1000) for name in MLP}
+    for largest in (True, False):
+        expected = {name: list(range(300)) for name in MLP}
+        assert ranked(scores, (300, 300), largest=largest) == expected
+        chosen = ranked(scores, (600, 600), largest=largest, scope="global")
+        assert chosen == {MLP[0]: list(range(1000)), MLP[1]: list(range(200))}
+
+
+@pytest.mark.parametrize(
+    "scores, counts, options, message",
+    [
+        (HEADS, {MLP[0]: 1}, {}, f"counts: structures with scores wanted, got {MLP[0]}"),
+        (HEADS, {ATTENTION[1]: 5}, {}, f"{ATTENTION[1]}: 5 units wanted of 4 in blocks of 1"),
+        (HEADS, {ATTENTION[1]: 0}, {}, f"{ATTENTION[1]}: 0 units wanted of 4"),
+        (CHANNELS, {MLP[0]: 3}, dict(block=2), "3 units wanted of 5 in blocks of 2"),
+        (HEADS, {ATTENTION[0]: 1}, dict(scope="model"), "scope must be one of 'layer', 'global'"),
+        (
+            {MLP[0]: torch.tensor([1.0, math.nan])},
+            {MLP[0]: 1},
+            {},
+            f"scores of {MLP[0]}: finite numbers wanted",
+        ),
+    ],
+)
+def test_ranked_units_refuses(scores, counts, options, message):
+    with pytest.raises(ValueError, match=message):
+        ranked_units(scores, counts, **options)
+
+
+def test_random_scores():
+    """They follow from seed, name and size; ranked, they are S2FT-R with a budget for all."""
+    sizes = dict.fromkeys(MLP, 500)
+    state = torch.get_rng_state()
+    scores = random_scores(3, sizes)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(random_scores(3, {MLP[1]: 500})[MLP[1]], scores[MLP[1]])
+    assert not torch.equal(random_scores(4, sizes)[MLP[0]], scores[MLP[0]])
+    assert not torch.equal(scores[MLP[0]], scores[MLP[1]])
+    assert all(0 <= value.min() and value.max() < 1 for value in scores.values())
+    chosen = ranked_units(scores, dict.fromkeys(MLP, 100), scope="global")
+    counts = [len(chosen[name]) for name in MLP]
+    assert sum(counts) == 200 and min(counts) > 60 and counts[0] != counts[1]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from s2kernels import backend
-from s2kernels.coupling import Structure, Unit, obstacle
+from s2kernels.coupling import Structure, obstacle
 from s2kernels.permute import Permutation, apply_, plan
 
 if TYPE_CHECKING:
@@ -137,9 +137,9 @@ class BaseWeights:
 
     def to_working(self, layer: "S2FTLinear", index: Tensor) -> Tensor:
         """Where the channels `index` of the layer lie in the present basis, int32 (R,)."""
-        if layer.structure not in self.permutations or layer.unit is None:
+        if layer.structure not in self.permutations or layer.member is None:
             return index
-        return self.permutations[layer.structure].to_working(index, layer.unit)
+        return self.permutations[layer.structure].to_working(index, layer.member)
 
     def not_inplace(self, weight: Tensor) -> str | None:
         """Why no slice of this weight can be written, as far as the rest of the model decides."""
@@ -172,9 +172,11 @@ class BaseWeights:
             layer = next((layer for layer in first if layer.dim == "in"), first[0])
             name = candidates[0][1]
             structure = self.structures[structure_name]
+            assert layer.member is not None
             reason = _SHARDED if self._sharded else obstacle(self.model, structure)
             index = layer.s2ft_index[name].cpu()
-            permutation = None if reason else plan(structure, _units(structure, layer.unit, index))
+            units = structure.units_at(layer.member, index)
+            permutation = None if reason else plan(structure, units)
             if permutation is not None:
                 permutations[structure_name] = permutation
             elif layer.layouts[name] == "permute":
@@ -200,6 +202,8 @@ class BaseWeights:
                 "nn.DataParallel copies the weights before the slices are written into them; use "
                 "DistributedDataParallel, or S2FTConfig(mode='additive', layout='gather')"
             )
+        for layer in self.layers:
+            layer.refresh()
         self.engage()
         adapters = [(layer, layer.inplace_adapter()) for layer in self.layers]
         self.restore([layer for layer, name in adapters if name is None])
@@ -216,12 +220,3 @@ class BaseWeights:
 
     def _on_load_state_dict(self, module: nn.Module, *args) -> None:
         self.release()
-
-
-def _units(structure: Structure, unit: Unit | None, index: Tensor) -> Tensor:
-    """The query heads or channels of the structure to which `index`, along `unit`, belongs."""
-    units = torch.unique(index // structure.width(unit or structure.unit))
-    if unit == "kv_head":
-        group = torch.arange(structure.num_heads) // (structure.num_heads // structure.num_kv_heads)
-        return torch.nonzero(torch.isin(group, units)).flatten()
-    return units

@@ -1,12 +1,16 @@
 """What a user chooses, as PEFT configurations are written."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 
 from s2kernels.autograd.checks import MODES, check_choice
+from s2kernels.peft.card import write_card
+from s2kernels.select import SCOPES, STRATEGIES
 
 LAYOUTS = ("auto", "permute", "block", "gather")
+SELECTIONS = ("random", *STRATEGIES)
 
 
 class _PeftType(str):
@@ -23,10 +27,11 @@ PEFT_TYPE = _PeftType("S2FT")
 class S2FTConfig(PeftConfig):
     """Structured sparse fine-tuning (S2FT, arXiv 2412.06289).
 
-    In every attention and FFN block some heads and channels are trained, drawn at random from
-    (seed, name of the block): the input channels of o_proj and down_proj, the output channels of
-    q_proj, k_proj, v_proj, gate_proj and up_proj. The targets of one block share the selection;
-    k_proj and v_proj train the KV heads that the selected query heads read.
+    In every attention and FFN block some heads and channels are trained: the input channels of
+    o_proj and down_proj, the output channels of q_proj, k_proj, v_proj, gate_proj and up_proj.
+    k_proj and v_proj train the KV heads that the selected query heads read. By default they are
+    drawn at random, as a function of (seed, name of the block), and the targets of one block share
+    the draw: where their budgets differ, the smaller selection is part of the larger one.
 
     Choices that are out of range raise ValueError or TypeError here or, where the model decides,
     in `get_peft_model`, which then leaves the model as it was.
@@ -50,6 +55,44 @@ class S2FTConfig(PeftConfig):
         metadata={
             "help": "Channels trained in each FFN block: a count (int) or a share (float). Of "
             "other targets, which layout='gather' admits, so many input channels are trained."
+        },
+    )
+    budget_pattern: dict[str, int | float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Budgets of single targets in the place of heads and channels: a name or the "
+            "end of one, or a regular expression for it, and a count or a share: {'v_proj': 1}."
+        },
+    )
+    selection: str = field(
+        default="random",
+        metadata={
+            "help": "What decides: 'random', or the scores of s2kernels.select: 'weight', "
+            "'activation', 'product', 'gradient'. The last three need calibration data: give the "
+            "configuration to s2kernels.peft.select_indices first."
+        },
+    )
+    largest: bool = field(
+        default=True, metadata={"help": "Train the largest scores, or else the smallest."}
+    )
+    scope: str = field(
+        default="layer",
+        metadata={
+            "help": "'layer': the budget holds for each block. 'global': blocks compete, as in the "
+            "scripts of the paper, and one may get none."
+        },
+    )
+    coupled: bool = field(
+        default=True,
+        metadata={
+            "help": "Targets of one block share a random selection; else each draws its own."
+        },
+    )
+    indices: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "The trained channels themselves, by the name of the target, in the order of "
+            "the checkpoint. Decides over all of the above; targets that are not named stay frozen."
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random selection."})
@@ -94,6 +137,8 @@ class S2FTConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         check_choice("mode", self.mode, MODES + ("auto",))
         check_choice("layout", self.layout, LAYOUTS)
+        check_choice("selection", self.selection, SELECTIONS)
+        check_choice("scope", self.scope, SCOPES)
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -105,3 +150,8 @@ class S2FTConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern needs layers_to_transform, got {self.layers_pattern!r} alone"
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes adapter_config.json, and into README.md how the adapter is loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self)

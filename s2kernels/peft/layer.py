@@ -1,7 +1,7 @@
 """The layer that PEFT puts in the place of a Linear: its deltas, and how they reach the output."""
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -9,9 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from s2kernels.adapter import Slice, check_fingerprint, fingerprint
+from s2kernels.architectures import Member
 from s2kernels.autograd.checks import check_index
 from s2kernels.autograd.linear import delta_linear, linear
-from s2kernels.coupling import Unit
+from s2kernels.coupling import is_conv1d, is_dense
 from s2kernels.reference import Index, take
 
 if TYPE_CHECKING:
@@ -26,35 +28,43 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         s2ft_delta   Parameter, fp32 by default: (N, R) for dim="in", (R, K) for dim="out"
         s2ft_index   int32 (R,), the trained channels
         s2ft_dim     int32 (), the axis of the weight they lie on: 1 for "in", 0 for "out"
+        s2ft_fingerprint  int64 (R,), of W0 there: an adapter is refused on another base. Empty
+                     where the weight is not dense and floating
 
-    `structure` and `unit` say where the layer sits in the coupling table, None if nowhere.
+    `structure` and `member` say where the layer sits in the coupling table, None if nowhere.
     """
 
     adapter_layer_names = ("s2ft_delta",)
-    other_param_names = ("s2ft_index", "s2ft_dim", "modes", "layouts", "positions")
+    other_param_names = (
+        *("s2ft_index", "s2ft_dim", "s2ft_fingerprint"),
+        *("modes", "layouts", "positions", "_seen"),
+    )
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: nn.Module,
         base_weights: "BaseWeights",
+        name: str,
         dim: str,
         structure: str | None = None,
-        unit: Unit | None = None,
+        member: Member | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.base_weights = base_weights
-        self.dim, self.structure, self.unit = dim, structure, unit
-        self.in_features: int = base_layer.in_features
-        self.out_features: int = base_layer.out_features
+        self.name, self.dim, self.structure, self.member = name, dim, structure, member
+        self.in_features, self.out_features = features(base_layer)
         self.quantization_backend = resolve_quantization_backend(base_layer)
         self.s2ft_delta = nn.ParameterDict()
         self.s2ft_index = BufferDict({}, persistent=True)
         self.s2ft_dim = BufferDict({}, persistent=True)
+        self.s2ft_fingerprint = BufferDict({}, persistent=True)
         self.modes: dict[str, str] = {}
         self.layouts: dict[str, str] = {}
         # where the channels of each adapter lie in the present basis; see BaseWeights
         self.positions: dict[str, Index] = {}
+        # the buffers that positions were made from, and their versions: loading replaces them
+        self._seen: dict[str, list[tuple[Tensor, int]]] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -83,6 +93,8 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         self.s2ft_dim[adapter_name] = torch.tensor(self.axis, dtype=torch.int32).to(weight.device)
         self.modes[adapter_name], self.layouts[adapter_name] = mode, layout
         self.locate()
+        self.s2ft_fingerprint[adapter_name] = self._fingerprint(adapter_name)
+        self._seen[adapter_name] = self._sources(adapter_name)
 
     @property
     def axis(self) -> int:
@@ -94,10 +106,15 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         """Channels on that axis, trained or not."""
         return self.in_features if self.dim == "in" else self.out_features
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (N, K), a view of it where the base layer stores the transpose."""
+        return self.weight.t() if is_conv1d(self.get_base_layer()) else self.weight
+
     def not_inplace(self) -> str | None:
         """Why no slice can be written into the base weight; None if it can."""
         base, weight = self.get_base_layer(), self.weight
-        if type(base) is not nn.Linear:
+        if not is_dense(base):
             return f"the base layer is a {type(base).__name__}"
         if type(weight) is not nn.Parameter or weight.is_meta:
             return f"the weight is a {type(weight).__name__} on {weight.device}"
@@ -125,6 +142,41 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
             is_run = torch.equal(working.cpu(), torch.arange(start, stop, dtype=torch.int32))
             self.positions[name] = slice(start, stop) if is_run else working
 
+    def refresh(self) -> None:
+        """Take note of adapters that were loaded since the last time.
+
+        Raises ValueError for one that does not fit the layer, or was trained on another base.
+        """
+        if torch.compiler.is_compiling():
+            return
+        for name in self.s2ft_index:
+            pairs = zip(self._seen.get(name, ()), self._sources(name), strict=False)
+            same = [old[0] is new[0] and old[1] == new[1] for old, new in pairs]
+            if same == [True, True]:
+                continue
+            self.restore()
+            self.locate()
+            if same[1:] == [True]:  # an index came without a fingerprint
+                self.s2ft_fingerprint[name] = self._fingerprint(name)
+            elif self.s2ft_fingerprint[name].numel() and not self.merged and self._is_dense():
+                expected, base_slice = self.s2ft_fingerprint[name], self.take_base_slice(name)
+                check_fingerprint(self.name, expected, base_slice, self.dim)
+            self._seen[name] = self._sources(name)
+
+    def _sources(self, name: str) -> list[tuple[Tensor, int]]:
+        buffers = self.s2ft_index[name], self.s2ft_fingerprint[name]
+        return [(buffer, buffer._version) for buffer in buffers]
+
+    def _fingerprint(self, name: str) -> Tensor:
+        if not self._is_dense():
+            return torch.empty(0, dtype=torch.int64)
+        return fingerprint(self.take_base_slice(name), self.dim).to(self.weight.device)
+
+    def _is_dense(self) -> bool:
+        """Whether the weight can be read as the (N, K) floats that it stands for."""
+        weight = self.weight
+        return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+
     def inplace_adapter(self) -> str | None:
         """The adapter whose slice belongs in the weight now; None where there is none.
 
@@ -145,13 +197,23 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
                 )
         return None
 
+    def slice_of(self, adapter_name: str) -> Slice:
+        """The adapter's part of this layer, in the original basis."""
+        expected = self.s2ft_fingerprint[adapter_name]
+        return Slice(
+            self.dim,
+            self.s2ft_index[adapter_name],
+            self.s2ft_delta[adapter_name].detach(),
+            expected if expected.numel() else None,
+        )
+
     def entry(self, adapter_name: str, delta: Tensor | None) -> tuple:
         """Arguments of `slice_write` for this layer."""
-        return self.weight, self.base_slice, delta, self.positions[adapter_name], self.dim
+        return self.matrix, self.base_slice, delta, self.positions[adapter_name], self.dim
 
     def take_base_slice(self, adapter_name: str) -> Tensor:
         """A copy of what the weight holds where the adapter's channels lie, shaped like delta."""
-        weight = self.weight.data
+        weight = self.matrix.data
         where = self.positions[adapter_name]
         return take(weight, where) if self.dim == "in" else take(weight.t(), where).t().contiguous()
 
@@ -162,6 +224,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output with the active adapters: (..., N) for x (..., K)."""
+        self.refresh()
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.base_weights.adapter_names is not None and not self.disable_adapters:
@@ -172,10 +235,10 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
         self.restore()
         names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
-        if names and type(self.base_layer) is nn.Linear:
+        if names and is_dense(self.base_layer):
             first, *names = names
             delta, where = self.s2ft_delta[first], self.positions[first]
-            y = linear(x, self.weight, delta, where, self.dim, self.bias, "additive")
+            y = linear(x, self.matrix, delta, where, self.dim, self.bias, "additive")
         else:
             y = self.base_layer(x, *args, **kwargs)
         for name in names:
@@ -190,7 +253,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         before_dx = None if torch.compiler.is_compiling() else partial(self._before_dx, name)
         delta, where = self.s2ft_delta[name], self.positions[name]
         return linear(
-            x, self.weight, delta, where, self.dim, self.bias, "inplace", before_dx=before_dx
+            x, self.matrix, delta, where, self.dim, self.bias, "inplace", before_dx=before_dx
         )
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
@@ -281,6 +344,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         if self.base_slice is not None:
             self.base_slice = fn(self.base_slice)
         self._merged_slices = [fn(base_slice) for base_slice in self._merged_slices]
+        self._seen = {name: self._sources(name) for name in self.s2ft_index}
         return self
 
     def extra_repr(self) -> str:
@@ -288,6 +352,11 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         return f"dim={self.dim!r}, channels={sizes}"
 
 
+def features(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer, or of a Conv1D, which calls them otherwise."""
+    linear: Any = layer
+    return (linear.nx, linear.nf) if is_conv1d(layer) else (linear.in_features, linear.out_features)
+
+
 def _after_load(layer: S2FTLinear, incompatible_keys) -> None:
-    """Indices may have come with the state_dict."""
-    layer.locate()
+    layer.refresh()

@@ -1,21 +1,23 @@
 """The tuner: which layers are replaced, which of their channels are trained, and the life cycle."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import resolve_quantization_backend
-from torch import Tensor, nn
+from torch import nn
 
-from s2kernels.coupling import TABLE, Structure, Unit, channels_of_heads, structures
+from s2kernels.adapter import combine
+from s2kernels.architectures import TABLE, Member, in_projections
+from s2kernels.coupling import Structure, find, is_conv1d, structures
 from s2kernels.peft.base_weights import BaseWeights
 from s2kernels.peft.config import S2FTConfig
-from s2kernels.peft.layer import S2FTLinear
+from s2kernels.peft.layer import S2FTLinear, features
+from s2kernels.peft.selection import drawn_index, select_indices
 from s2kernels.select import budget, random_units
-
-BLOCK = 64  # channels in a run of layout="block": whole tiles of the kernels, whole NF4 groups
 
 
 class S2FTModel(BaseTuner):
@@ -23,7 +25,7 @@ class S2FTModel(BaseTuner):
 
     prefix: str = "s2ft_"
     tuner_layer_cls = S2FTLinear
-    target_module_mapping = {model_type: ["o_proj", "down_proj"] for model_type in TABLE}
+    target_module_mapping = {model_type: in_projections(model_type) for model_type in TABLE}
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -46,11 +48,21 @@ class S2FTModel(BaseTuner):
         self.base_weights.release()
         self.base_weights.inspect()
         self.base_weights.structures = found
+        _refuse_experts(config, found)
+
+        if config.indices is None and (config.selection, config.scope) != ("random", "layer"):
+            if config.selection not in ("random", "weight"):
+                raise ValueError(
+                    f"selection={config.selection!r} needs calibration data: pass "
+                    "select_indices(model, config, batches) in the place of config"
+                )
+            config.indices = select_indices(model, config, progress=False).indices
 
         children = [(module, dict(module._modules)) for module in model.modules()]
         trainable = [(value, value.requires_grad) for value in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_indices(config, adapter_name)
             self._attach(found)
         except BaseException:
             self.base_weights.detach()
@@ -64,6 +76,17 @@ class S2FTModel(BaseTuner):
             if existing:
                 self._attach(found)
             raise
+
+    def _check_indices(self, config: S2FTConfig, adapter_name: str) -> None:
+        trained = {
+            module.name
+            for module in self.model.modules()
+            if isinstance(module, S2FTLinear) and adapter_name in module.modes
+        }
+        if lost := sorted(set(config.indices or ()) - trained):
+            raise ValueError(
+                f"indices names what is not a target of the adapter: {', '.join(lost)}"
+            )
 
     def _attach(self, found: dict[str, Structure]) -> None:
         layers = [module for module in self.model.modules() if isinstance(module, S2FTLinear)]
@@ -81,31 +104,37 @@ class S2FTModel(BaseTuner):
     ) -> None:
         config: S2FTConfig = peft_config
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, nn.Linear) and resolve_quantization_backend(base) is None:
+        is_linear = isinstance(base, nn.Linear) or is_conv1d(base)
+        if not is_linear and resolve_quantization_backend(base) is None:
             raise TypeError(
                 f"target_modules must name linear layers, {current_key} is a {type(base).__name__}"
             )
-        structure = self.base_weights.structures.get(current_key.rpartition(".")[0])
-        if structure is None:
+        if config.indices is not None and current_key not in config.indices:
+            return
+        name: str | None = None
+        member: Member | None = None
+        place = find(self.base_weights.structures, current_key)
+        if place is None:
             if config.layout != "gather":
                 raise ValueError(
                     f"{current_key} is not in the coupling table, layout={config.layout!r} needs "
                     "that; layout='gather' trains input channels of any linear layer"
                 )
             dim: str = "in"
-            unit: Unit | None = None
-            count = budget(config.channels, base.in_features, "channels")
-            index = random_units(config.seed, current_key, base.in_features, count)
+            in_features, _ = features(base)
+            count = budget(config.channels, in_features, "channels")
+            index = random_units(config.seed, current_key, in_features, count)
         else:
-            role = structure.role(target_name)
-            dim, unit = role.dim, role.unit
-            index = _select(config, structure, role.unit)
+            structure, member = place
+            name, dim = structure.name, member.dim
+            index = drawn_index(config, structure, current_key.removeprefix(f"{name}."))
+        if config.indices is not None:
+            index = torch.tensor(config.indices[current_key], dtype=torch.int32)
 
         if isinstance(target, S2FTLinear):
             target.update_layer(adapter_name, index, config.mode, config.layout)
             return
-        name = None if structure is None else structure.name
-        layer = S2FTLinear(base, self.base_weights, dim, name, unit)
+        layer = S2FTLinear(base, self.base_weights, current_key, dim, name, member)
         layer.update_layer(adapter_name, index, config.mode, config.layout)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -141,6 +170,41 @@ class S2FTModel(BaseTuner):
         self._check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str
+    ) -> None:
+        """Add the exact weighted sum of adapters as one of its own, which trains their union.
+
+        Channels that several adapters train get the weighted sum of their deltas; negative weights
+        subtract. See `s2kernels.adapter.combine`.
+
+        Raises ValueError for names that are unknown, an adapter_name that exists, and weights that
+        do not go with the adapters.
+        """
+        unknown = sorted(set(adapters) - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"adapters must be among {sorted(self.peft_config)}, got {unknown}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name {adapter_name!r} exists already")
+        layers = {layer.name: layer for layer in self.base_weights.layers}
+        parts = [
+            {name: layer.slice_of(each) for name, layer in layers.items() if each in layer.modes}
+            for each in adapters
+        ]
+        combined = combine(parts, weights)
+        config: Any = copy.copy(self.peft_config[adapters[0]])
+        config.indices = {name: part.index.tolist() for name, part in combined.items()}
+        config.target_modules = set(combined)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for name, part in combined.items():
+            layers[name].s2ft_delta[adapter_name].copy_(part.delta)
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -159,18 +223,16 @@ class S2FTModel(BaseTuner):
             layer.check_merge(safe_merge, adapter_names)
 
 
-def _select(config: S2FTConfig, structure: Structure, unit: Unit) -> Tensor:
-    """The channels that an adapter trains where `unit` lies along the slice, int32 (R,).
-
-    The selection is a function of (seed, name of the structure): see `random_units`.
-    """
-    total = structure.count(structure.unit)
-    if structure.kind == "ffn":
-        block = BLOCK if config.layout == "block" else 1
-        count = budget(config.channels, total, "channels", block)
-        return random_units(config.seed, structure.name, total, count, block)
-    count = budget(config.heads, total, "heads")
-    heads = random_units(config.seed, structure.name, total, count)
-    if unit == "kv_head":
-        heads = torch.unique(heads // (structure.num_heads // structure.num_kv_heads))
-    return channels_of_heads(heads, structure.head_dim)
+def _refuse_experts(config: S2FTConfig, found: dict[str, Structure]) -> None:
+    """PEFT looks for modules alone: a tensor of experts of a target's name would be passed over."""
+    if config.target_modules is None or config.target_modules == "all-linear":
+        return
+    for structure in found.values():
+        for member in structure.members if structure.kind == "experts" else ():
+            key = f"{structure.name}.{member.suffix}"
+            if check_target_module_exists(config, key):
+                raise ValueError(
+                    f"target_modules names {key}, a tensor of experts, of which no slices can be "
+                    "trained; name linear layers so that it does not match, such as 'o_proj' or "
+                    "'mlp.down_proj'"
+                )

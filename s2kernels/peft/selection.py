@@ -1,0 +1,107 @@
+"""Which channels every target trains: from a configuration to positions."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from s2kernels.coupling import Structure, structures
+from s2kernels.peft.config import S2FTConfig
+from s2kernels.select import budget, random_scores, random_units, ranked_units, scores
+
+BLOCK = 64  # channels in a run of layout="block": whole tiles of the kernels, whole NF4 groups
+
+
+def select_indices(
+    model: nn.Module,
+    config: S2FTConfig,
+    batches: Iterable[Any] | None = None,
+    *,
+    progress: bool = True,
+) -> S2FTConfig:
+    """A copy of `config` with `indices` filled: the channels that its selection takes in `model`.
+
+    batches  calibration data, for selection="activation", "product" or "gradient": any iterable of
+             model inputs, about 1 % of the fine-tuning data in the paper (S2FT section 3.2)
+
+    The model is left as it was. What comes back, and an adapter trained from it, needs no
+    calibration data any more. See `s2kernels.select.scores` for what the scores are.
+
+    Raises ValueError for a model type that the coupling table lacks, a budget that the model does
+    not admit, and batches that are missing.
+    """
+    found = structures(model)
+    by_projection: dict[str, dict[str, Structure]] = {}
+    for structure in found.values():
+        for leaf in structure.projections:
+            if _is_target(config, structure, leaf):
+                by_projection.setdefault(leaf, {})[structure.name] = structure
+    if not by_projection:
+        raise ValueError(f"target_modules={config.target_modules!r} names no projection")
+
+    if config.selection == "random":
+        sizes = {name: structure.count(structure.unit) for name, structure in found.items()}
+        values = random_scores(config.seed, sizes)
+    else:
+        values = scores(model, config.selection, batches, progress=progress)
+    indices = {}
+    for leaf, owners in by_projection.items():
+        counts, block = {}, 1
+        for name, structure in owners.items():
+            block = block_of(config, structure)
+            counts[name] = target_budget(config, structure, f"{name}.{leaf}")
+        ranked = ranked_units(
+            {name: values[name] for name in owners},
+            counts,
+            largest=config.largest,
+            scope=config.scope,
+            block=block,
+        )
+        for name, units in ranked.items():
+            positions = owners[name].channels(owners[name].role(leaf), units)
+            indices[f"{name}.{leaf}"] = positions.tolist()
+    chosen = copy.copy(config)
+    chosen.indices = indices
+    return chosen
+
+
+def drawn_index(config: S2FTConfig, structure: Structure, leaf: str) -> Tensor:
+    """The channels that the target `leaf` of a structure trains, drawn at random: int32 (R,).
+
+    They are a function of (seed, name of the structure), or of the target for coupled=False.
+    """
+    key = f"{structure.name}.{leaf}"
+    units = random_units(
+        config.seed,
+        structure.name if config.coupled else key,
+        structure.count(structure.unit),
+        target_budget(config, structure, key),
+        block_of(config, structure),
+    )
+    return structure.channels(structure.role(leaf), units)
+
+
+def target_budget(config: S2FTConfig, structure: Structure, key: str) -> int:
+    """How many units of the structure the target `key` trains."""
+    name = "channels" if structure.kind == "ffn" else "heads"
+    value = getattr(config, name)
+    pattern = get_pattern_key(list(config.budget_pattern), key)
+    if pattern in config.budget_pattern:
+        name, value = f"budget_pattern[{pattern!r}]", config.budget_pattern[pattern]
+    return budget(value, structure.count(structure.unit), name, block_of(config, structure))
+
+
+def block_of(config: S2FTConfig, structure: Structure) -> int:
+    """Units that are selected together: whole runs of channels where the layout wants them."""
+    return BLOCK if config.layout == "block" and structure.kind == "ffn" else 1
+
+
+def _is_target(config: S2FTConfig, structure: Structure, leaf: str) -> bool:
+    if config.target_modules is None:
+        return structure.role(leaf).dim == "in"
+    if config.target_modules == "all-linear":
+        return True
+    return bool(check_target_module_exists(config, f"{structure.name}.{leaf}"))

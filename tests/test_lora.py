@@ -1,0 +1,585 @@
+"""S2FT as LoRA: what stock peft computes from it, what servers ask of it, and the way back."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model, token_ids
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from s2kernels.adapter import (
+    CONFIG_NAME,
+    TENSORS_NAME,
+    Slice,
+    combine,
+    read_adapter,
+    read_files,
+    write_adapter,
+    write_files,
+)
+from s2kernels.lora import VLLM_RANKS, export_lora, import_lora
+from s2kernels.peft import S2FTConfig
+
+WIDE = dict(intermediate_size=192)
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def s2ft_model(targets=None, dtype=torch.float32, **fields):
+    """A tiny Llama with an S2FT adapter whose deltas are random: R differs between modules.
+
+    Additive and in the original order unless `fields` say otherwise: the sums are then those of a
+    LoRA, in the same order.
+    """
+    choice = dict(heads=2, channels=11, seed=3, mode="additive", layout="gather")
+    fields = choice | dict(target_modules=targets) | fields
+    model = get_peft_model(tiny_model("llama", dtype, **WIDE), S2FTConfig(**fields)).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, delta in model.named_parameters():
+            if "s2ft_delta" in name:
+                delta.copy_(0.3 * torch.randn(delta.shape, generator=generator, dtype=delta.dtype))
+    return model
+
+
+def lora_of(path):
+    """(lora_A, lora_B) by module, and the configuration."""
+    config, tensors = read_files(path)
+    names = {key.rpartition(".lora_")[0].removeprefix("base_model.model.") for key in tensors}
+    factors = {}
+    for name in names:
+        prefix = f"base_model.model.{name}.lora_"
+        factors[name] = tensors[prefix + "A.weight"], tensors[prefix + "B.weight"]
+    return factors, config
+
+
+def dense(part, shape):
+    weight = torch.zeros(shape, dtype=part.delta.dtype)
+    where = (slice(None), part.index.long()) if part.dim == "in" else (part.index.long(),)
+    weight[where] = part.delta
+    return weight
+
+
+class Toy(nn.Module):
+    """A base of one attention and one gated FFN block, of any width."""
+
+    def __init__(self, hidden=6, ffn=600, names=ALL):
+        super().__init__()
+        self.attn, self.mlp = nn.Module(), nn.Module()
+        with torch.device("meta"):
+            for name in names:
+                wide = {"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn)}
+                wide["down_proj"] = (ffn, hidden)
+                block = self.mlp if name in wide else self.attn
+                block.add_module(name, nn.Linear(*wide.get(name, (hidden, hidden))))
+
+
+def toy_slice(dim="in", channels=4, other=6, dtype=torch.float32):
+    """Of the last channels of a projection of `Toy` whose FFN is 600 wide."""
+    shape = (other, channels) if dim == "in" else (channels, other)
+    index = torch.arange(600 - channels, 600, dtype=torch.int32)
+    return Slice(dim, index, torch.randn(shape).to(dtype))
+
+
+def toy_adapter(path, slices, **fields):
+    write_adapter(path, slices, {"task_type": None, "base_model_name_or_path": "toy"} | fields)
+    return path
+
+
+STOCK = """
+import json, sys
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import tiny_model, token_ids
+
+report = {}
+for folder in json.loads(sys.argv[1]):
+    want = load_file(folder + "/logits.safetensors")["logits"]
+    base = tiny_model("llama", want.dtype, intermediate_size=192)
+    effect = base(token_ids()).logits - want
+    difference = PeftModel.from_pretrained(base, folder).eval()(token_ids()).logits - want
+    report[folder] = [value.abs().max().item() for value in (difference, effect, want)]
+assert not any(name.startswith("s2kernels") for name in sys.modules)
+print(json.dumps(report))
+"""
+
+COMPUTED = {
+    "fp32": (torch.float32, dict()),
+    "fp32-inplace": (torch.float32, dict(mode="inplace", layout="permute")),
+    "fp64-inplace": (torch.float64, dict(mode="inplace", layout="permute")),
+}
+
+
+def test_stock_peft_computes_the_same_on_the_original_base(tmp_path):
+    """In a process that never hears of S2FT.
+
+    Sums in the same order give the same bits. A weight that was rounded in place, a permutation and
+    padding each round otherwise: then the two are as near as two ways to compute one model are.
+    """
+    bounds = {}
+    for name, (dtype, fields) in COMPUTED.items():
+        for targets in (None, ALL):
+            model = s2ft_model(targets, dtype, **fields)
+            logits = model(token_ids()).logits.detach()
+            for format in ("peft", "vllm", "sglang"):
+                folder = tmp_path / f"{name}-{'all' if targets else 'o+down'}-{format}"
+                export_lora(model, folder, format=format)
+                save_file({"logits": logits}, folder / "logits.safetensors")
+                bounds[str(folder)] = 32 * torch.finfo(dtype).eps
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", STOCK, json.dumps(list(bounds))],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report.keys() == bounds.keys() and len(bounds) == 18
+    for folder, (difference, effect, largest) in report.items():
+        name = Path(folder).name
+        print(f"{name}: largest logit difference {difference:.1e}, logits to {largest:.1f}")
+        assert effect > 0.5 * largest
+        assert difference <= bounds[folder] * largest, name
+        if name in ("fp32-o+down-peft", "fp32-all-peft"):
+            assert difference <= 1e-6, name
+
+
+def test_the_factors_are_a_selection_and_the_delta(tmp_path):
+    model = s2ft_model(ALL)
+    model.save_pretrained(tmp_path / "s2ft")
+    slices = read_adapter(tmp_path / "s2ft")
+    assert sorted({len(part.index) for part in slices.values()}) == [8, 11]
+    assert {part.dim for part in slices.values()} == {"in", "out"}
+    factors, config = lora_of(export_lora(model, tmp_path / "lora"))
+    assert factors.keys() == slices.keys() and len(factors) == 14
+    base = model.get_base_model()
+    for name, part in slices.items():
+        lora_a, lora_b = factors[name]
+        layer = base.get_submodule(name)
+        assert lora_a.shape == (11, layer.in_features) and lora_b.shape == (layer.out_features, 11)
+        assert torch.equal(lora_b @ lora_a, dense(part, (layer.out_features, layer.in_features)))
+        selector = lora_a if part.dim == "in" else lora_b.t()
+        assert selector.count_nonzero() == selector.sum() == len(part.index)
+        assert not lora_a[len(part.index) :].any() and not lora_b[:, len(part.index) :].any()
+    assert config["peft_type"] == "LORA" and config["bias"] == "none"
+    assert config["r"] == config["lora_alpha"] == 11
+    assert config["target_modules"] == sorted(ALL)
+    assert "rank_pattern" not in config and "alpha_pattern" not in config
+    assert isinstance(PeftConfig.from_pretrained(tmp_path / "lora"), LoraConfig)
+
+
+def test_a_model_and_its_folder_export_the_same(tmp_path):
+    model = s2ft_model(layout="permute")
+    model(token_ids())  # the weights are permuted from here on
+    model.add_adapter("other", S2FTConfig(heads=1, channels=2))
+    model.save_pretrained(tmp_path / "s2ft", selected_adapters=["default"])
+    base = tmp_path / "base"
+    tiny_model("llama", torch.float32, **WIDE).config.save_pretrained(base)
+    config_path = base / "config.json"
+    fields = json.loads(config_path.read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    config_path.write_text(json.dumps(fields))
+
+    want = load_file(export_lora(model, tmp_path / "a") / TENSORS_NAME)
+    for number, given in enumerate((base, str(base), model.get_base_model())):
+        out = export_lora(tmp_path / "s2ft", tmp_path / str(number), base=given)
+        got = load_file(out / TENSORS_NAME)
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[key], want[key]) for key in want)
+
+    config, tensors = read_files(tmp_path / "s2ft")
+    write_files(tmp_path / "s2ft", config | {"base_model_name_or_path": str(base)}, tensors)
+    out = export_lora(tmp_path / "s2ft", tmp_path / "named")
+    assert load_file(out / TENSORS_NAME).keys() == want.keys()
+    assert read_files(out)[0]["base_model_name_or_path"] == str(base)
+
+    model.set_adapter("other")
+    assert read_files(export_lora(model, tmp_path / "other"))[0]["r"] == 4
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="one active adapter wanted"):
+        export_lora(model, tmp_path / "both")
+
+
+def test_targets_are_short_names_only_where_those_mean_the_same(tmp_path):
+    """Else stock peft would make LoRA layers where nothing was trained, and miss their weights."""
+    model = s2ft_model(layers_to_transform=[1])
+    want = model(token_ids()).logits
+    out = export_lora(model, tmp_path / "peft")
+    assert read_files(out)[0]["target_modules"] == [
+        "model.layers.1.mlp.down_proj",
+        "model.layers.1.self_attn.o_proj",
+    ]
+    loaded = PeftModel.from_pretrained(tiny_model("llama", torch.float32, **WIDE), out)
+    assert (loaded(token_ids()).logits - want).abs().max() <= 1e-6
+    assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 2
+    for format in ("vllm", "sglang"):
+        out = export_lora(model, tmp_path / format, format=format)
+        assert read_files(out)[0]["target_modules"] == ["down_proj", "o_proj"]
+
+
+def test_dtype_rounds_the_delta_once(tmp_path):
+    model = s2ft_model()
+    exact = lora_of(export_lora(model, tmp_path / "fp32"))[0]
+    rounded = lora_of(export_lora(model, tmp_path / "bf16", dtype=torch.bfloat16))[0]
+    for name, factors in exact.items():
+        for got, want in zip(rounded[name], factors, strict=True):
+            assert got.dtype == torch.bfloat16 and torch.equal(got, want.to(torch.bfloat16))
+
+
+VLLM = [(1, 1), (2, 8), (8, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 256), (257, 320)]
+VLLM += [(320, 320), (321, 512), (512, 512)]
+
+
+@pytest.mark.parametrize(("channels", "rank"), VLLM)
+def test_vllm_gets_a_rank_it_has(channels, rank, tmp_path):
+    slices = {"mlp.down_proj": toy_slice(channels=channels), "mlp.up_proj": toy_slice("out", 1)}
+    source = toy_adapter(tmp_path / "s2ft", slices)
+    out = export_lora(source, tmp_path / "lora", format="vllm", base=Toy())
+    factors, config = lora_of(out)
+    assert config["r"] == config["lora_alpha"] == rank and rank in VLLM_RANKS
+    assert config["modules_to_save"] is None and config["bias"] == "none"
+    assert factors.keys() == slices.keys()
+    for name, part in slices.items():
+        lora_a, lora_b = factors[name]
+        assert lora_a.shape[0] == lora_b.shape[1] == rank
+        shape = (lora_b.shape[0], lora_a.shape[1])
+        assert torch.equal(lora_b @ lora_a, dense(part, shape))
+    config = read_files(export_lora(source, tmp_path / "peft", base=Toy()))[0]
+    assert config["r"] == config["lora_alpha"] == channels
+
+
+RANKS = [
+    ("vllm", 513, None, r"mlp\.down_proj trains 513 channels, and vLLM .* 512: train fewer"),
+    ("vllm", 513, 600, "trains 513 channels"),
+    ("vllm", 9, 12, r"rank must be one that vLLM has, .*, got 12"),
+    ("vllm", 9, 8, r"rank must be at least 9, the channels of mlp\.down_proj, got 8"),
+    ("peft", 9, 8, "rank must be at least 9"),
+    ("sglang", 9, 0, "rank must be at least 9"),
+    ("tgi", 9, None, "format must be one of 'peft', 'vllm', 'sglang', got 'tgi'"),
+]
+
+
+@pytest.mark.parametrize(("format", "channels", "rank", "message"), RANKS)
+def test_a_rank_that_cannot_be_is_refused(format, channels, rank, message, tmp_path):
+    source = toy_adapter(tmp_path / "s2ft", {"mlp.down_proj": toy_slice(channels=channels)})
+    with pytest.raises(ValueError, match=message):
+        export_lora(source, tmp_path / "lora", format=format, rank=rank, base=Toy())
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(("format", "rank"), [("peft", 600), ("vllm", 64), ("sglang", 13)])
+def test_a_larger_rank_is_zeros(format, rank, tmp_path):
+    part = toy_slice(channels=9)
+    source = toy_adapter(tmp_path / "s2ft", {"mlp.down_proj": part})
+    out = export_lora(source, tmp_path / "lora", format=format, rank=rank, base=Toy())
+    factors, config = lora_of(out)
+    lora_a, lora_b = factors["mlp.down_proj"]
+    assert config["r"] == config["lora_alpha"] == rank == len(lora_a)
+    assert torch.equal(lora_b @ lora_a, dense(part, (6, 600)))
+
+
+SIBLINGS = [
+    (["attn.v_proj"], {"attn.q_proj", "attn.k_proj"}),
+    (["attn.k_proj", "mlp.up_proj"], {"attn.q_proj", "attn.v_proj", "mlp.gate_proj"}),
+    (["attn.q_proj", "mlp.gate_proj"], {"attn.k_proj", "attn.v_proj", "mlp.up_proj"}),
+    (["attn.q_proj", "attn.k_proj", "attn.v_proj"], set()),
+    (["attn.o_proj", "mlp.down_proj"], set()),
+]
+
+
+@pytest.mark.parametrize(("trained", "wanted"), SIBLINGS)
+def test_sglang_gets_whole_groups(trained, wanted, tmp_path):
+    base = Toy(hidden=600)
+    slices = {}
+    for name in trained:
+        dim = "in" if name in ("attn.o_proj", "mlp.down_proj") else "out"
+        slices[name] = toy_slice(dim, channels=3 if name == trained[0] else 4, other=600)
+    source = toy_adapter(tmp_path / "s2ft", slices)
+    factors, config = lora_of(export_lora(source, tmp_path / "lora", format="sglang", base=base))
+    assert factors.keys() == set(trained) | wanted
+    names = {name.rpartition(".")[2] for name in factors}
+    assert config["target_modules"] == sorted(names)
+    for name, (lora_a, lora_b) in factors.items():
+        assert len(lora_a) == lora_b.shape[1] == config["r"] == max(map(len_of, slices.values()))
+        layer = base.get_submodule(name)
+        shape = (layer.out_features, layer.in_features)
+        want = torch.zeros(shape) if name in wanted else dense(slices[name], shape)
+        assert torch.equal(lora_b @ lora_a, want)
+        assert lora_a.any() == (name in trained)
+    for format in ("peft", "vllm"):
+        out = export_lora(source, tmp_path / format, format=format, base=base)
+        assert lora_of(out)[0].keys() == set(trained)
+
+
+def test_sglang_zeros_only_for_modules_that_the_base_has(tmp_path):
+    source = toy_adapter(tmp_path / "s2ft", {"mlp.up_proj": toy_slice("out")})
+    base = Toy(names=["up_proj", "down_proj"])  # an FFN without a gate
+    out = export_lora(source, tmp_path / "lora", format="sglang", base=base)
+    assert lora_of(out)[0].keys() == {"mlp.up_proj"}
+
+
+def len_of(part):
+    return len(part.index)
+
+
+def test_modules_trained_whole_go_to_peft_and_to_no_server(tmp_path):
+    model = s2ft_model(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    want = model(token_ids()).logits
+    out = export_lora(model, tmp_path / "peft")
+    assert read_files(out)[0]["modules_to_save"] == ["lm_head"]
+    loaded = PeftModel.from_pretrained(tiny_model("llama", torch.float32, **WIDE), out)
+    assert (loaded(token_ids()).logits - want).abs().max() <= 1e-6
+    for format in ("vllm", "sglang"):
+        with pytest.raises(ValueError, match=f"lm_head trained whole: format='{format}' cannot"):
+            export_lora(model, tmp_path / format, format=format)
+
+    back = import_lora(out, tmp_path / "back")
+    config, tensors = read_files(back)
+    assert config["modules_to_save"] == ["lm_head"]
+    head = model.base_model.model.lm_head.modules_to_save["default"]
+    assert torch.equal(tensors["base_model.model.lm_head.weight"], head.weight)
+
+
+def test_a_source_or_a_base_that_does_not_fit_is_refused(tmp_path):
+    source = toy_adapter(tmp_path / "s2ft", {"mlp.down_proj": toy_slice()})
+    out = tmp_path / "lora"
+    with pytest.raises(
+        ValueError, match=r"mlp\.down_proj: .* up to 599 does not fit .* \(6, 599\)"
+    ):
+        export_lora(source, out, base=Toy(ffn=599))
+    with pytest.raises(ValueError, match=r"delta \(6, 4\) .* does not fit .* \(7, 600\)"):
+        export_lora(source, out, base=Toy(hidden=7))
+    with pytest.raises(ValueError, match=r"the base model has no module mlp\.down_proj"):
+        export_lora(source, out, base=nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="must be a linear layer of the base, got Embedding"):
+        base = Toy()
+        base.mlp.down_proj = nn.Embedding(2, 2)
+        export_lora(source, out, base=base)
+    with pytest.raises(ValueError, match="no configuration of the base model"):
+        export_lora(source, out, base=tmp_path / "nowhere")
+    toy_adapter(source, {"mlp.down_proj": toy_slice()}, base_model_name_or_path=None)
+    with pytest.raises(ValueError, match="does not name its base model"):
+        export_lora(source, out)
+    with pytest.raises(TypeError, match="a folder or a PEFT model, got Toy"):
+        export_lora(Toy(), out)
+    lora = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["o_proj"]))
+    with pytest.raises(ValueError, match="holds no S2FT adapter: it is 'LORA'"):
+        export_lora(lora, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("format", ("peft", "vllm", "sglang"))
+@pytest.mark.parametrize("targets", (None, ["v_proj", "up_proj", "down_proj"], ALL))
+def test_export_and_import_give_back_every_bit(targets, format, tmp_path):
+    model = s2ft_model(targets)
+    model.save_pretrained(tmp_path / "s2ft")
+    want = read_adapter(tmp_path / "s2ft")
+    name = "model.layers.1.mlp.down_proj"  # channels in any order; one that was never moved
+    part = want[name]
+    want[name] = Slice(part.dim, part.index.flip(0), part.delta.flip(1).contiguous())
+    want[name].delta[:, 4] = 0
+    write_adapter(tmp_path / "s2ft", want, read_files(tmp_path / "s2ft")[0])
+
+    base = model.get_base_model()
+    lora = export_lora(tmp_path / "s2ft", tmp_path / "lora", format=format, base=base)
+    back = import_lora(lora, tmp_path / "back")
+    got = read_adapter(back)
+    assert got.keys() == want.keys()
+    for name, part in want.items():
+        assert got[name].dim == part.dim
+        assert torch.equal(got[name].index, part.index)
+        assert torch.equal(got[name].delta, part.delta) and got[name].delta.dtype == torch.float32
+    config = read_files(back)[0]
+    assert config["indices"] == {name: part.index.tolist() for name, part in want.items()}
+    assert config["target_modules"] == sorted(want)
+
+
+def test_an_imported_adapter_loads_and_computes_the_same(tmp_path):
+    model = s2ft_model(ALL)
+    want = model(token_ids()).logits
+    back = import_lora(export_lora(model, tmp_path / "lora", format="vllm"), tmp_path / "back")
+    config = PeftConfig.from_pretrained(back)
+    config.mode, config.layout = "additive", "gather"
+    loaded = PeftModel.from_pretrained(
+        tiny_model("llama", torch.float32, **WIDE), back, config=config
+    )
+    assert (loaded(token_ids()).logits - want).abs().max() <= 1e-6
+
+
+def lora_folder(path, factors, **fields):
+    tensors = {}
+    for name, (lora_a, lora_b) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
+    write_files(path, {"peft_type": "LORA", "r": 2, "lora_alpha": 2} | fields, tensors)
+    return path
+
+
+A = torch.tensor([[0.0, 1, 0], [1, 0, 0]])
+B = torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8]])
+SCALED = [
+    (dict(lora_alpha=8), 4.0),
+    (dict(lora_alpha=8, use_rslora=True), 8 / 2**0.5),
+    (dict(alpha_pattern={"x.o_proj": 1}), 0.5),
+    (dict(alpha_pattern={"layer.*o_proj": 6, "q_proj": 5}), 3.0),
+]
+
+
+@pytest.mark.parametrize(("fields", "scaling"), SCALED)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_import_folds_scaling_in(fields, scaling, dtype, tmp_path):
+    name = "layers.0.x.o_proj"
+    path = lora_folder(tmp_path / "lora", {name: (A.to(dtype), B.to(dtype))}, **fields)
+    part = read_adapter(import_lora(path, tmp_path / "s2ft"))[name]
+    assert part.dim == "in" and part.index.tolist() == [1, 0]
+    assert part.delta.dtype == torch.float32 and torch.equal(part.delta, B * scaling)
+
+
+def test_import_takes_what_peft_itself_trained_with_a_selector(tmp_path):
+    """LoRA whose A was set to a selection and frozen: S2FT by other means."""
+    base = tiny_model("llama", torch.float32, **WIDE)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["down_proj"], layers_to_transform=[0])
+    model = get_peft_model(base, config)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        layer.lora_A["default"].weight.zero_()
+        layer.lora_A["default"].weight[[0, 1, 2], [70, 5, 191]] = 1
+        layer.lora_B["default"].weight.normal_()
+    model.save_pretrained(tmp_path / "lora")
+    slices = read_adapter(import_lora(tmp_path / "lora", tmp_path / "s2ft"))
+    assert list(slices) == ["model.layers.0.mlp.down_proj"]
+    part = slices["model.layers.0.mlp.down_proj"]
+    assert part.index.tolist() == [70, 5, 191]
+    assert torch.equal(part.delta, 2 * layer.lora_B["default"].weight)
+
+
+@pytest.mark.parametrize("dim", ("in", "out"))
+def test_import_drops_padding_wherever_it_is(dim, tmp_path):
+    selector = torch.zeros(4, 3)
+    selector[1], selector[3] = A[0], A[1]
+    delta = torch.randn(5, 4)  # what meets a zero of the selector counts for nothing
+    factors = (selector, delta) if dim == "in" else (delta.t(), selector.t())
+    path = lora_folder(tmp_path / "lora", {"x": factors, "y": (A, 0 * B), "z": (0 * A, B)}, r=4)
+    slices = read_adapter(import_lora(path, tmp_path / "s2ft"))
+    part = slices["x"]
+    assert part.dim == dim and part.index.tolist() == [1, 0]
+    lora_a, lora_b = factors
+    want = lora_b @ lora_a * (2 / 4)
+    assert torch.equal(dense(part, want.shape), want)
+    assert list(slices) == ["x", "y"]  # y trains channels, though they are as they were
+    assert not slices["y"].delta.any() and slices["y"].index.tolist() == [1, 0]
+
+
+REFUSED = {
+    "dense": ((A + 1, B), {}, "x: no slice of an S2FT adapter"),
+    "two ones": ((torch.tensor([[0.0, 1, 0], [1, 0, 1]]), B), {}, "x: no slice"),
+    "not one": ((2 * A, B), {}, "x: no slice"),
+    "twice": ((A[[0, 0]], B), {}, "x: index must not repeat a position"),
+    "ranks": ((A, B[:, :1]), {}, r"x: .* got \(2, 3\) and \(4, 1\)"),
+    "nothing": ((A + 1, 0 * B), {}, "trains nothing"),
+    "dora": ((A, B), dict(use_dora=True), "use_dora is True"),
+    "lora_bias": ((A, B), dict(lora_bias=True), "lora_bias is True"),
+    "bias": ((A, B), dict(bias="all"), "bias is 'all'"),
+    "experts": ((A, B), dict(target_parameters=["w"]), r"target_parameters is \['w'\]"),
+    "other method": ((A, B), dict(peft_type="VERA"), "holds no LoRA adapter: it is 'VERA'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_import_refuses_what_is_no_slice(case, tmp_path):
+    factors, fields, message = REFUSED[case]
+    path = lora_folder(tmp_path / "lora", {"x": factors}, **fields)
+    with pytest.raises(ValueError, match=message):
+        import_lora(path, tmp_path / "s2ft")
+    assert not (tmp_path / "s2ft").exists()
+
+
+def test_import_refuses_tensors_that_it_does_not_know(tmp_path):
+    path = lora_folder(tmp_path / "lora", {"x": (A, B)})
+    good = load_file(path / TENSORS_NAME)
+    save_file(good | {"x.lora_embedding_A": A}, path / TENSORS_NAME)
+    with pytest.raises(ValueError, match="it holds x.lora_embedding_A"):
+        import_lora(path, tmp_path / "s2ft")
+    del good["base_model.model.x.lora_B.weight"]
+    save_file(good, path / TENSORS_NAME)
+    with pytest.raises(ValueError, match="x: lora_A or lora_B is missing"):
+        import_lora(path, tmp_path / "s2ft")
+    (path / CONFIG_NAME).write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        import_lora(path, tmp_path / "s2ft")
+
+
+def test_weights_that_are_stored_transposed(tmp_path):
+    """GPT-2's Conv1D holds (K, N)."""
+    fields = dict(vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    base = GPT2LMHeadModel(GPT2Config(**fields)).double().eval()
+    slices = {
+        "transformer.h.0.mlp.c_proj": Slice("in", POSITIONS, torch.randn(16, 3).double()),
+        "transformer.h.1.attn.c_attn": Slice("out", POSITIONS, torch.randn(3, 16).double()),
+    }
+    source = toy_adapter(tmp_path / "s2ft", slices)
+    out = export_lora(source, tmp_path / "lora", base=base)
+    assert read_files(out)[0]["fan_in_fan_out"] is True
+    merged = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, part in slices.items():
+            weight = merged.get_submodule(name).weight
+            weight += dense(part, weight.t().shape).t()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = PeftModel.from_pretrained(base, out)
+    ids = token_ids()
+    assert (loaded(ids).logits - merged(ids).logits).abs().max() <= 1e-12
+
+
+POSITIONS = torch.tensor([40, 7, 12], dtype=torch.int32)
+
+
+def test_a_failed_export_leaves_the_good_one(tmp_path, monkeypatch):
+    model = s2ft_model()
+    out = export_lora(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+
+    def half_way(tensors, path, metadata):
+        path.write_bytes(b"\0" * 100)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("s2kernels.adapter.save_file", half_way)
+    with pytest.raises(KeyboardInterrupt):
+        export_lora(model, out, format="vllm")
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_sum_of_adapters_exports_like_any_other(tmp_path):
+    """Two adapters with some channels in common, as one LoRA of exactly that union."""
+    ids = token_ids()
+    parts = []
+    for seed in (3, 4):
+        model = s2ft_model(dtype=torch.float64, seed=seed)
+        model.save_pretrained(tmp_path / str(seed))
+        parts.append(read_adapter(tmp_path / str(seed)))
+    total = combine(parts, [0.5, -2.0])
+    write_adapter(tmp_path / "sum", total, read_files(tmp_path / "3")[0])
+    out = export_lora(tmp_path / "sum", tmp_path / "lora", base=model.get_base_model())
+
+    merged = tiny_model("llama", torch.float64, **WIDE)
+    with torch.no_grad():
+        for slices, weight in zip(parts, (0.5, -2.0), strict=True):
+            for name, part in slices.items():
+                target = merged.get_submodule(name).weight
+                target += weight * dense(part, target.shape)
+    for folder in (tmp_path / "sum", out):
+        loaded = PeftModel.from_pretrained(tiny_model("llama", torch.float64, **WIDE), folder)
+        assert (loaded(ids).logits - merged(ids).logits).abs().max() <= 1e-12

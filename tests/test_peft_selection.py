@@ -1,0 +1,162 @@
+"""Which channels an adapter trains: every strategy, scope and budget, through the PEFT host."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_models import tiny_model, token_ids
+
+from s2kernels.coupling import channels_of_heads
+from s2kernels.peft import S2FTConfig, S2FTLinear, select_indices
+from s2kernels.select import random_units, ranked_units, scores
+
+STRATEGIES = ("weight", "activation", "product", "gradient")
+ATTENTION, FFN = "model.layers.{}.self_attn", "model.layers.{}.mlp"
+
+
+def config(**fields):
+    return S2FTConfig(**dict(heads=2, channels=10, seed=3, task_type="CAUSAL_LM") | fields)
+
+
+def trained(model):
+    """The channels of every target, in the original basis."""
+    return {
+        module.name: module.s2ft_index["default"].tolist()
+        for module in model.modules()
+        if isinstance(module, S2FTLinear)
+    }
+
+
+@pytest.mark.parametrize("largest", (True, False), ids=("large", "small"))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_scores_choose_and_an_adapter_needs_no_data_afterwards(strategy, largest, tmp_path):
+    ids = token_ids()
+    batches = [ids[:1], ids[1:]]
+    model = tiny_model("llama")
+    values = scores(model, strategy, batches, progress=False)
+    chosen = select_indices(
+        model, config(selection=strategy, largest=largest), batches, progress=False
+    )
+    want = {}
+    for block in range(2):
+        heads, channels = ATTENTION.format(block), FFN.format(block)
+        counts = {heads: 2, channels: 10}
+        units = ranked_units(values, counts, largest=largest)
+        want[f"{heads}.o_proj"] = channels_of_heads(units[heads], 4).tolist()
+        want[f"{channels}.down_proj"] = units[channels].tolist()
+    assert chosen.indices == want
+
+    model = get_peft_model(model, chosen)
+    assert trained(model) == want
+    with torch.no_grad():
+        for name, delta in model.named_parameters():
+            if "s2ft_delta" in name:
+                delta.normal_()
+    logits = model(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert trained(loaded) == want
+    assert (loaded(ids).logits - logits).abs().max() < 1e-12
+
+
+def test_weight_needs_no_data_and_the_others_say_what_they_need():
+    chosen = select_indices(tiny_model("llama"), config(selection="weight"))
+    model = get_peft_model(tiny_model("llama"), config(selection="weight"))
+    assert trained(model) == chosen.indices
+    for strategy in STRATEGIES[1:]:
+        model = tiny_model("llama")
+        with pytest.raises(ValueError, match="pass select_indices.model, config, batches."):
+            get_peft_model(model, config(selection=strategy))
+        assert not trained(model)
+        with pytest.raises(ValueError, match="batches"):
+            select_indices(model, config(selection=strategy))
+
+
+@pytest.mark.parametrize("strategy", ("random", "weight"))
+def test_blocks_compete_for_a_global_budget(strategy, tmp_path):
+    model = tiny_model("llama")
+    if strategy == "weight":
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(100)
+    chosen = config(selection=strategy, scope="global", target_modules=["down_proj"])
+    model = get_peft_model(model, chosen)
+    found = trained(model)
+    assert sum(map(len, found.values())) == 20
+    if strategy == "weight":  # the other block has none, and stays as it was
+        assert list(found) == ["model.layers.1.mlp.down_proj"]
+        assert type(model.base_model.model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    else:
+        assert get_again(chosen) == found
+    logits = model(token_ids()).logits
+    model.save_pretrained(tmp_path)
+    base = tiny_model("llama")
+    base.load_state_dict(model.unload().state_dict())
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert trained(loaded) == found
+    assert (loaded(token_ids()).logits - logits).abs().max() < 1e-12
+
+
+def get_again(chosen):
+    return trained(get_peft_model(tiny_model("llama"), chosen))
+
+
+def test_each_target_may_have_a_budget_of_its_own():
+    pattern = {"v_proj": 1, r".*\.1\.mlp\.up_proj": 0.1}
+    fields = dict(target_modules="all-linear", budget_pattern=pattern)
+    found = trained(get_peft_model(tiny_model("llama"), config(**fields)))
+    for block in range(2):
+        heads, channels = ATTENTION.format(block), FFN.format(block)
+        assert len(found[f"{heads}.q_proj"]) == len(found[f"{heads}.o_proj"]) == 2 * 4
+        assert len(found[f"{heads}.v_proj"]) == 4
+        assert len(found[f"{channels}.down_proj"]) == 10
+        assert len(found[f"{channels}.up_proj"]) == (4 if block else 10)
+        # coupled: one draw, of which the smaller budget takes a part
+        assert found[f"{heads}.q_proj"] == found[f"{heads}.o_proj"]
+        assert set(found[f"{channels}.up_proj"]) <= set(found[f"{channels}.down_proj"])
+    with pytest.raises(ValueError, match=r"budget_pattern\['v_proj'\]: 9 wanted of 8"):
+        get_peft_model(tiny_model("llama"), config(**fields | dict(budget_pattern={"v_proj": 9})))
+
+
+def test_targets_of_one_block_may_draw_apart():
+    fields = dict(target_modules=["up_proj", "down_proj"], coupled=False)
+    found = trained(get_peft_model(tiny_model("llama"), config(**fields)))
+    for block in range(2):
+        for leaf in ("up_proj", "down_proj"):
+            name = f"{FFN.format(block)}.{leaf}"
+            assert found[name] == random_units(3, name, 40, 10).tolist()
+        assert found[f"{FFN.format(block)}.up_proj"] != found[f"{FFN.format(block)}.down_proj"]
+
+
+def test_explicit_indices_decide():
+    wanted = {"model.layers.1.mlp.down_proj": [39, 2, 7], "model.layers.0.self_attn.v_proj": [1]}
+    fields = dict(indices=wanted, target_modules=["down_proj", "v_proj"])
+    model = get_peft_model(tiny_model("llama"), config(**fields))
+    assert trained(model) == wanted
+    for bad, message in (
+        ({"model.layers.1.mlp.down_proj": [40]}, "must lie in"),
+        ({"model.layers.1.mlp.down_proj": [1, 1]}, "repeat"),
+        ({"model.layers.1.mlp.down_proj": []}, "non-empty"),
+        ({"model.layers.7.mlp.down_proj": [1]}, "indices names .*layers.7.mlp.down_proj"),
+    ):
+        model = tiny_model("llama")
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(model, config(**fields | dict(indices=bad)))
+        assert not trained(model)
+
+
+@pytest.mark.parametrize("mode", ("inplace", "additive"))
+@pytest.mark.parametrize("layout", ("permute", "gather"))
+def test_selections_that_differ_within_a_block_train_right(mode, layout):
+    """One permutation cannot make both runs contiguous: the other target is gathered."""
+    fields = dict(target_modules=["up_proj", "down_proj", "o_proj"], coupled=False)
+    losses = []
+    for chosen in (config(**fields, mode=mode, layout=layout), config(**fields, layout="gather")):
+        model = get_peft_model(tiny_model("llama"), chosen).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        ids = token_ids()
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert max(abs(a - b) for a, b in zip(losses[:5], losses[5:], strict=True)) < 1e-10
