@@ -28,8 +28,8 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         s2ft_delta   Parameter, fp32 by default: (N, R) for dim="in", (R, K) for dim="out"
         s2ft_index   int32 (R,), the trained channels
         s2ft_dim     int32 (), the axis of the weight they lie on: 1 for "in", 0 for "out"
-        s2ft_fingerprint  int64 (R,), of W0 there: an adapter is refused on another base. Empty
-                     where the weight is not dense and floating
+        s2ft_fingerprint  int64 (R,), of W0 there: an adapter is refused on another base. Zeros, for
+                     "not known", where the weight is not dense and floating
 
     `structure` and `member` say where the layer sits in the coupling table, None if nowhere.
     """
@@ -156,11 +156,11 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
                 continue
             self.restore()
             self.locate()
-            if same[1:] == [True]:  # an index came without a fingerprint
+            expected = self.s2ft_fingerprint[name]
+            if same[1:] == [True] or not expected.any():  # an index came without a fingerprint
                 self.s2ft_fingerprint[name] = self._fingerprint(name)
-            elif self.s2ft_fingerprint[name].numel() and not self.merged and self._is_dense():
-                expected, base_slice = self.s2ft_fingerprint[name], self.take_base_slice(name)
-                check_fingerprint(self.name, expected, base_slice, self.dim)
+            elif not self.merged and self._is_dense():
+                check_fingerprint(self.name, expected, self.take_base_slice(name), self.dim)
             self._seen[name] = self._sources(name)
 
     def _sources(self, name: str) -> list[tuple[Tensor, int]]:
@@ -169,7 +169,8 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
     def _fingerprint(self, name: str) -> Tensor:
         if not self._is_dense():
-            return torch.empty(0, dtype=torch.int64)
+            index = self.s2ft_index[name]
+            return torch.zeros(index.numel(), dtype=torch.int64, device=index.device)
         return fingerprint(self.take_base_slice(name), self.dim).to(self.weight.device)
 
     def _is_dense(self) -> bool:
@@ -199,12 +200,11 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
     def slice_of(self, adapter_name: str) -> Slice:
         """The adapter's part of this layer, in the original basis."""
-        expected = self.s2ft_fingerprint[adapter_name]
         return Slice(
             self.dim,
             self.s2ft_index[adapter_name],
             self.s2ft_delta[adapter_name].detach(),
-            expected if expected.numel() else None,
+            self.s2ft_fingerprint[adapter_name],
         )
 
     def entry(self, adapter_name: str, delta: Tensor | None) -> tuple:
