@@ -115,7 +115,7 @@ def test_every_mode_and_layout_follows_the_same_trajectory(model_type, every_pro
         ).train()
         chosen = chosen or indices(model)
         with_indices(model, chosen)
-        losses = train(model, steps=12)
+        losses = train(model, steps=20)
         result = torch.tensor(losses), [d.detach().clone() for d in deltas(model).values()]
         if reference is None:
             reference = result

@@ -1,0 +1,257 @@
+"""What the subcommands do; `s2kernels.cli` says how they are called.
+
+Each takes the parsed arguments and raises ValueError or OSError for what does not fit, before it
+writes. What takes long is imported where it is used.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def finetune(args: Namespace) -> Callable[[], None]:
+    """Everything but the training, which is returned."""
+    if not args.resume:
+        _check_free(args.output)
+    from s2kernels.cli.finetune import prepare
+
+    job = prepare(args)
+
+    def work() -> None:
+        try:
+            metrics = job.run()
+        except KeyboardInterrupt:
+            args.parser.exit(130, "interrupted; --resume goes on from the last checkpoint\n")
+        if metrics["held_out_loss"]:
+            (_, first), (step, last) = metrics["held_out_loss"][0], metrics["held_out_loss"][-1]
+            print(f"held-out loss {first:.4f} -> {last:.4f} in {step} steps")
+        print(f"{metrics['trained_parameters']:,} parameters trained; adapter in {args.output}")
+
+    return work
+
+
+def inspect(args: Namespace) -> None:
+    """Print what an adapter trains; its files alone are read."""
+    report = describe(args.adapter)
+    if args.json:
+        print(json.dumps(report, indent=1))
+        return
+    columns = ("module", "dim", "channels", "heads", "parameters", "bytes", "lora_rank")
+    rows = [
+        ["-" if entry[name] is None else _text(entry[name]) for name in columns]
+        for entry in [*report["layers"], {**dict.fromkeys(columns), **report["total"]}]
+    ]
+    rows.insert(0, [name.replace("_", " ") for name in columns])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        line = [
+            cell.rjust(width) if i > 1 else cell.ljust(width)
+            for i, (cell, width) in enumerate(cells)
+        ]
+        print("  ".join(line).rstrip())
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What the adapter in a folder trains: a dict for each module, and the totals.
+
+    `heads` is None unless the configuration of the base is at hand and the channels are whole
+    heads. `lora_rank` is the rank of the LoRA that equals the slice: its number of channels.
+    """
+    from s2kernels.adapter import read_adapter, read_files
+
+    size = _head_dim(read_files(path)[0].get("base_model_name_or_path"))
+    layers: list[dict[str, Any]] = []
+    for name, part in read_adapter(path).items():
+        num = part.index.numel()
+        heads = None
+        if size and name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            heads = sorted({int(channel) // size for channel in part.index})
+        layers.append(
+            {
+                "module": name,
+                "dim": part.dim,
+                "channels": num,
+                "heads": heads if heads and len(heads) * (size or 0) == num else None,
+                "parameters": part.delta.numel(),
+                "bytes": part.delta.numel() * part.delta.element_size(),
+                "lora_rank": num,
+            }
+        )
+    total: dict[str, Any] = {"module": "total"}
+    for name in ("channels", "parameters", "bytes"):
+        total[name] = sum(entry[name] for entry in layers)
+    total["lora_rank"] = max(entry["lora_rank"] for entry in layers)
+    return {"adapter": str(path), "layers": layers, "total": total}
+
+
+def merge(args: Namespace) -> None:
+    """Write base + adapter as a model that knows nothing of S2FT."""
+    _check_free(args.output)
+    base = _base(args)
+    import torch
+    from transformers import AutoTokenizer
+
+    from s2kernels.adapter import replacing
+    from s2kernels.cli.models import load_model, with_adapter
+
+    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = with_adapter(load_model(base, dtype), args.adapter)
+    merged = model.merge_and_unload(safe_merge=args.safe)
+    with replacing(args.output) as folder:
+        merged.save_pretrained(folder)
+        for source in (args.adapter, base):
+            if (source / "tokenizer_config.json").is_file():
+                AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+                break
+    print(f"merged model in {args.output}")
+
+
+def export_lora(args: Namespace) -> None:
+    """Write the adapter as a LoRA adapter and, with --check, compare the two."""
+    _check_free(args.output)
+    base = _base(args)
+    from s2kernels.lora import export_lora
+
+    export_lora(args.adapter, args.output, format=args.format, rank=args.rank, base=base)
+    print(f"LoRA adapter in {args.output}")
+    if args.check:
+        difference, largest = compare(base, args.adapter, args.output)
+        print(f"largest logit difference {difference:.3g}, of logits up to {largest:.3g}, in fp32")
+
+
+def compare(base: Path, adapter: Path, lora: Path) -> tuple[float, float]:
+    """The largest difference in logits between an S2FT adapter and its export, and the largest
+    logit; in fp32, on random tokens.
+    """
+    import torch
+
+    from s2kernels.cli.models import load_model, with_adapter
+
+    # A LoRA is added to the output of the base layer. So is ours here: W0 + delta, written into the
+    # weight, is the same to rounding, and that of a whole forward is not what is asked for.
+    added = dict(mode="additive", layout="gather")
+    logits = []
+    for path, fields in ((adapter, added), (lora, {})):
+        model = load_model(base, torch.float32)
+        num = model.get_input_embeddings().num_embeddings
+        ids = torch.randint(num, (2, 32), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            logits.append(with_adapter(model, path, **fields).eval()(input_ids=ids).logits)
+    return float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
+
+
+def _base(args: Namespace) -> Path:
+    """The folder of the base: the one given, or else the one that the adapter names."""
+    from s2kernels.adapter import read_adapter, read_files
+
+    read_adapter(args.adapter)
+    named = args.base or read_files(args.adapter)[0].get("base_model_name_or_path")
+    if not named or not Path(named, "config.json").is_file():
+        raise ValueError(f"no model in {named}: --base must be the folder of the base model")
+    return Path(named)
+
+
+def _head_dim(base: str | None) -> int | None:
+    """Channels of a head, where the base is a folder whose configuration tells."""
+    try:
+        config = json.loads(Path(base or "", "config.json").read_text("utf-8"))
+        return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"--output: {path} exists and is not an empty folder")
+
+
+def select(args: Namespace) -> None:
+    """Write the heads and channels that rank first, and a picture of all scores."""
+    if args.output.suffix != ".json":
+        raise ValueError(f"--output: a name that ends in .json wanted, got {args.output}")
+    if args.data is None and args.strategy != "weight":
+        raise ValueError(f"--strategy {args.strategy} needs --data")
+    import torch
+
+    from s2kernels.adapter import replacing
+    from s2kernels.cli.examples import collate, encode, read_records
+    from s2kernels.cli.models import load_model, load_tokenizer
+    from s2kernels.coupling import structures
+    from s2kernels.select import budget, ranked_units, scores
+
+    records = [] if args.data is None else read_records(args.data)
+    model = load_model(args.model, "auto").eval()
+    if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
+        model.to("cuda")
+    found = structures(model)
+    counts = {}
+    for name, structure in found.items():
+        what = "heads" if structure.kind == "attention" else "channels"
+        counts[name] = budget(getattr(args, what), structure.count(structure.unit), what)
+    batches = None
+    if args.strategy != "weight":
+        tokenizer = load_tokenizer(args.tokenizer or str(args.model))
+        examples = [
+            example
+            for record in records[: args.examples]
+            for example in encode(record, tokenizer, args.max_length)
+        ]
+        if not examples:
+            raise ValueError(f"--max-length {args.max_length} leaves nothing of any output")
+        pad = tokenizer.pad_token_id or 0
+        batches = [collate([example], pad) for example in examples]
+    values = scores(model, args.strategy, batches)
+    units = ranked_units(values, counts, largest=not args.smallest, scope=args.scope)
+
+    selection = {
+        "model": str(args.model),
+        "strategy": args.strategy,
+        "largest": not args.smallest,
+        "scope": args.scope,
+        "units": {name: chosen.tolist() for name, chosen in units.items()},
+    }
+    kinds = {name: structure.kind for name, structure in found.items()}
+    with replacing(args.output.parent) as folder:
+        (folder / args.output.name).write_text(json.dumps(selection, indent=1) + "\n", "utf-8")
+        _draw_scores(values, units, kinds, args.strategy, folder / f"{args.output.stem}.svg")
+    for kind in dict.fromkeys(kinds.values()):
+        chosen = sum(len(units.get(name, ())) for name in kinds if kinds[name] == kind)
+        total = sum(len(values[name]) for name in kinds if kinds[name] == kind)
+        print(f"{kind}: {chosen} of {total} {'heads' if kind == 'attention' else 'channels'}")
+    print(f"selection in {args.output}, its picture in {args.output.with_suffix('.svg')}")
+
+
+def _draw_scores(
+    values: dict[str, Any], units: dict[str, Any], kinds: Mapping[str, str], title: str, path: Path
+) -> None:
+    """A lane for each structure: scores to the right, positions upwards, selected ones marked."""
+    from matplotlib.figure import Figure
+
+    from s2kernels.cli.finetune import save_figure
+
+    panels = list(dict.fromkeys(kinds.values()))
+    names = {panel: [name for name in values if kinds[name] == panel] for panel in panels}
+    height = 1.2 + 0.25 * max(map(len, names.values()))
+    figure = Figure(figsize=(5.5 * len(panels), height), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for lane, name in enumerate(names[panel]):
+            score = values[name].numpy()
+            chosen = units[name].long().numpy() if name in units else []
+            place = [lane + 0.35 - 0.7 * (i + 0.5) / len(score) for i in range(len(score))]
+            picked = [place[unit] for unit in chosen]
+            raster = sum(len(values[name]) for name in names[panel]) > 5000
+            axes.plot(score, place, ".", color="#BBBBBB", ms=2, rasterized=raster)
+            axes.plot(score[chosen], picked, "o", color="#D55E00", ms=3, rasterized=raster)
+        axes.set_yticks(range(len(names[panel])), names[panel], fontsize=7)
+        axes.set(title=f"{panel}: {title}", xlabel="score", ylim=(len(names[panel]) - 0.5, -0.5))
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

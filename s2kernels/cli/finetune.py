@@ -1,0 +1,340 @@
+"""The training job of `s2kernels finetune`: from a file of examples to an adapter.
+
+`prepare` looks at all that the user gave and raises ValueError or OSError for what does
+not fit; `Job.run` trains, with the Trainer of transformers, and writes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+from peft import get_peft_model
+from transformers import ProgressCallback, Trainer, TrainingArguments
+
+from s2kernels.adapter import replacing
+from s2kernels.cli.examples import IGNORED, Example, collate, encode, pack, read_records
+from s2kernels.cli.models import load_model, load_tokenizer, random_model
+from s2kernels.peft import S2FTConfig
+
+# Options on which the result depends: a run is resumed with the same ones or not at all. The
+# number of steps is not among them, so that a run can be prolonged.
+_LASTING = (
+    "model config tokenizer heads channels targets seed lr batch_size accumulate max_length warmup "
+    "bf16 packing held_out layout"
+).split()
+_FREE = "mode gradient_checkpointing epochs max_steps".split()
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that is whole: its trainer_state.json is written last."""
+    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return path
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+class _Trainer(Trainer):
+    """Trainer whose held-out loss is the mean over tokens, not over batches."""
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        loader = self.get_eval_dataloader(eval_dataset)
+        model: Any = self.model
+        model.eval()
+        total = tokens = 0.0
+        for batch in loader:
+            batch = self._prepare_inputs(batch)
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total += float(model(**batch).loss) * count
+            tokens += count
+        sums = self.accelerator.reduce(
+            torch.tensor([total, tokens], device=self.args.device), "sum"
+        )
+        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+class _Bar(ProgressCallback):
+    """The progress bar with the losses in it, instead of a line for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, str] = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        for name, title in (("loss", "loss"), ("eval_loss", "held-out")):
+            if name in (logs or {}):
+                self.shown[title] = f"{logs[name]:.4f}"
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown)
+
+
+@dataclass
+class Job:
+    """A run of which everything is known to fit."""
+
+    args: Namespace
+    options: dict[str, Any]
+    model: Any
+    tokenizer: Any
+    trainer: Trainer
+    counts: dict[str, int]
+    checkpoint: Path | None
+
+    def run(self) -> dict[str, Any]:
+        """Train, and write all files into the output folder. Returns the metrics."""
+        output = self.args.output
+        main = self.trainer.is_world_process_zero()
+        if main and self.checkpoint is None:
+            with replacing(output) as folder:
+                _write_json(folder / "options.json", self.options)
+            if self.args.config is not None:
+                base = random_model(self.args.config, self.model.dtype, self.args.seed)
+                with replacing(output / "base") as folder:
+                    base.save_pretrained(folder)
+                    self.tokenizer.save_pretrained(folder)
+        begin = perf_counter()
+        resume = None if self.checkpoint is None else str(self.checkpoint)
+        self.trainer.train(resume_from_checkpoint=resume)
+        seconds = perf_counter() - begin
+        history, step = self.trainer.state.log_history, self.trainer.state.global_step
+        evaluated = any("eval_loss" in entry and entry["step"] == step for entry in history)
+        if self.trainer.eval_dataset is not None and not evaluated:
+            self.trainer.evaluate()
+
+        metrics = {
+            "steps": step,
+            "trained_parameters": self.model.num_parameters(only_trainable=True),
+            **self.counts,
+            "loss": _curve(self.trainer.state.log_history, "loss"),
+            "held_out_loss": _curve(self.trainer.state.log_history, "eval_loss"),
+            "seconds": round(seconds, 3),  # since it was last resumed
+            "options": self.options,
+        }
+        if main:
+            self._write(metrics)
+        return metrics
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        with replacing(self.args.output) as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            _write_json(folder / "metrics.json", metrics)
+            try:
+                from matplotlib.figure import Figure
+            except ImportError:
+                print("note: no loss.svg, which needs matplotlib: pip install matplotlib")
+                return
+            figure = Figure(figsize=(6, 3.5), layout="constrained")
+            axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
+            for name, title, style in (
+                ("loss", "training", "-"),
+                ("held_out_loss", "held out", "o--"),
+            ):
+                steps, values = zip(*metrics[name], strict=True) if metrics[name] else ([], [])
+                axes.plot(steps, [math.nan if y is None else y for y in values], style, label=title)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False)
+            save_figure(figure, folder / "loss.svg")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as SVG; the same figure gives the same bytes."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "s2kernels"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def prepare(args: Namespace) -> Job:
+    """Everything but the training, in the order that finds mistakes soonest; writes nothing.
+
+    Raises ValueError or OSError for what does not fit.
+    """
+    checkpoint = None
+    if args.resume:
+        checkpoint = last_checkpoint(args.output)
+        if checkpoint is None:
+            raise ValueError(f"--resume: there is no checkpoint in {args.output}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU")
+    records = read_records(args.data)
+    options = _options(args)
+    if checkpoint:
+        _check_same(json.loads((args.output / "options.json").read_text("utf-8")), options)
+
+    base = args.output / "base" if args.config else args.model
+    tokenizer = load_tokenizer(args.tokenizer or str(base))
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    if args.config:
+        model = random_model(args.config, dtype, args.seed)
+        model.name_or_path = str(base)
+    else:
+        model = load_model(base, dtype)
+    model.config.use_cache = False  # with a cache, packed examples would see each other
+    num = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {num}: --tokenizer")
+    limit = getattr(model.config, "max_position_embeddings", None) or args.max_length or 512
+    length = args.max_length or min(512, limit)
+    if length > limit:
+        raise ValueError(f"--max-length {length}: the model has {limit} positions")
+
+    parts = split(records, args.held_out, args.seed)
+    encoded = [[encode(record, tokenizer, length) for record in part] for part in parts]
+    left_out = sum(not examples for part in encoded for examples in part)
+    rows, held_out = ([example for examples in part for example in examples] for part in encoded)
+    if not rows or (parts[1] and not held_out):
+        raise ValueError(f"--max-length {length} leaves no token of any output to train on")
+    counts = {
+        "examples": len(records),
+        "held_out_examples": len(parts[1]),
+        "examples_left_out": left_out,
+        "tokens": sum(len(example["input_ids"]) for example in rows),
+    }
+    if left_out:
+        print(f"note: {left_out} of {len(records)} examples have no output within {length} tokens")
+
+    config = S2FTConfig(
+        task_type="CAUSAL_LM",
+        heads=args.heads,
+        channels=args.channels,
+        target_modules=args.targets,
+        seed=args.seed,
+        mode=args.mode,
+        layout=args.layout,
+    )
+    try:
+        model = get_peft_model(model, config)
+    except TypeError as error:  # of a target that is not a linear layer
+        raise ValueError(str(error)) from error
+    if args.packing:
+        rows, held_out = pack(rows, length), pack(held_out, length)
+        check_packing(model, rows)
+    trainer = _Trainer(
+        model,
+        _arguments(args, len(rows)),
+        data_collator=partial(collate, pad=tokenizer.pad_token_id or 0),
+        train_dataset=cast(Any, rows),
+        eval_dataset=cast(Any, held_out or None),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar)
+    return Job(args, options, model, tokenizer, trainer, counts, checkpoint)
+
+
+def check_packing(model: Any, rows: list[Example]) -> None:
+    """Raises ValueError where an example in a row changes with the one before it: a model may not
+    look at positions, and would then attend across.
+    """
+    for row in rows:
+        starts = [i for i, position in enumerate(row["position_ids"]) if position == 0]
+        if len(starts) > 1:
+            break
+    else:
+        return
+    batch = {name: tensor.to(model.device) for name, tensor in collate([row]).items()}
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, : starts[1]] = batch["input_ids"][:, starts[1] :].max()
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        left, right = (model(**inputs).logits[:, starts[1] :] for inputs in (batch, other))
+    model.train(training)
+    if (left - right).abs().max() > 1e-3 * left.abs().max():
+        raise ValueError(
+            f"--packing: {model.config.model_type} does not keep packed examples apart"
+        )
+
+
+def split(records: list, share: float, seed: int) -> tuple[list, list]:
+    """Training and held-out records, in their order; the latter drawn by `seed`."""
+    num = math.floor(share * len(records) + 0.5) if share else 0
+    num = max(num, 1) if share else 0
+    if num >= len(records):
+        raise ValueError(f"--held-out {share} leaves none of {len(records)} examples to train on")
+    drawn = set(random.Random(seed).sample(range(len(records)), num))
+    train = [record for i, record in enumerate(records) if i not in drawn]
+    return train, [record for i, record in enumerate(records) if i in drawn]
+
+
+def _arguments(args: Namespace, num_rows: int) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(args.output),
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps or -1,
+        learning_rate=args.lr,
+        warmup_steps=args.warmup,
+        lr_scheduler_type="linear",
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        activation_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=args.device == "cpu",
+        seed=args.seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_total_limit=2,
+        eval_strategy="steps" if args.held_out else "no",
+        eval_on_start=bool(args.held_out) and not args.resume,
+        report_to="none",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel, which S2FT does not go with
+    per_step = args.batch_size * args.accumulate * arguments.world_size
+    steps = args.max_steps or math.ceil(args.epochs * math.ceil(num_rows / per_step))
+    arguments.logging_steps = max(1, steps // 200)
+    arguments.eval_steps = max(1, math.ceil(steps / 4))
+    arguments.save_steps = args.save_steps or max(1, math.ceil(steps / 10))
+    return arguments
+
+
+def _options(args: Namespace) -> dict[str, Any]:
+    """What the run depends on, as it is kept in options.json."""
+    values = {name: getattr(args, name) for name in _LASTING + _FREE}
+    for name in ("model", "config", "tokenizer"):
+        if values[name] and os.path.exists(values[name]):
+            values[name] = str(Path(values[name]).resolve())
+    return {**values, "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name in [*_LASTING, "data"]:
+        if before[name] != now[name]:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"--resume: the run began with another {option}"
+                + ("" if name == "data" else f", {before[name]!r}, not {now[name]!r}")
+            )
+
+
+def _curve(history: list[dict[str, Any]], name: str) -> list[tuple[int, float | None]]:
+    """(step, value); None where the value is not finite, for which JSON has no word."""
+    values = [(entry["step"], entry[name]) for entry in history if name in entry]
+    return [(step, value if math.isfinite(value) else None) for step, value in values]

@@ -1,0 +1,451 @@
+"""The command line, called in process: `s2kernels.cli.main([...])`."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+from s2kernels import cli
+from s2kernels.cli import examples, finetune
+from s2kernels.cli.examples import IGNORED, PROMPT, PROMPT_WITH_INPUT
+from s2kernels.cli.models import load_tokenizer
+
+COLOURS = ("red", "green", "blue", "white")
+RECORDS = [
+    {"instruction": f"Name colour {i % 4}.", "input": "", "output": COLOURS[i % 4], "answer": i}
+    for i in range(24)
+]
+WHOLE_BUDGET = ["--heads", "1.0", "--channels", "1.0"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny Llama on disk that takes the tokens of --tokenizer bytes."""
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny_model(
+        "llama", torch.float32, vocab_size=259, max_position_embeddings=256, eos_token_id=1
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "colours.json"
+    path.write_text(json.dumps(RECORDS, indent=1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(base, data, tmp_path_factory) -> Path:
+    """The folder of a finished run with checkpoints at steps 6 and 12."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    train(base, data, path)
+    return path
+
+
+def train(base, data, output, *options):
+    cli.main(
+        ["finetune", "--model", str(base), "--tokenizer", "bytes", "--data", str(data)]
+        + ["--output", str(output), "--heads", "2", "--channels", "0.2", "--lr", "0.02"]
+        + ["--max-steps", "12", "--save-steps", "6", "--batch-size", "4", "--held-out", "0.2"]
+        + ["--device", "cpu", *options]
+    )
+
+
+def metrics_of(output):
+    return json.loads((output / "metrics.json").read_text())
+
+
+def logits(model):
+    ids = torch.arange(3, 35).view(2, 16)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def refused(capsys, *argv) -> str:
+    """The one line that is printed where `argv` is refused."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in argv])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert all("%|" in line for line in lines[:-1]), lines  # progress bars of loading
+    return lines[-1]
+
+
+# ---------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("kind", ["list", "compact list", "lines", "text"])
+def test_every_kind_of_file_is_read(kind, tmp_path):
+    path = tmp_path / "data"
+    records = [{"text": "one\n"}, {"text": "[two]"}] if kind == "text" else RECORDS[:3]
+    if kind == "compact list":
+        path.write_text(json.dumps(records))
+    elif kind == "list":
+        path.write_text("\n " + json.dumps(records, indent=2) + "\n")
+    else:
+        path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    wanted = [{k: v for k, v in record.items() if k != "answer"} for record in records]
+    assert examples.read_records(path) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "a"}\n{"text": "b"\n', ":2: not JSON"),
+        ('{"text": "a"}\n\n{"prompt": "b"}', ":3: fields 'instruction' and 'output' wanted"),
+        ('{"instruction": "a"}', ":1: fields 'instruction' and 'output' wanted"),
+        ('{"instruction": "a", "output": 3}', ":1: 'output' must be a text"),
+        ('{"instruction": "a", "output": ""}', ":1: 'output' must be a text that is not empty"),
+        ('{"instruction": "a", "output": "b", "input": 1}', ":1: 'input' must be a text"),
+        ('"a"', ":1: an object wanted, got a str"),
+        ('[\n{"text": "a"},\n{"text" "b"}]', ":3: not JSON"),
+        ('[\n{"text": "a"},\n{"prompt": "b"}\n]', ":3: fields"),
+        ('[{"text": "a"}\n{"text": "b"}]', ":2: not JSON"),
+        ('[{"text": "a"},\n]', ":2: not JSON"),
+        ('[{"text": "a"}]\n{}', ":2: not JSON"),
+        ('[{"text": "a"}', ":1: not JSON"),
+        ("[]", "holds no examples"),
+        ("\n", "holds no examples"),
+    ],
+)
+def test_faults_of_a_file_are_named_with_their_line(text, message, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        examples.read_records(path)
+    assert str(error.value).startswith(str(path)) and message in str(error.value)
+
+
+@pytest.mark.parametrize("extra", ["", "some context"])
+def test_the_loss_is_on_the_output_alone(extra):
+    tokenizer = load_tokenizer("bytes")
+    record = {"instruction": "Say hé.", "input": extra, "output": "hé"}
+    (example,) = examples.encode(record, tokenizer, 512)
+    prompt = (PROMPT_WITH_INPUT if extra else PROMPT).format(**record).encode()
+    output = "hé".encode()
+    assert example["input_ids"] == [byte + 3 for byte in prompt + output] + [1]
+    assert example["labels"] == [IGNORED] * len(prompt) + [byte + 3 for byte in output] + [1]
+
+    (cut,) = examples.encode(record, tokenizer, len(prompt) + 1)
+    assert cut["labels"] == example["labels"][: len(prompt) + 1]
+    assert examples.encode(record, tokenizer, len(prompt)) == []
+
+
+def test_a_text_is_learnt_whole_and_split():
+    tokenizer = load_tokenizer("bytes")
+    runs = examples.encode({"text": "abcdefg"}, tokenizer, 3)
+    assert [run["input_ids"] for run in runs] == [[100, 101, 102], [103, 104, 105], [106, 1]]
+    assert [run["labels"] for run in runs] == [[-100, 101, 102], [-100, 104, 105], [-100, 1]]
+    assert examples.encode({"text": "abc"}, tokenizer, 3)[0]["input_ids"] == [100, 101, 102]
+
+
+def test_rows_are_packed():
+    made = [
+        {"input_ids": list(range(10 * n, 10 * n + n)), "labels": [IGNORED] + [n] * (n - 1)}
+        for n in (2, 5, 3, 6)
+    ]
+    made[2]["labels"][0] = 7  # the token before it is another example's
+    rows = examples.pack(made, 8)
+    assert [row["input_ids"] for row in rows] == [
+        [60, 61, 62, 63, 64, 65, 20, 21],
+        [50, 51, 52, 53, 54, 30, 31, 32],
+    ]
+    assert rows[1]["labels"] == [-100, 5, 5, 5, 5, -100, 3, 3]
+    assert rows[1]["position_ids"] == [0, 1, 2, 3, 4, 0, 1, 2]
+
+
+def test_a_batch_is_padded():
+    short, long = ({"input_ids": [5] * n, "labels": [6] * n} for n in (1, 3))
+    batch = {name: value.tolist() for name, value in examples.collate([short, long], 9).items()}
+    assert batch == {
+        "input_ids": [[5, 9, 9], [5, 5, 5]],
+        "labels": [[6, -100, -100], [6, 6, 6]],
+        "attention_mask": [[1, 0, 0], [1, 1, 1]],
+    }
+    packed = examples.collate(examples.pack([short, long], 3))
+    assert set(packed) == {"input_ids", "labels", "position_ids"}
+
+
+def test_packed_examples_have_the_loss_they_have_alone():
+    model = tiny_model("mistral", vocab_size=259, max_position_embeddings=64)
+    model.config.use_cache = False
+    tokenizer = load_tokenizer("bytes")
+    made = [
+        example
+        for text in ("a first text", "second", "the third one of them", "4th")
+        for example in examples.encode({"text": text}, tokenizer, 64)
+    ]
+    total = sum(
+        model(**examples.collate([example])).loss * (len(example["input_ids"]) - 1)
+        for example in made
+    )
+    rows = examples.pack(made, 32)
+    assert len(rows) == 2
+    labels = sum(len(example["input_ids"]) - 1 for example in made)
+    torch.testing.assert_close(model(**examples.collate(rows)).loss, total / labels)
+    finetune.check_packing(model, rows)
+
+
+def test_a_model_that_mixes_packed_examples_is_refused():
+    model = tiny_model("llama", vocab_size=259)
+    forward = model.forward
+    model.forward = lambda input_ids, **_: forward(input_ids=input_ids)
+    made = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}] * 2
+    with pytest.raises(ValueError, match="does not keep packed examples apart"):
+        finetune.check_packing(model, examples.pack(made, 6))
+
+
+# ---------------------------------------------------------------------------- finetune
+
+
+def test_a_run_lowers_the_held_out_loss(trained, base):
+    metrics = metrics_of(trained)
+    curve = metrics["held_out_loss"]
+    assert [step for step, _ in curve] == [0, 3, 6, 9, 12]
+    assert curve[-1][1] < 0.8 * curve[0][1]
+    assert len(metrics["loss"]) == metrics["steps"] == 12
+    assert (metrics["examples"], metrics["held_out_examples"]) == (24, 5)
+    assert {path.name for path in trained.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer_config.json",
+        "metrics.json",
+        "options.json",
+        "loss.svg",
+    }
+    assert not [path for path in trained.iterdir() if path.name.startswith(".")]
+
+    # the loss reported is the mean over the tokens of the held-out examples
+    tokenizer = load_tokenizer("bytes")
+    _, held_out = finetune.split(RECORDS, 0.2, 0)
+    made = [example for record in held_out for example in examples.encode(record, tokenizer, 256)]
+    model = PeftModel.from_pretrained(load(base), trained).eval()
+    with torch.no_grad():
+        losses = [float(model(**examples.collate([example])).loss) for example in made]
+    counts = [sum(label != IGNORED for label in example["labels"]) for example in made]
+    mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert curve[-1][1] == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_interrupted(trained, base, data, tmp_path):
+    output = tmp_path / "resumed"
+    shutil.copytree(trained / "checkpoint-6", output / "checkpoint-6")
+    shutil.copy(trained / "options.json", output)
+    (output / "checkpoint-9").mkdir()  # cut off while it was written
+    train(base, data, output, "--resume")
+    left, right = (load_file(path / "adapter_model.safetensors") for path in (trained, output))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    left, right = metrics_of(trained), metrics_of(output)
+    assert left.pop("seconds") and right.pop("seconds")
+    assert left == right
+    assert (trained / "loss.svg").read_bytes() == (output / "loss.svg").read_bytes()
+
+
+def test_a_run_resumes_with_its_own_options_only(trained, base, data, capsys, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(RECORDS[:12]))
+    args = ["finetune", "--model", base, "--tokenizer", "bytes", "--output", trained, "--resume"]
+    rest = ["--heads", "2", "--channels", "0.2", "--lr", "0.02", "--batch-size", "4"]
+    rest += ["--held-out", "0.2"]
+    line = refused(capsys, *args, "--data", data, *rest, "--seed", "1")
+    assert "another --seed, 0, not 1" in line
+    assert "another --data" in refused(capsys, *args, "--data", other, *rest)
+    assert "no checkpoint" in refused(capsys, *args[:-2], tmp_path, "--resume", "--data", data)
+
+
+@pytest.mark.parametrize("kind", ["instructions", "texts"])
+def test_packing_checkpointing_accumulation_and_bf16(kind, base, tmp_path):
+    path, output = tmp_path / "data.jsonl", tmp_path / "out"
+    records = RECORDS if kind == "instructions" else [{"text": "abab" * 9}] * 8
+    path.write_text("\n".join(map(json.dumps, records)))
+    options = ["--packing", "--gradient-checkpointing", "--accumulate", "2", "--bf16"]
+    train(base, path, output, *options, "--max-steps", "4", "--mode", "additive")
+    curve = metrics_of(output)["held_out_loss"]
+    assert curve[-1][1] < curve[0][1]
+    tensors = load_file(output / "adapter_model.safetensors")
+    assert {tensors[name].dtype for name in tensors if name.endswith("delta")} == {torch.float32}
+
+
+def test_a_random_model_is_saved_with_its_adapter(data, tmp_path, capsys):
+    config = tiny_model("qwen3", vocab_size=259, max_position_embeddings=256).config
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
+    output = tmp_path / "out"
+    cli.main(
+        ["finetune", "--config", str(tmp_path / "config.json"), "--tokenizer", "bytes"]
+        + ["--data", str(data), "--output", str(output), "--max-steps", "1", "--device", "cpu"]
+    )
+    cli.main(["merge", str(output), "--output", str(tmp_path / "merged")])
+    assert (tmp_path / "merged" / "tokenizer_config.json").is_file()
+
+
+# ---------------------------------------------------------------------------- adapters
+
+
+def test_inspect_reports_the_tensors(trained, capsys):
+    cli.main(["inspect", str(trained), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    tensors = load_file(trained / "adapter_model.safetensors")
+    assert len(report["layers"]) == 4
+    for entry in report["layers"]:
+        prefix = f"base_model.model.{entry['module']}.s2ft_"
+        delta, index = tensors[prefix + "delta"], tensors[prefix + "index"]
+        assert entry["parameters"] == delta.numel()
+        assert entry["bytes"] == delta.nbytes
+        assert entry["channels"] == entry["lora_rank"] == len(index) == delta.shape[1]
+        assert entry["dim"] == "in"
+        if "o_proj" in entry["module"]:
+            assert entry["heads"] == sorted({int(channel) // 4 for channel in index})
+            assert len(entry["heads"]) == 2
+        else:
+            assert entry["heads"] is None
+    total = sum(value.numel() for name, value in tensors.items() if name.endswith("delta"))
+    assert report["total"]["parameters"] == metrics_of(trained)["trained_parameters"] == total
+
+    cli.main(["inspect", str(trained)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and f"{total:,}" in lines[-1]
+
+
+def test_merge_equals_the_adapter(trained, base, tmp_path):
+    output = tmp_path / "merged"
+    cli.main(["merge", str(trained), "--output", str(output), "--base", str(base), "--safe"])
+    wanted = logits(PeftModel.from_pretrained(load(base), trained))
+    torch.testing.assert_close(logits(load(output)), wanted, rtol=1e-5, atol=1e-5)
+    assert (wanted - logits(load(base))).abs().max() > 0.1
+    assert (output / "tokenizer_config.json").is_file()
+
+    cli.main(["merge", str(trained), "--output", str(tmp_path / "half"), "--dtype", "bfloat16"])
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+def test_the_exported_lora_is_checked(trained, base, tmp_path, capsys):
+    output = tmp_path / "lora"
+    cli.main(
+        ["export-lora", str(trained), "--output", str(output), "--base", str(base), "--check"]
+        + ["--rank", "16"]
+    )
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("largest logit difference ")
+    difference, largest = (float(number) for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", line)[:2])
+    assert difference <= 1e-6 * max(1, largest)
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 16
+
+
+@pytest.mark.parametrize("strategy", ["weight", "product"])
+def test_select_ranks_heads_and_channels(strategy, base, data, tmp_path):
+    output = tmp_path / "selection.json"
+    args = ["select", "--model", str(base), "--output", str(output), "--strategy", strategy]
+    args += ["--heads", "2", "--channels", "0.1", "--smallest", "--device", "cpu"]
+    if strategy != "weight":
+        args += ["--data", str(data), "--tokenizer", "bytes", "--examples", "2"]
+    cli.main(args)
+    selection = json.loads(output.read_text())
+    assert {name: len(units) for name, units in selection["units"].items()} == {
+        f"model.layers.{i}.{block}": num
+        for i in range(2)
+        for block, num in (("self_attn", 2), ("mlp", 4))
+    }
+    picture = output.with_suffix(".svg").read_bytes()
+    cli.main(args)
+    assert output.with_suffix(".svg").read_bytes() == picture
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+
+def test_mistakes_are_told_in_one_line(base, data, trained, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"text": }\n')
+    fields = tmp_path / "fields.jsonl"
+    fields.write_text('{"prompt": "a"}\n')
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    shutil.copy(trained / "adapter_model.safetensors", lora)
+    new = tmp_path / "new"
+    args = ["finetune", "--model", base, "--output", new, "--tokenizer", "bytes", "--data"]
+    shrink = json.dumps(tiny_model("llama").config.to_dict(), default=str)
+    cases = [
+        ([], "the following arguments are required"),
+        (["frobnicate"], "invalid choice"),
+        (["finetune"], "required"),
+        ([*args, tmp_path / "none.json"], "none.json"),
+        ([*args, bad], f"{bad}:2: not JSON"),
+        ([*args, fields], f"{fields}:1: fields"),
+        ([*args, data, "--heads", "9"], "9 wanted of 8"),
+        ([*args, data, "--channels", "1.5"], "1.5 wanted"),
+        ([*args, data, "--channels", "few"], "invalid count or share value"),
+        ([*args, data, "--epochs", "0"], "--epochs"),
+        ([*args, data, "--lr", "nan"], "--lr"),
+        ([*args, data, "--batch-size", "0"], "--batch-size"),
+        ([*args, data, "--held-out", "0.99"], "leaves none"),
+        ([*args, data, "--targets", "no_proj"], "no_proj"),
+        ([*args, data, "--targets", "mlp"], "linear"),
+        ([*args, data, "--max-length", "999"], "256 positions"),
+        ([*args, data, "--max-length", "9"], "leaves no token"),
+        ([*args[:5], "--tokenizer", tmp_path, "--data", data], "no tokenizer in"),
+        ([*args[:5], "--data", data], "no tokenizer in"),
+        ([*args, data, "--output", trained], "not an empty folder"),
+        (["finetune", "--model", tmp_path, *args[3:], data], "has no config.json"),
+        (["finetune", "--config", shrink, *args[3:], data], "259 tokens"),
+        (["finetune", "--config", "{", *args[3:], data], "not JSON"),
+        (["finetune", "--config", "{}", *args[3:], data], "'model_type' wanted"),
+        (["inspect", tmp_path], "no adapter_config.json"),
+        (["inspect", lora], "holds no S2FT adapter"),
+        (["merge", tmp_path, "--output", new], "no adapter_config.json"),
+        (["merge", trained, "--output", new, "--base", tmp_path], "--base"),
+        (["merge", trained, "--output", base], "not an empty folder"),
+        (["export-lora", trained, "--output", new, "--rank", "1"], "rank"),
+        (["export-lora", trained, "--output", new, "--format", "onnx"], "invalid choice"),
+        (["select", "--model", base, "--output", new], ".json"),
+        (
+            ["select", "--model", base, "--output", tmp_path / "s.json", "--strategy", "gradient"],
+            "needs --data",
+        ),
+    ]
+    for argv, message in cases:
+        assert message in refused(capsys, *argv), argv
+        assert not new.exists(), argv
+
+
+def test_a_base_of_another_shape_is_refused(trained, tmp_path, capsys):
+    tiny_model("llama", torch.float32, hidden_size=16, vocab_size=259).save_pretrained(tmp_path)
+    capsys.readouterr()
+    argv = ["merge", trained, "--output", tmp_path / "merged", "--base", tmp_path]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in argv])
+    assert stop.value.code == 2
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_extra_that_is_missing_is_named(data, base, capsys, monkeypatch, tmp_path):
+    for name in ("finetune", "models", "examples"):
+        monkeypatch.delitem(sys.modules, f"s2kernels.cli.{name}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    argv = ["finetune", "--model", base, "--data", data, "--output", tmp_path / "new"]
+    assert refused(capsys, *argv).endswith("transformers is missing: pip install 's2kernels[peft]'")
+
+
+@pytest.mark.parametrize("command", ["", "finetune", "inspect", "merge", "export-lora", "select"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: s2kernels")
+    assert not command or "example" in shown
