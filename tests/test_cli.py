@@ -14,9 +14,11 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from s2kernels import cli
+from s2kernels.adapter import read_adapter
 from s2kernels.cli import examples, finetune
 from s2kernels.cli.examples import IGNORED, PROMPT, PROMPT_WITH_INPUT
 from s2kernels.cli.models import load_tokenizer
+from s2kernels.coupling import channels_of_heads
 
 COLOURS = ("red", "green", "blue", "white")
 RECORDS = [
@@ -363,6 +365,26 @@ def test_select_ranks_heads_and_channels(strategy, base, data, tmp_path):
     picture = output.with_suffix(".svg").read_bytes()
     cli.main(args)
     assert output.with_suffix(".svg").read_bytes() == picture
+
+    args = ["finetune", "--model", base, "--data", data, "--tokenizer", "bytes", "--device", "cpu"]
+    args += ["--output", tmp_path / "out", "--selection", output, "--max-steps", "1"]
+    cli.main(list(map(str, args)))
+    adapter = read_adapter(tmp_path / "out")
+    for i in range(2):
+        units = selection["units"]
+        heads = torch.tensor(units[f"model.layers.{i}.self_attn"])
+        assert torch.equal(
+            adapter[f"model.layers.{i}.self_attn.o_proj"].index, channels_of_heads(heads, 4)
+        )
+        channels = units[f"model.layers.{i}.mlp"]
+        assert adapter[f"model.layers.{i}.mlp.down_proj"].index.tolist() == channels
+
+    args[args.index("--output") + 1] = tmp_path / "other"
+    for text in ("{}", "nothing", '{"units": {"model.layers.9.mlp": [1]}}'):
+        output.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(map(str, args)))
+        assert stop.value.code == 2
 
 
 # ---------------------------------------------------------------------------- what is refused

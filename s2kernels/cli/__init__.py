@@ -188,7 +188,8 @@ def _parser() -> _Parser:
         description="Rank the heads and channels of a model, without training: what is selected "
         "goes into OUTPUT, a picture of all scores beside it.",
         epilog="example:\n  s2kernels select --model models/llama --data train.json "
-        "--strategy product --output selection.json",
+        "--strategy product --output selection.json\n"
+        "  s2kernels finetune --selection selection.json ...",
     )
     command.add_argument("--model", type=Path, required=True, metavar="DIR")
     command.add_argument("--output", type=Path, required=True, metavar="FILE.json")
@@ -283,6 +284,12 @@ def _add_finetune(command: _Parser) -> None:
         metavar="NAME",
         help="projections to train, of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj; "
         "default o_proj down_proj",
+    )
+    group.add_argument(
+        "--selection",
+        type=Path,
+        metavar="JSON",
+        help="heads and channels that `s2kernels select` chose, in the place of a random draw",
     )
     group.add_argument("--seed", type=int, default=0, help="of everything drawn; default 0")
     group.add_argument(

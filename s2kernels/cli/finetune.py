@@ -23,7 +23,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from s2kernels.adapter import replacing
 from s2kernels.cli.examples import IGNORED, Example, collate, encode, pack, read_records
 from s2kernels.cli.models import load_model, load_tokenizer, random_model
-from s2kernels.peft import S2FTConfig
+from s2kernels.peft import S2FTConfig, indices_of
 
 # Options on which the result depends: a run is resumed with the same ones or not at all. The
 # number of steps is not among them, so that a run can be prolonged.
@@ -227,6 +227,8 @@ def prepare(args: Namespace) -> Job:
         mode=args.mode,
         layout=args.layout,
     )
+    if args.selection is not None:
+        config.indices = indices_of(model, config, read_selection(args.selection))
     try:
         model = get_peft_model(model, config)
     except TypeError as error:  # of a target that is not a linear layer
@@ -268,6 +270,15 @@ def check_packing(model: Any, rows: list[Example]) -> None:
         raise ValueError(
             f"--packing: {model.config.model_type} does not keep packed examples apart"
         )
+
+
+def read_selection(path: Path) -> dict[str, torch.Tensor]:
+    """The units in a file of `s2kernels select`, by structure; ValueError for another file."""
+    try:
+        units = json.loads(path.read_text("utf-8"))["units"]
+        return {name: torch.tensor(chosen, dtype=torch.int32) for name, chosen in units.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no selection of s2kernels select: {error!r}") from None
 
 
 def split(records: list, share: float, seed: int) -> tuple[list, list]:
@@ -321,11 +332,15 @@ def _options(args: Namespace) -> dict[str, Any]:
     for name in ("model", "config", "tokenizer"):
         if values[name] and os.path.exists(values[name]):
             values[name] = str(Path(values[name]).resolve())
-    return {**values, "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
+    files = {"data": args.data, "selection": args.selection}
+    return values | {
+        name: None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in files.items()
+    }
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in [*_LASTING, "data"]:
+    for name in [*_LASTING, "data", "selection"]:
         if before[name] != now[name]:
             option = "--" + name.replace("_", "-")
             raise ValueError(

@@ -1,7 +1,7 @@
 """Which channels every target trains: from a configuration to positions."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -66,6 +66,35 @@ def select_indices(
     chosen = copy.copy(config)
     chosen.indices = indices
     return chosen
+
+
+def indices_of(
+    model: nn.Module, config: S2FTConfig, units: Mapping[str, Tensor]
+) -> dict[str, list[int]]:
+    """`S2FTConfig.indices` for selected units: those of every structure that `units` names.
+
+    units  by structure, query heads or FFN channels, int32 (n,), as `ranked_units` gives them
+
+    Raises ValueError for a name that is no structure of the model, and for units it does not have.
+    """
+    found = structures(model)
+    if unknown := sorted(units.keys() - found.keys()):
+        raise ValueError(f"units: structures of the model wanted, got {', '.join(unknown)}")
+    indices = {}
+    for name, chosen in units.items():
+        structure = found[name]
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < structure.count(
+            structure.unit
+        ):
+            raise ValueError(
+                f"units of {name} must lie in [0, {structure.count(structure.unit)}), "
+                f"got {chosen.tolist()}"
+            )
+        for leaf in structure.projections:
+            if len(chosen) and _is_target(config, structure, leaf):
+                positions = structure.channels(structure.role(leaf), chosen)
+                indices[f"{name}.{leaf}"] = positions.tolist()
+    return indices
 
 
 def drawn_index(config: S2FTConfig, structure: Structure, leaf: str) -> Tensor:
