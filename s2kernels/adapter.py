@@ -16,10 +16,7 @@ Nothing is pickled. Other tensors there may be are those of modules trained whol
 import hashlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -31,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from s2kernels.autograd.checks import DIMS, check_choice, check_floating, check_index, check_shape
+from s2kernels.files import replacing
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -255,26 +253,6 @@ def write_files(path: str | Path, config: Mapping[str, Any], tensors: Mapping[st
     with replacing(path) as folder:
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         save_file(dense, folder / TENSORS_NAME, metadata={"format": "pt"})
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary folder inside `path` (made if need be), to write files into.
-
-    When the block ends, its files take the places of those of the same names in `path`, one by one,
-    in the order of their names. If it raises, none does and the folder is gone; if the process is
-    killed, a folder .writing-* may be left. Either way every file in `path` is whole.
-    """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path) as name:
-        yield Path(name)
-        files = sorted(Path(name).iterdir())
-        for file in files:  # on the disk before the rename is, should the power fail
-            with open(file, "rb+") as stream:
-                os.fsync(stream.fileno())
-        for file in files:
-            file.replace(path / file.name)
 
 
 def _to_slice(fields: Mapping[str, Tensor]) -> Slice:

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
-import s2kernels.adapter
+import s2kernels.files
 from s2kernels.adapter import (
     CONFIG_NAME,
     TENSORS_NAME,
@@ -18,9 +18,9 @@ from s2kernels.adapter import (
     combine,
     fingerprint,
     read_adapter,
-    replacing,
     write_adapter,
 )
+from s2kernels.files import replacing
 from s2kernels.peft import S2FTConfig
 
 KEY = "base_model.model.layers.0.o_proj.s2ft_"
@@ -209,7 +209,7 @@ def test_an_interrupted_write_leaves_the_good_adapter(failing, tmp_path, monkeyp
     elif failing == "tensors half-way":
         monkeypatch.setattr(s2kernels.adapter, "save_file", half_way)
     else:
-        monkeypatch.setattr(s2kernels.adapter, "os", SimpleNamespace(fsync=full))
+        monkeypatch.setattr(s2kernels.files, "os", SimpleNamespace(fsync=full))
     with pytest.raises((KeyboardInterrupt, OSError, TypeError)):
         write_adapter(tmp_path, adapter(seed=9), fields)
     monkeypatch.undo()

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from bench.memory import kept_by
 from s2kernels import backend, kernels, reference
 from s2kernels.coupling import channels_of_heads
-from s2kernels.peft import S2FTConfig, S2FTLinear
+from s2kernels.peft import S2FTConfig, S2FTLinear, report
 from s2kernels.select import random_units
 
 MODES = ("inplace", "additive")
@@ -655,6 +655,20 @@ def test_generate_and_the_ways_to_load(tmp_path):
         type(base).from_pretrained(base_dir), adapter_dir, is_trainable=True
     )
     assert train(resumed.train(), steps=4)[-1] < train(resumed, steps=1)[0] + 1
+
+
+def test_the_report_counts_what_is_trained():
+    model = get_peft_model(
+        tiny_model("llama", **WIDE), config(target_modules=["o_proj", "up_proj"])
+    )
+    lines = [line.split() for line in report(model).splitlines()]
+    assert len(lines) == 1 + 4 + 1
+    name = "model.layers.1.mlp.up_proj"
+    (row,) = (line for line in lines if line[0] == name)
+    assert row == [name, "out", "64", "192", "2,048", "64", f"{2048 / (32 + 192):.1f}"]
+    assert lines[-1] == ["total", f"{model.get_nb_trainable_parameters()[0]:,}"]
+    with pytest.raises(ValueError, match="no S2FT adapter named 'other'"):
+        report(model, "other")
 
 
 def test_the_model_card_has_a_snippet_that_works(tmp_path):

@@ -94,8 +94,8 @@ def merge(args: Namespace) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from s2kernels.adapter import replacing
     from s2kernels.cli.models import load_model, with_adapter
+    from s2kernels.files import replacing
 
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     model = with_adapter(load_model(base, dtype), args.adapter)
@@ -176,10 +176,10 @@ def select(args: Namespace) -> None:
         raise ValueError(f"--strategy {args.strategy} needs --data")
     import torch
 
-    from s2kernels.adapter import replacing
     from s2kernels.cli.examples import collate, encode, read_records
     from s2kernels.cli.models import load_model, load_tokenizer
     from s2kernels.coupling import structures
+    from s2kernels.files import replacing
     from s2kernels.select import budget, ranked_units, scores
 
     records = [] if args.data is None else read_records(args.data)

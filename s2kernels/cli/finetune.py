@@ -20,9 +20,9 @@ import torch
 from peft import get_peft_model
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
-from s2kernels.adapter import replacing
 from s2kernels.cli.examples import IGNORED, Example, collate, encode, pack, read_records
 from s2kernels.cli.models import load_model, load_tokenizer, random_model
+from s2kernels.files import replacing
 from s2kernels.peft import S2FTConfig, indices_of
 
 # Options on which the result depends: a run is resumed with the same ones or not at all. The

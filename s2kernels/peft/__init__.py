@@ -19,6 +19,7 @@ from peft.mapping import (
 from s2kernels.peft.config import PEFT_TYPE, S2FTConfig
 from s2kernels.peft.layer import S2FTLinear
 from s2kernels.peft.model import S2FTModel
+from s2kernels.peft.report import report
 from s2kernels.peft.selection import indices_of, select_indices
 
 # PEFT's dictionaries are meant to be filled from outside, but typed for its own enumeration only.
@@ -30,4 +31,4 @@ _ENTRIES: tuple[tuple[dict[Any, Any], Any], ...] = (
 for _mapping, _value in _ENTRIES:
     _mapping[PEFT_TYPE] = _value
 
-__all__ = ["S2FTConfig", "S2FTLinear", "S2FTModel", "indices_of", "select_indices"]
+__all__ = ["S2FTConfig", "S2FTLinear", "S2FTModel", "indices_of", "report", "select_indices"]

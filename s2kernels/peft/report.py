@@ -1,0 +1,42 @@
+"""What an S2FT model trains, layer by layer."""
+
+from torch import nn
+
+from s2kernels.peft.layer import S2FTLinear
+
+
+def report(model: nn.Module, adapter_name: str = "default") -> str:
+    """A table of the adapter's layers: trained channels, parameters and equivalent LoRA ranks.
+
+    `exact rank` is that of the LoRA which does the same (`s2kernels.lora.export_lora`): the number
+    of trained channels. `same size` is the rank at which a LoRA has as many parameters.
+
+    Raises ValueError for an adapter that the model does not have.
+    """
+    layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
+    layers = [layer for layer in layers if adapter_name in layer.modes]
+    if not layers:
+        raise ValueError(f"the model has no S2FT adapter named {adapter_name!r}")
+    head = ("layer", "dim", "channels", "of", "parameters", "exact rank", "same size")
+    rows = [head]
+    total = 0
+    for layer in layers:
+        num, size = layer.s2ft_index[adapter_name].numel(), layer.s2ft_delta[adapter_name].numel()
+        same = size / (layer.in_features + layer.out_features)
+        total += size
+        rows.append(
+            (
+                *(layer.name, layer.dim, str(num), str(layer.num_channels), f"{size:,}"),
+                *(str(num), f"{same:.1f}"),
+            )
+        )
+    rows.append(("total", "", "", "", f"{total:,}", "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
