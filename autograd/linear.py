@@ -145,7 +145,7 @@ class S2LinearFunction(torch.autograd.Function):
     """y (M, N) from x (M, K); see `s2_linear`. index is None where the slice starts at `start`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, delta, index, start, dim, mode, base_slice, before_dx, impl):  # type: ignore[override]
+    def forward(ctx, x, weight, bias, delta, index, start, dim, mode, base_slice, before_dx, impl):
         ops = backend.select(x, impl)
         where = join_index(index, start, delta, dim)
         if base_slice is not None:
@@ -199,7 +199,7 @@ class S2DeltaFunction(torch.autograd.Function):
     """y + the slice's part, (M, N); see `s2_delta`."""
 
     @staticmethod
-    def forward(ctx, y, x, delta, index, start, dim, impl):  # type: ignore[override]
+    def forward(ctx, y, x, delta, index, start, dim, impl):
         ops = backend.select(x, impl)
         where = join_index(index, start, delta, dim)
         _, needs_dx, needs_delta = ctx.needs_input_grad[:3]

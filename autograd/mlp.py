@@ -113,7 +113,7 @@ class S2MLPFunction(torch.autograd.Function):
         start,
         mode,
         impl,
-    ):  # type: ignore[override]
+    ):
         ops = backend.select(x, impl)
         where = _channels(index, start, gate_delta, up_delta, down_delta)
 

@@ -7,11 +7,12 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+from s2kernels.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -64,18 +65,8 @@ def write_json(path: Path, benchmarks: list[dict], device: torch.device) -> None
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "version": VERSION,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False
-    ) as file:
-        try:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with replacing(path.parent) as folder:
+        (folder / path.name).write_text(json.dumps(document, indent=1) + "\n")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,11 +1,11 @@
 """The part of an adapter's model card that says what it is and how to load it."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from s2kernels.files import replacing
 
 if TYPE_CHECKING:
     from s2kernels.peft.config import S2FTConfig
@@ -24,10 +24,8 @@ def write_card(folder: str | Path, config: "S2FTConfig") -> None:
     _, _, after = rest.partition("\n## ")
     after = f"\n## {after}" if after else ""
     card.text = f"{before.rstrip()}\n\n{HEADING}\n\n{_section(config)}{after}"
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        file.write(str(card))
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with replacing(folder) as temporary:
+        (temporary / "README.md").write_text(str(card), "utf-8")
 
 
 def _section(config: "S2FTConfig") -> str:
