@@ -69,15 +69,20 @@ def check_index(name: str, index: Index, size: int) -> int:
         raise ValueError(f"{name} must be contiguous, got stride {index.stride(0)}")
     if torch.compiler.is_compiling() or index.is_meta:
         return index.numel()
-    if _checked.get(index) != (index._version, size):
+    if _checked.get(index) != (version_of(index), size):
         low, high = (int(bound) for bound in torch.aminmax(index))
         if low < 0 or high >= size:
             raise ValueError(f"{name} must lie in [0, {size}), got values from {low} to {high}")
         repeated = index.numel() - index.unique().numel()
         if repeated:
             raise ValueError(f"{name} must not repeat a position, got {repeated} repeated")
-        _checked[index] = (index._version, size)
+        _checked[index] = (version_of(index), size)
     return index.numel()
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was written to; 0 for one of inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

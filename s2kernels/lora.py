@@ -92,8 +92,10 @@ def export_lora(
         like = dtype or next(iter(slices.values())).delta.dtype
         for name in _absent_siblings(base, slices):
             num_out, num_in = _shape(base, name)
-            zeros = torch.zeros(rank, num_in, dtype=like), torch.zeros(num_out, rank, dtype=like)
-            factors[name] = zeros
+            factors[name] = (
+                torch.zeros(rank, num_in, dtype=like, device="cpu"),
+                torch.zeros(num_out, rank, dtype=like, device="cpu"),
+            )
     lora_config = {field: config.get(field) for field in _COMMON_FIELDS} | {
         "peft_type": "LORA",
         "r": rank,
@@ -231,14 +233,14 @@ def _to_factors(
             f"{name}: delta {tuple(part.delta.shape)} with {part.dim}put channels up to "
             f"{int(part.index.max())} does not fit the base's weight {shape}"
         )
-    lora_a = torch.zeros(rank, num_in, dtype=dtype or part.delta.dtype)
-    lora_b = torch.zeros(num_out, rank, dtype=dtype or part.delta.dtype)
+    lora_a = torch.zeros(rank, num_in, dtype=dtype or part.delta.dtype, device="cpu")
+    lora_b = torch.zeros(num_out, rank, dtype=dtype or part.delta.dtype, device="cpu")
     if part.dim == "in":
-        lora_a[torch.arange(num), part.index] = 1
+        lora_a[torch.arange(num, device="cpu"), part.index] = 1
         lora_b[:, :num] = part.delta
     else:
         lora_a[:num] = part.delta
-        lora_b[part.index, torch.arange(num)] = 1
+        lora_b[part.index, torch.arange(num, device="cpu")] = 1
     return lora_a, lora_b
 
 

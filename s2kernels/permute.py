@@ -146,7 +146,6 @@ def apply_(model: nn.Module, structure: Structure, permutation: Permutation) -> 
             f"permutation has the orders of {permutation.num_experts} experts, "
             f"{structure.name} has {structure.num_experts}"
         )
-    inverse = permutation.inverse()
     for member in structure.members:
         wanted = structure.num_experts * structure.size(member)
         got = len(permutation.channels(member))
@@ -155,7 +154,16 @@ def apply_(model: nn.Module, structure: Structure, permutation: Permutation) -> 
                 f"permutation orders {got} channels of unit {member.unit}, "
                 f"{structure.name} has {wanted}"
             )
+    _reorder_all_(model, structure, permutation)
 
+
+def undo_(model: nn.Module, structure: Structure, permutation: Permutation) -> None:
+    """Put back what `apply_` has permuted, whatever has become of the model since."""
+    _reorder_all_(model, structure, permutation.inverse())
+
+
+def _reorder_all_(model: nn.Module, structure: Structure, permutation: Permutation) -> None:
+    inverse = permutation.inverse()
     done = []
     try:
         for member in structure.members:

@@ -121,7 +121,8 @@ _WIDTHS = (16, 32, 64, 256)  # each of the blocks that a slice of R channels can
 CASES: dict[str, Launch] = {
     "linear": _linear,
     "linear_dx": _linear_dx,
-    **{f"slice_grad-{d}-{R}": _slice_grad(d, R) for d in ("in", "out") for R in _WIDTHS},
+    # a single channel is no tensor to Triton, but the number 1
+    **{f"slice_grad-{d}-{R}": _slice_grad(d, R) for d in ("in", "out") for R in (1, *_WIDTHS)},
     **{
         f"{op}-{d}-{R}": _slice_linear(op, d, R)
         for op, scattering in (("slice_linear_", "out"), ("slice_linear_dx_", "in"))

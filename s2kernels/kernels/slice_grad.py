@@ -101,7 +101,8 @@ def _reduce_kernel(
     BLOCK: tl.constexpr,
 ):
     # fmt: on
-    size = rows.to(tl.int64) * cols
+    # not rows.to(tl.int64): a size of 1 is no tensor, but a Python int
+    size = (tl.zeros((), tl.int64) + rows) * cols
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     acc = tl.zeros((BLOCK,), tl.float32)

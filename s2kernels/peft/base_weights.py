@@ -13,15 +13,17 @@ backward that needs the weights, engages again.
 
 import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from s2kernels import backend
 from s2kernels.coupling import Structure, obstacle
-from s2kernels.permute import Permutation, apply_, plan
+from s2kernels.permute import Permutation, apply_, plan, undo_
 
 if TYPE_CHECKING:
     from s2kernels.peft.layer import S2FTLinear
@@ -43,12 +45,18 @@ class BaseWeights:
         self.structures: dict[str, Structure] = {}
         self.permutations: dict[str, Permutation] = {}
         self.engaged = False
-        self.in_forward = False
+        self.attached = False
+        self._forward_frame: FrameType | None = None
         # of a mixed batch: the adapter of each row, while its forward runs
         self.adapter_names: list[str] | None = None
         self._num_owners: dict[int, int] = {}
+        self._inspected = 0  # id of the model at that time: a deep copy has other parameters
         self._sharded = False
         self._hooks: list = []
+
+    def __getstate__(self) -> dict:
+        # of copies and pickles: a frame is neither
+        return self.__dict__ | {"_forward_frame": None}
 
     def attach(self, layers: Iterable["S2FTLinear"], structures: dict[str, Structure]) -> None:
         """Take charge of `layers`: all S2FT layers of the model. Hooks are set as they are needed.
@@ -60,10 +68,12 @@ class BaseWeights:
         self.structures = structures
         self.inspect()
         self._plan()
-        self._hooks += [
-            self.model.register_state_dict_pre_hook(self._on_state_dict),
-            self.model.register_load_state_dict_pre_hook(self._on_load_state_dict),
-        ]
+        for module in self._owners():
+            self._hooks += [
+                module.register_state_dict_pre_hook(self._on_state_dict),
+                module.register_load_state_dict_pre_hook(self._on_load_state_dict),
+            ]
+        self.attached = True
         # A model that needs neither basis nor slices keeps a forward without hooks, which
         # torch.compile can take in one graph.
         if any(
@@ -82,6 +92,7 @@ class BaseWeights:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self.attached = False
 
     def engage(self) -> None:
         """Bring the weights into the working basis, if they are not in it.
@@ -94,21 +105,50 @@ class BaseWeights:
         permutations = self._plan()
         try:
             for name, permutation in permutations.items():
-                apply_(self.model, self.structures[name], permutation)
-                self.permutations[name] = permutation
-        except BaseException:
-            self._undo_permutations()
-            raise
-        self.engaged = True
-        self._locate()
+                if name not in self.permutations:  # a release may have failed half-way
+                    apply_(self.model, self.structures[name], permutation)
+                    self.permutations[name] = permutation
+            self.engaged = True
+        finally:
+            if not self.engaged:
+                self._undo_permutations()
+            self._locate()
 
     def release(self) -> None:
-        """Give the weights back as they were: W0, in the original basis."""
+        """Give the weights back as they were: W0, in the original basis.
+
+        Raises RuntimeError in the middle of a forward: the layers still to come would not be in the
+        basis of those that went before.
+        """
+        if self.permutations and self.in_forward:
+            raise RuntimeError(
+                "the base weights cannot be given back inside a forward, by a state_dict in a hook "
+                "for one: call it after the forward, or use layout='gather'"
+            )
         self.restore(self.layers)
-        if self.engaged:
-            self._undo_permutations()
+        if self.engaged or self.permutations:
             self.engaged = False
-            self._locate()
+            try:
+                self._undo_permutations()
+            finally:
+                self._locate()
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward of the model is running that has written the slices.
+
+        The call stack is asked, since no hook is called after a forward that Ctrl-C has ended.
+        """
+        frame: FrameType | None = None if self._forward_frame is None else sys._getframe(1)
+        while frame is not None and frame is not self._forward_frame:
+            frame = frame.f_back
+        return frame is not None
+
+    def _owners(self) -> list[nn.Module]:
+        """The model and all of its parts that hold a weight which is written or permuted."""
+        names = {layer.name for layer in self.layers} | set(self.structures)
+        parts = {name[:end] for name in names for end in _ends(name)}
+        return [self.model, *(self.model.get_submodule(name) for name in sorted(parts))]
 
     def write(self, adapters: Iterable[tuple["S2FTLinear", str]]) -> None:
         """Write W0 + delta of one adapter a layer into the weights, by one launch a device."""
@@ -152,6 +192,7 @@ class BaseWeights:
         """Look for what forbids writing into weights. FSDP2 comes after the adapter was made, and
         shows a plain weight in the middle of a forward, so the model is looked at before each.
         """
+        self._inspected = id(self.model)
         self._num_owners = {}
         for _, value in self.model.named_parameters(remove_duplicate=False):
             self._num_owners[id(value)] = self._num_owners.get(id(value), 0) + 1
@@ -189,7 +230,7 @@ class BaseWeights:
 
     def _undo_permutations(self) -> None:
         for name in list(self.permutations):
-            apply_(self.model, self.structures[name], self.permutations[name].inverse())
+            undo_(self.model, self.structures[name], self.permutations[name])
             del self.permutations[name]
 
     def _locate(self) -> None:
@@ -202,16 +243,23 @@ class BaseWeights:
                 "nn.DataParallel copies the weights before the slices are written into them; use "
                 "DistributedDataParallel, or S2FTConfig(mode='additive', layout='gather')"
             )
+        if self._inspected != id(self.model):
+            self.inspect()
+        if self.engaged and any(isinstance(layer.weight, DTensor) for layer in self.layers):
+            raise RuntimeError(
+                "the model was sharded after its first forward, while the weights held what was "
+                "trained: shard it before, or call state_dict() first"
+            )
         for layer in self.layers:
             layer.refresh()
         self.engage()
         adapters = [(layer, layer.inplace_adapter()) for layer in self.layers]
         self.restore([layer for layer, name in adapters if name is None])
         self.write([(layer, name) for layer, name in adapters if name is not None])
-        self.in_forward = True
+        self._forward_frame = None if torch.compiler.is_compiling() else sys._getframe(1)
 
     def _after_forward(self, module: nn.Module, args, output) -> None:
-        self.in_forward = False
+        self._forward_frame = None
         if sys.exc_info()[0] is not None:
             self.restore(self.layers)
 
@@ -220,3 +268,8 @@ class BaseWeights:
 
     def _on_load_state_dict(self, module: nn.Module, *args) -> None:
         self.release()
+
+
+def _ends(name: str) -> list[int]:
+    """Where the names of a module and of those that hold it end: "a.b" gives 1 and 3."""
+    return [i for i, letter in enumerate(name) if letter == "."] + [len(name)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from s2kernels.adapter import Slice, check_fingerprint, fingerprint
 from s2kernels.architectures import Member
-from s2kernels.autograd.checks import check_index
+from s2kernels.autograd.checks import check_index, version_of
 from s2kernels.autograd.linear import delta_linear, linear
 from s2kernels.coupling import is_conv1d, is_dense
 from s2kernels.reference import Index, take
@@ -74,6 +74,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         self.base_slice: Tensor | None = None
         self.register_load_state_dict_post_hook(_after_load)
 
+    @torch.inference_mode(False)  # or they could never be trained
     def update_layer(self, adapter_name: str, index: Tensor, mode: str, layout: str) -> None:
         """Add an adapter that trains the channels `index`, int32 (R,), in the original basis.
 
@@ -90,7 +91,9 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
             torch.zeros(shape, dtype=dtype, device=weight.device)
         )
         self.s2ft_index[adapter_name] = index.to(weight.device)
-        self.s2ft_dim[adapter_name] = torch.tensor(self.axis, dtype=torch.int32).to(weight.device)
+        self.s2ft_dim[adapter_name] = torch.tensor(
+            self.axis, dtype=torch.int32, device=weight.device
+        )
         self.modes[adapter_name], self.layouts[adapter_name] = mode, layout
         self.locate()
         self.s2ft_fingerprint[adapter_name] = self._fingerprint(adapter_name)
@@ -139,11 +142,17 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
                 )
             working = self.base_weights.to_working(self, index)
             start, stop = int(working[0]), int(working[0]) + len(working)
-            is_run = torch.equal(working.cpu(), torch.arange(start, stop, dtype=torch.int32))
+            is_run = torch.equal(
+                working.cpu(), torch.arange(start, stop, dtype=torch.int32, device="cpu")
+            )
             self.positions[name] = slice(start, stop) if is_run else working
 
-    def refresh(self) -> None:
+    @torch.inference_mode(False)
+    def refresh(self, loaded: bool = False) -> None:
         """Take note of adapters that were loaded since the last time.
+
+        loaded: the base may have been loaded, too. Adapters that did not come along are from then
+        on those of the new base.
 
         Raises ValueError for one that does not fit the layer, or was trained on another base.
         """
@@ -152,20 +161,21 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         for name in self.s2ft_index:
             pairs = zip(self._seen.get(name, ()), self._sources(name), strict=False)
             same = [old[0] is new[0] and old[1] == new[1] for old, new in pairs]
-            if same == [True, True]:
+            if same == [True, True] and not loaded:
                 continue
             self.restore()
             self.locate()
             expected = self.s2ft_fingerprint[name]
-            if same[1:] == [True] or not expected.any():  # an index came without a fingerprint
-                self.s2ft_fingerprint[name] = self._fingerprint(name)
+            if same[1:] == [True] or not expected.any():  # the fingerprint did not come along
+                if not self.merged:
+                    self.s2ft_fingerprint[name] = self._fingerprint(name)
             elif not self.merged and self._is_dense():
                 check_fingerprint(self.name, expected, self.take_base_slice(name), self.dim)
             self._seen[name] = self._sources(name)
 
     def _sources(self, name: str) -> list[tuple[Tensor, int]]:
         buffers = self.s2ft_index[name], self.s2ft_fingerprint[name]
-        return [(buffer, buffer._version) for buffer in buffers]
+        return [(buffer, version_of(buffer)) for buffer in buffers]
 
     def _fingerprint(self, name: str) -> Tensor:
         if not self._is_dense():
@@ -248,7 +258,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
     def _forward_inplace(self, x: Tensor, name: str) -> Tensor:
         # A forward of the whole model has written all slices by one launch. What comes from
         # elsewhere (a recomputed checkpoint, a call of a submodule) writes its own.
-        if not self.base_weights.in_forward:
+        if self.written != name or not self.base_weights.in_forward:
             self.base_weights.write([(self, name)])
         before_dx = None if torch.compiler.is_compiling() else partial(self._before_dx, name)
         delta, where = self.s2ft_delta[name], self.positions[name]
@@ -278,7 +288,12 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         return y
 
     def _before_dx(self, name: str) -> None:
-        """What the forward saw in the weight is put back, if something else is there by now."""
+        """What the forward saw in the weight is put back, if something else is there by now.
+
+        Raises RuntimeError where it cannot be: the weight is no longer ours to change.
+        """
+        if self.merged or not self.base_weights.attached:
+            raise RuntimeError("the adapter was merged or unloaded between forward and backward")
         if self.written != name:
             self.base_weights.engage()
             self.base_weights.write([(self, name)])
@@ -317,6 +332,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Undo every `merge`, the last one first: the weight is what it was, bit for bit."""
+        self.restore()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             self.base_slice = self._merged_slices.pop()
@@ -359,4 +375,4 @@ def features(layer: nn.Module) -> tuple[int, int]:
 
 
 def _after_load(layer: S2FTLinear, incompatible_keys) -> None:
-    layer.refresh()
+    layer.refresh(loaded=True)

@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import resolve_quantization_backend
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from s2kernels.adapter import combine
@@ -44,6 +46,8 @@ class S2FTModel(BaseTuner):
                 raise
             found = {}
         existing = [module for module in model.modules() if isinstance(module, S2FTLinear)]
+        if any(layer.merged for layer in existing):
+            raise ValueError("no adapter can be added to merged ones: call unmerge_adapter first")
         self.base_weights = existing[0].base_weights if existing else BaseWeights(model)
         self.base_weights.release()
         self.base_weights.inspect()
@@ -129,7 +133,7 @@ class S2FTModel(BaseTuner):
             name, dim = structure.name, member.dim
             index = drawn_index(config, structure, current_key.removeprefix(f"{name}."))
         if config.indices is not None:
-            index = torch.tensor(config.indices[current_key], dtype=torch.int32)
+            index = torch.tensor(config.indices[current_key], dtype=torch.int32, device="cpu")
 
         if isinstance(target, S2FTLinear):
             target.update_layer(adapter_name, index, config.mode, config.layout)
@@ -154,11 +158,19 @@ class S2FTModel(BaseTuner):
                     f"{sorted(unknown)}"
                 )
             names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        hooks = []
+        if names is not None:  # modules_to_save go by their rows, too
+            for module in self.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    give = partial(_give_adapter_names, adapter_names=names)
+                    hooks.append(module.register_forward_pre_hook(give, with_kwargs=True))
         self.base_weights.adapter_names = names
         try:
             yield
         finally:
             self.base_weights.adapter_names = None
+            for hook in hooks:
+                hook.remove()
 
     def disable_adapter_layers(self) -> None:
         self.base_weights.restore(self.base_weights.layers)
@@ -215,6 +227,9 @@ class S2FTModel(BaseTuner):
         if merge:
             self._check_merge(safe_merge, adapter_names)
         self.base_weights.detach()
+        if not merge:
+            for layer in self.base_weights.layers:
+                layer.unmerge()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -236,3 +251,9 @@ def _refuse_experts(config: S2FTConfig, found: dict[str, Structure]) -> None:
                     "trained; name linear layers so that it does not match, such as 'o_proj' or "
                     "'mlp.down_proj'"
                 )
+
+
+def _give_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple, dict[str, Any]]:
+    return args, kwargs | {"adapter_names": adapter_names}

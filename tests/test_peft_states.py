@@ -1,0 +1,192 @@
+"""Interruptions, odd orders and odd places: the base weights are never wrong and never lost."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from test_peft import WIDE, assert_same, base_state, config, deltas, randomized
+from tiny_models import tiny_model, token_ids
+
+from s2kernels.peft import S2FTLinear, base_weights
+
+IDS = token_ids()
+
+
+def wrapped(model=None, **fields):
+    model = tiny_model("llama", **WIDE) if model is None else model
+    return randomized(get_peft_model(model, config(**fields)))
+
+
+def test_a_mixed_batch_takes_the_saved_module_of_each_row():
+    model = wrapped(modules_to_save=["lm_head"]).eval()
+    model.add_adapter("second", config(seed=9, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lm_head.modules_to_save" in name or "s2ft_delta.second" in name:
+                parameter.normal_()
+    rows = []
+    for row, name in enumerate(("default", "second")):
+        model.set_adapter(name)
+        rows.append(model(IDS[row : row + 1]).logits)
+    mixed = model(input_ids=IDS, adapter_names=["default", "second"]).logits
+    assert (mixed - torch.cat(rows)).abs().max() < 1e-12
+    assert (rows[0] - model(IDS[:1]).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("when", ("release", "engage"))
+def test_a_failure_half_way_leaves_no_stale_positions(when, monkeypatch):
+    model = wrapped(layout="permute")
+    original = base_state(tiny_model("llama", **WIDE))
+    want = model(IDS).logits
+    name = "undo_" if when == "release" else "apply_"
+    if when == "engage":
+        model.state_dict()
+    real, calls = getattr(base_weights, name), []
+
+    def fail_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base_weights, name, fail_at_the_second)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.state_dict() if when == "release" else model(IDS)
+    assert (model(IDS).logits - want).abs().max() < 1e-12
+    assert_same(base_state(model), original)
+
+
+def test_what_became_an_obstacle_later_does_not_keep_the_weights():
+    model = wrapped(layout="permute")
+    original = base_state(tiny_model("llama", **WIDE))
+    model(IDS)
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model.base_model.model, "lora")
+    left = {name: value for name, value in base_state(model).items() if "lora" not in name}
+    assert_same(left, original)
+
+
+def test_a_deep_copy_knows_which_weights_are_shared():
+    model = tiny_model("llama", **WIDE)
+    layers = model.model.layers
+    layers[1].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+    model = wrapped(model)
+    want = model(IDS).logits
+    assert torch.equal(copy.deepcopy(model)(IDS).logits, want)
+
+
+@pytest.mark.parametrize("how", ("unload", "merge_adapter"))
+def test_a_backward_after_merge_or_unload_changes_nothing(how):
+    model = wrapped(layout="gather", mode="inplace")
+    original = base_state(tiny_model("llama", **WIDE))
+    loss = model(input_ids=IDS, labels=IDS).loss
+    base = getattr(model, how)()
+    with pytest.raises(RuntimeError, match="between forward and backward"):
+        loss.backward()
+    if how == "unload":
+        assert_same(base_state(base), original)
+    else:
+        model.unmerge_adapter()
+        assert_same(base_state(model), original)
+
+
+def test_unload_gives_w0_back_even_if_merged():
+    model = wrapped()
+    model.merge_adapter()
+    assert_same(base_state(model.unload()), base_state(tiny_model("llama", **WIDE)))
+
+
+def test_fingerprints_are_those_of_w0(tmp_path):
+    model = wrapped()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter first"):
+        model.add_adapter("second", config(seed=9))
+    assert set(model.peft_config) == {"default"}
+    model.unmerge_adapter()
+
+    # the base is loaded after the adapter was made: its fingerprint is of that base from then on
+    other = base_state(tiny_model("llama", seed=4, **WIDE))
+    state = {
+        name: other[name.removeprefix("base_model.model.").replace(".base_layer", "")]
+        for name in model.state_dict()
+        if "s2ft_" not in name
+    }
+    model.load_state_dict(state, strict=False)
+    want = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama", seed=4, **WIDE), tmp_path)
+    assert (loaded(IDS).logits - want).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("layout", ("permute", "gather"))
+def test_a_state_dict_inside_a_forward_is_an_error_or_harmless(layout):
+    model = wrapped(layout=layout)
+    want = model(IDS).logits
+    inner = model.base_model.model
+    hook = inner.model.layers[0].register_forward_hook(lambda *args: inner.state_dict() and None)
+    if layout == "permute":
+        with pytest.raises(RuntimeError, match="inside a forward"):
+            model(IDS)
+    else:
+        assert torch.equal(model(IDS).logits, want)
+    hook.remove()
+    assert (model(IDS).logits - want).abs().max() < 1e-12
+
+
+def test_after_ctrl_c_nothing_is_stale():
+    model = wrapped()
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = model.base_model.model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    hook.remove()
+    with torch.no_grad():
+        for delta in deltas(model).values():
+            delta.mul_(-2)
+    hidden = model.base_model.model.model(IDS).last_hidden_state
+    copy.deepcopy(model)
+    want = model(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+    assert (hidden - want).abs().max() < 1e-12
+    assert_same(base_state(model), base_state(tiny_model("llama", **WIDE)))
+
+
+def test_the_default_device_does_not_matter():
+    base = tiny_model("llama", **WIDE)
+    with torch.device("meta"):
+        model = get_peft_model(base, config())
+    assert all(delta.device.type == "cpu" for delta in deltas(model).values())
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_a_model_made_in_inference_mode_serves_and_trains(tmp_path):
+    model = wrapped()
+    want = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        loaded = PeftModel.from_pretrained(tiny_model("llama", **WIDE), tmp_path)
+        assert (loaded(IDS).logits - want).abs().max() < 1e-12
+    made = tiny_model("llama", **WIDE)
+    with torch.inference_mode():
+        made = get_peft_model(made, config())
+        made(IDS)
+    made(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(delta.grad.abs().sum() > 0 for delta in deltas(made).values())
+
+
+@pytest.mark.parametrize("layout", ("permute", "gather"))
+def test_parts_of_the_model_have_the_weights_of_the_whole(layout):
+    model = wrapped(layout=layout)
+    want = tiny_model("llama", **WIDE).model.layers[1].state_dict()
+    inner = model.base_model.model
+    for part, prefix in ((inner.model, "layers.1."), (inner.model.layers[1], "")):
+        model(IDS)
+        state = base_state(SimpleNamespace(state_dict=part.state_dict))
+        found = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        assert_same({name: found[name] for name in want}, want)
+    for module in inner.modules():
+        assert not isinstance(module, S2FTLinear) or module.written is None
