@@ -85,8 +85,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def methods_table(entries: Mapping[str, dict]) -> str:
     """The demo's table, one line a method, from its entries in the JSON."""
-    head = ["method", "lr", "trained", "step ms", "x floor", "quartiles", "weights", "gradients"]
-    rows = [head + ["optimizer", "saved", "held-out loss"]]
+    head = ["method", "lr", "trained", "step ms", "x floor", "quartiles", "as run"]
+    rows = [head + ["weights", "gradients", "optimizer", "saved", "held-out loss"]]
     for name, entry in entries.items():
         extra = entry["extra_info"]
         ratio, held_out = extra["ratio_to_floor"], extra["held_out"]["losses"]
@@ -99,6 +99,7 @@ def methods_table(entries: Mapping[str, dict]) -> str:
                 f"{entry['stats']['median'] * 1e3:.1f}",
                 f"{ratio['median']:.3f}",
                 f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
+                f"{extra['as_run']['ratio_to_floor']:.3f}" if "as_run" in extra else "-",
                 *(f"{size / 2**20:.2f}" for size in sizes),
                 f"{held_out[0]:.3f} -> {held_out[-1]:.3f}",
             ]

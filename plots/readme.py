@@ -29,8 +29,9 @@ def update(readme: Path, results: Path) -> str:
 
 def demo_table(document: dict) -> str:
     """Markdown: a row for each method of `python -m bench.demo`, then what it ran on."""
-    columns = ["method", "trained", "step ms", "step / floor", "weights", "gradients", "optimizer"]
-    rows = [[*columns, "saved", "held-out loss"], ["---"] + ["---:"] * 8]
+    columns = ["method", "trained", "step ms", "step / floor", "as run", "weights"]
+    columns += ["gradients", "optimizer", "saved", "held-out loss"]
+    rows = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
     for entry in document["benchmarks"]:
         extra = entry["extra_info"]
         if "ratio_to_floor" not in extra:
@@ -43,6 +44,7 @@ def demo_table(document: dict) -> str:
                 f"{extra['trained_parameters']:,}",
                 f"{entry['stats']['median'] * 1e3:.1f}",
                 f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})",
+                f"{extra['as_run']['ratio_to_floor']:.3f}" if "as_run" in extra else "",
                 *(f"{sizes[part] / 2**20:.2f}" for part in parts),
                 f"{losses[0]:.3f} → {losses[-1]:.3f}",
             ]
