@@ -189,8 +189,8 @@ class BaseWeights:
         return f"the weight is shared by {owners} modules" if owners > 1 else None
 
     def inspect(self) -> None:
-        """Look for what forbids writing into weights. FSDP2 comes after the adapter was made, and
-        shows a plain weight in the middle of a forward, so the model is looked at before each.
+        """Look for what forbids writing into weights: once more before they are engaged, for FSDP2
+        comes after the adapter was made, and shows a plain weight in the middle of a forward.
         """
         self._inspected = id(self.model)
         self._num_owners = {}

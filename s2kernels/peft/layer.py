@@ -158,15 +158,19 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         """
         if torch.compiler.is_compiling():
             return
+        changed = {}
         for name in self.s2ft_index:
             pairs = zip(self._seen.get(name, ()), self._sources(name), strict=False)
             same = [old[0] is new[0] and old[1] == new[1] for old, new in pairs]
-            if same == [True, True] and not loaded:
-                continue
-            self.restore()
-            self.locate()
+            if loaded or same != [True, True]:
+                changed[name] = same[1:] == [True]
+        if not changed:
+            return
+        self.restore()
+        self.locate()
+        for name, is_own in changed.items():
             expected = self.s2ft_fingerprint[name]
-            if same[1:] == [True] or not expected.any():  # the fingerprint did not come along
+            if is_own or not expected.any():  # the fingerprint did not come along
                 if not self.merged:
                     self.s2ft_fingerprint[name] = self._fingerprint(name)
             elif not self.merged and self._is_dense():

@@ -125,15 +125,17 @@ class S2FTModel(BaseTuner):
                     "that; layout='gather' trains input channels of any linear layer"
                 )
             dim: str = "in"
+        else:
+            structure, member = place
+            name, dim = structure.name, member.dim
+        if config.indices is not None:
+            index = torch.tensor(config.indices[current_key], dtype=torch.int32, device="cpu")
+        elif place is None:
             in_features, _ = features(base)
             count = budget(config.channels, in_features, "channels")
             index = random_units(config.seed, current_key, in_features, count)
         else:
-            structure, member = place
-            name, dim = structure.name, member.dim
             index = drawn_index(config, structure, current_key.removeprefix(f"{name}."))
-        if config.indices is not None:
-            index = torch.tensor(config.indices[current_key], dtype=torch.int32, device="cpu")
 
         if isinstance(target, S2FTLinear):
             target.update_layer(adapter_name, index, config.mode, config.layout)
