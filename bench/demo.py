@@ -28,9 +28,9 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from bench import corpus, memory, methods, report, timing
-from bench.jobs import CPU, CUDA, METHODS, TOLERANCE, TOY, Job
-from bench.methods import FLOOR, S2FT
+from bench import corpus, memory, report, timing
+from bench.jobs import CPU, CUDA, ENTRANTS, FLOOR, S2FT, TOLERANCE, TOY, Job
+from bench.methods import in_slices
 from bench.training import Run, finetune, pretrain
 from plots import draw_file
 
@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         for _ in range(job.steps)
     ]
 
-    runs = {method.name: Run(method.with_lr(job.lr_scale), base, job.budget) for method in METHODS}
+    runs = {entrant.name: Run(entrant, base, job) for entrant in ENTRANTS}
     rounds, curves = finetune(runs, batches, probes, job.evaluations, device)
     seconds = {name: [times[name] for times in rounds[job.untimed :]] for name in runs}
     entries = {
-        name: entry(job, run, seconds, curves[name], count_bytes(run, probes[0]))
+        name: entry(job, name, run, seconds, curves[name], count_bytes(run, probes[0]))
         for name, run in runs.items()
     }
     measure_as_run(job, runs, entries, probes[0], device)
@@ -178,20 +178,20 @@ def benchmark(job: Job, name: str, seconds: list[float], extra: dict) -> dict:
 
 def entry(
     job: Job,
+    name: str,
     run: Run,
     seconds: dict[str, list[float]],
     held_out: dict[int, float],
     sizes: dict[str, int],
 ) -> dict:
     """What was measured of one method."""
-    name = run.method.name
     return benchmark(
         job,
         name,
         seconds[name],
         {
-            "lr": run.method.lr,
-            "trained_parameters": sum(p.numel() for p in run.trained()),
+            "lr": run.lr,
+            "trained_parameters": run.method.trained_parameters(),
             "ratio_to_floor": timing.quartiles(timing.paired_ratios(seconds[name], seconds[FLOOR])),
             "bytes": sizes,
             "held_out": {"steps": list(held_out), "losses": list(held_out.values())},
@@ -202,14 +202,15 @@ def entry(
 
 def count_bytes(run: Run, batch: Tensor) -> dict[str, int]:
     """What a step needs, at the end of the forward and of the backward."""
-    run.backward(batch)
+    method = run.method
+    method.zero_grad()
+    method.backward(method.loss(batch))
     gradients = memory.total_bytes(memory.gradients(run.model))
-    optimizer = run.optimizer
-    kept = memory.kept_by(lambda: run.loss(batch), run.model)
+    kept = memory.kept_by(lambda: method.loss(batch), run.model)
     return {
         "weights": memory.total_bytes(memory.model_tensors(run.model)),
         "gradients": gradients,
-        "optimizer": 0 if optimizer is None else memory.total_bytes(memory.states(optimizer)),
+        "optimizer": memory.total_bytes(method.state_tensors()),
         "saved": kept.saved,
         "unseen": kept.unseen,
     }
@@ -239,7 +240,7 @@ def check_saved(job: Job, runs: dict[str, Run], entries: dict[str, dict]) -> boo
     sizes = {name: measured["extra_info"]["bytes"] for name, measured in entries.items()}
     exact = True
     for name in S2FT:
-        slices = methods.in_slices(runs[name].model)
+        slices = in_slices(runs[name].model)
         expected = sum(job.tokens * r * job.dtype.itemsize for r in slices.values())
         found = sizes[name]["saved"] - sizes[FLOOR]["saved"]
         equal = found == expected and sizes[name]["unseen"] == 0
@@ -265,13 +266,15 @@ def measure_as_run(
     for name, run in compared.items():
         run.set_lr(0.0)  # the models stay as they were trained
         if name != FLOOR:
-            run.stop_input_gradients()
+            run.method.stop_full_depth()
     actions = {name: (lambda _, run=run: run.step(batch)) for name, run in compared.items()}
     rounds = timing.interleave(actions, job.depth_rounds, device)
     rounds = list(tqdm(rounds, total=job.depth_rounds, desc="S2FT as run", leave=False))
     for name in S2FT:
         ratio = statistics.median(times[name] / times[FLOOR] for times in rounds)
-        saved = memory.kept_by(lambda run=runs[name]: run.loss(batch), runs[name].model).saved
+        saved = memory.kept_by(
+            lambda run=runs[name]: run.method.loss(batch), runs[name].model
+        ).saved
         entries[name]["extra_info"]["as_run"] = {"ratio_to_floor": ratio, "saved": saved}
 
 

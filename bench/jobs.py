@@ -4,8 +4,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench import methods
-from bench.methods import FLOOR, Budget, Method
+from bench.methods import METHODS, Budget, Method
+
+# The names of the demo's results.
+FLOOR = "frozen floor"
+S2FT = ("s2ft inplace", "s2ft additive")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Job:
     dtype: torch.dtype  # of the checkpoint that is fine-tuned
     pretrain_seconds: float
     pretrain_lr: float
-    lr_scale: float  # times the rates of METHODS
+    lr_scale: float  # times the rates of ENTRANTS
     steps: int  # of fine-tuning, each method
     untimed: int  # of these, the first ones that are left out of the times
     depth_rounds: int  # rounds of S2FT without dx below its first layer
@@ -94,14 +97,24 @@ TOY = replace(
     held_out_batches=2,
 )
 
+
+@dataclass(frozen=True)
+class Entrant:
+    """lr is the peak learning rate of AdamW, None where nothing is trained."""
+
+    name: str
+    method: type[Method]
+    lr: float | None
+
+
 # Peak learning rates, searched in steps of about two: the lowest held-out loss after 100 steps of
 # the CPU job, on a base of half its width and twice its depth. S2FT's would bear twice its own.
-METHODS = (
-    Method("full", 4e-3, methods.full),
-    Method("lora", 1e-2, methods.lora),
-    Method("s2ft inplace", 1e-1, methods.s2ft("inplace")),
-    Method("s2ft additive", 1e-1, methods.s2ft("additive")),
-    Method(FLOOR, None, methods.frozen),
+ENTRANTS = (
+    Entrant("full", METHODS["full"], 4e-3),
+    Entrant("lora", METHODS["lora"], 1e-2),
+    Entrant(S2FT[0], METHODS["s2ft_inplace"], 1e-1),
+    Entrant(S2FT[1], METHODS["s2ft_additive"], 1e-1),
+    Entrant(FLOOR, METHODS["frozen"], None),
 )
 
 # How far a logit of the adapter, loaded or merged, may lie from that of the model that trained it,

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 FIGURES = ROOT / "plots" / "figures"
 VERSION = "1"
+PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
 def device_name(device: torch.device) -> str:
@@ -29,7 +30,6 @@ def device_name(device: torch.device) -> str:
 
 def machine_info(device: torch.device) -> dict:
     """What the numbers depend on; the name of the host is nobody's business."""
-    packages = ("torch", "triton", "transformers", "peft")
     return {
         "machine": platform.machine(),
         "system": platform.system(),
@@ -42,7 +42,7 @@ def machine_info(device: torch.device) -> dict:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if device.type == "cuda"
         else None,
-        **{package: _installed(package) for package in packages},
+        **{package: _installed(package) for package in PACKAGES},
     }
 
 
@@ -56,10 +56,32 @@ def commit_info() -> dict:
     }
 
 
-def write_json(path: Path, benchmarks: list[dict], device: torch.device) -> None:
-    """Writes `path` whole or not at all."""
+def same_machine(a: dict, b: dict) -> bool:
+    """Whether two machine_infos say that times may stand side by side: device and packages."""
+    device = ("gpu",) if a.get("gpu") else ("gpu", "machine", "cpu", "threads")
+    return all(a.get(name) == b.get(name) for name in (*device, *PACKAGES))
+
+
+def gpu_clocks(device: torch.device) -> dict | None:
+    """MHz and the like, as nvidia-smi reads them at work; None without a GPU or nvidia-smi."""
+    if device.type != "cuda":
+        return None
+    names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
+    busy = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    for _ in range(500):  # about a second, while nvidia-smi looks
+        busy @ busy
+    query = f"--id={device.index or 0}", f"--query-gpu={','.join(names)}"
+    read = _output("nvidia-smi", *query, "--format=csv,noheader,nounits")
+    torch.cuda.synchronize(device)
+    return None if read is None else dict(zip(names, read.split(", "), strict=True))
+
+
+def write_json(
+    path: Path, benchmarks: list[dict], device: torch.device, machine: dict | None = None
+) -> None:
+    """Writes `path` whole or not at all. machine: its machine_info, if that is known already."""
     document = {
-        "machine_info": machine_info(device),
+        "machine_info": machine or machine_info(device),
         "commit_info": commit_info(),
         "benchmarks": benchmarks,
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -105,6 +127,49 @@ def methods_table(entries: Mapping[str, dict]) -> str:
             ]
         )
     return table(rows)
+
+
+STEPS_LEGEND = (
+    "x floor, step, forward, backward, optimizer (with zeroing; periodic work is in the step): "
+    "medians of paired rounds; ms\n"
+    "peak: highest of three steps, first: of the first step, saved: kept for the backward; MiB\n"
+    "model: predicted over measured, step and peak; ~: timed apart from its floor"
+)
+
+
+def steps_table(entries: Sequence[dict]) -> str:
+    """The laboratory's table, one line a case, from its entries in the JSON."""
+    head = ["case", "trained", "x floor", "quartiles", "step", "forward", "backward", "optimizer"]
+    rows = [head + ["tokens/s", "peak", "first", "saved", "ops", "model"]]
+    for entry in entries:
+        extra, stats = entry["extra_info"], entry["stats"]
+        if stats is None:
+            rows.append([entry["name"], extra["status"].partition(":")[0]])
+            rows[-1] += [""] * (len(rows[0]) - 2)
+            continue
+        ratio, seconds, sizes = extra["ratio_to_floor"], extra["seconds"], extra["bytes"]
+        parts = [seconds[part] for part in ("forward", "backward", "optimizer")]
+        memory = [sizes[part] for part in ("peak", "first_step_peak", "saved")]
+        rows.append(
+            [
+                entry["name"],
+                f"{extra['trained_parameters']:,}",
+                f"{ratio['median']:.3f}" + ("" if extra["paired"] else "~"),
+                f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
+                *(f"{value * 1e3:.1f}" for value in (stats["median"], *parts)),
+                f"{extra['tokens_per_second']:,.0f}",
+                *("-" if size is None else f"{size / 2**20:.1f}" for size in memory),
+                "-" if extra["ops"] is None else str(extra["ops"]),
+                _predicted(extra["model"], stats["median"], sizes["peak"]),
+            ]
+        )
+    return table(rows)
+
+
+def _predicted(model: dict | None, seconds: float, peak: int) -> str:
+    if model is None:
+        return "-"
+    return f"{model['seconds'] / seconds:.2f} {model['peak'] / peak:.2f}"
 
 
 def _cpu_name() -> str:

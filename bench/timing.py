@@ -4,9 +4,12 @@ A machine that slows down for a second slows all methods of that round alike, so
 steps of one round is steadier than the ratio of two averages.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -17,12 +20,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def order(names: Sequence[str], round_: int) -> list[str]:
-    """The order of a round: rotated by one every round, and every other round reversed.
+    """The order of a round: every other one is the one before it reversed, then rotated by one.
 
     Over 2 * len(names) rounds each method takes every place, with two neighbours before it: none
     always runs on the caches that one other left behind.
     """
-    shift = round_ % len(names)
+    shift = round_ // 2 % len(names)
     rotated = [*names[shift:], *names[:shift]]
     return rotated[::-1] if round_ % 2 else rotated
 
@@ -40,6 +43,55 @@ def interleave(
             synchronize(device)
             seconds[name] = time.perf_counter() - start
         yield {name: seconds[name] for name in steps}
+
+
+def laps(parts: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Runs `parts` one after another, without a pause; the seconds of each.
+
+    By CUDA events on a GPU: a part ends when the device has done it, and the host is not waited for
+    between two parts, as it is not in a training loop.
+    """
+    synchronize(device)
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for part in parts:
+            part()
+            marks.append(time.perf_counter())
+        return [end - start for start, end in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
+    events[0].record()
+    for part, event in zip(parts, events[1:], strict=True):
+        part()
+        event.record()
+    synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How long to measure: until the median is known to `error`, within the other limits."""
+
+    error: float = 0.005  # standard error of the median, as a share of it
+    min_rounds: int = 7
+    max_rounds: int = 40
+    seconds: float = 12.0  # after which min_rounds are enough
+
+    def reached(self, data: Sequence[float], seconds: float) -> bool:
+        """Whether `data`, one value a round, which took `seconds` in all, are enough."""
+        if len(data) < max(2, self.min_rounds):
+            return False
+        known = standard_error(data) <= self.error
+        return known or len(data) >= self.max_rounds or seconds >= self.seconds
+
+
+def standard_error(data: Sequence[float]) -> float:
+    """Standard error of the median of `data`, as a share of it; two values at least.
+
+    From the quartiles, which a few steps that the machine disturbed do not move: those of a normal
+    distribution are 1.349 sigma apart, and the median of n values errs by 1.253 sigma / sqrt(n).
+    """
+    spread = quartiles(data)
+    return 1.253 / 1.349 * spread["iqr"] / math.sqrt(len(data)) / spread["median"]
 
 
 def paired_ratios(seconds: Sequence[float], reference: Sequence[float]) -> list[float]:

@@ -11,55 +11,40 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from bench import corpus, timing
-from bench.methods import Budget, Method, input_gradients
+from bench.jobs import Entrant, Job
+from bench.methods import Options, adamw
 
 
 class Run:
-    """A method at work: its model, its optimizer and the loss of every step."""
+    """A method at work in the demo: its peak learning rate and the loss of every step.
 
-    def __init__(self, method: Method, base: LlamaForCausalLM, budget: Budget):
-        self.method = method
-        self.model = method.build(copy.deepcopy(base).requires_grad_(False), budget).train()
-        # dx all the way down, as in the floor. A method whose first trained layer lies further up
-        # would otherwise be compared at another depth of the backward.
-        self._input_gradients = input_gradients(self.model)
-        trained = self.trained()
-        self.optimizer = adamw(trained, method.lr) if trained else None
+    dx goes all the way down, as in the floor. A method whose first trained layer lies further up
+    would otherwise be compared at another depth of the backward.
+    """
+
+    def __init__(self, entrant: Entrant, base: LlamaForCausalLM, job: Job):
+        self.lr = None if entrant.lr is None else entrant.lr * job.lr_scale
+        model = copy.deepcopy(base)
+        self.method = entrant.method(model, job.budget, self.lr or 0.0, Options(full_depth=True))
         self.losses: list[Tensor] = []
 
-    def trained(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    @property
+    def model(self) -> nn.Module:
+        return self.method.model
 
-    def loss(self, batch: Tensor) -> Tensor:
-        return next_token_loss(self.model, batch)
-
-    def backward(self, batch: Tensor) -> Tensor:
-        """Forward and backward; leaves the gradients. Returns the loss, detached."""
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(batch)
-        loss.backward()
-        return loss.detach()
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        return self.method.optimizer
 
     def step(self, batch: Tensor) -> None:
         """What the clock sees: forward, backward and, where something is trained, the optimizer."""
-        self.losses.append(self.backward(batch))
-        if self.optimizer is not None:
-            self.optimizer.step()
+        self.losses.append(self.method.step(batch))
 
     def set_lr(self, factor: float) -> None:
-        """The learning rate, as a share of the method's peak."""
+        """The learning rate, as a share of the peak."""
         if self.optimizer is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.method.lr * factor
-
-    def stop_input_gradients(self) -> None:
-        """From here on as a user runs it: no dx below the first trained layer."""
-        self._input_gradients.remove()
-
-
-def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+                group["lr"] = self.lr * factor
 
 
 def schedule(progress: float, warm_up: float = 0.05) -> float:

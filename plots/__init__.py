@@ -3,20 +3,27 @@
 import json
 from pathlib import Path
 
-from plots import demo
+from plots import demo, extrapolation, figure5, kernels, options, peak, share, tokens
 
-# A results file results/<device>/<suite>.json is drawn by its suite into figures/<device>/.
-SUITES = {"demo": demo.draw}
+# A results file results/<device>/<suite>.json is drawn by these, into figures/<device>/.
+SUITES = {
+    "demo": (demo.draw,),
+    "ops": (kernels.draw,),
+    "steps": (
+        *(figure5.draw, peak.draw, tokens.draw, share.draw, options.draw),
+        extrapolation.draw,
+    ),
+}
 
 
 def draw_file(path: Path, out: Path) -> list[Path]:
     """Draws one results file; returns the figures written, none for a suite without figures."""
-    draw = SUITES.get(path.stem)
-    if draw is None:
+    if path.stem not in SUITES:
         return []
     folder = out / path.parent.name
     folder.mkdir(parents=True, exist_ok=True)
-    return draw(json.loads(path.read_text()), folder)
+    document = json.loads(path.read_text())
+    return [figure for draw in SUITES[path.stem] for figure in draw(document, folder)]
 
 
 def draw_all(results: Path, out: Path) -> list[Path]:

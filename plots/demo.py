@@ -6,29 +6,13 @@ import matplotlib.pyplot as plt
 
 from plots import style
 
-FLOOR = "frozen floor"
-
-# colour, hatch, marker, dashes of each method
+FLOOR = style.METHODS["frozen"].label
+# By their names in the results, from the top.
 LOOK = {
-    "full": (style.GREY, "//", "s", "-"),
-    "lora": (style.ORANGE, "\\\\", "^", "-"),
-    "s2ft inplace": (style.BLUE, "", "o", "-"),
-    "s2ft additive": (style.GREEN, "..", "x", (0, (4, 3))),
-    FLOOR: ("#FFFFFF", "", "", ":"),
+    style.METHODS[name].label: style.METHODS[name]
+    for name in ("full", "lora", "s2ft_inplace", "s2ft_additive", "frozen")
 }
-# colour, hatch of each part of the memory, from the left
-PARTS = {
-    "weights": ("#FFFFFF", ""),
-    "saved": (style.BLUE, ""),
-    "gradients": (style.ORANGE, "////"),
-    "optimizer": (style.GREY, "xxxx"),
-}
-PART_LABELS = {
-    "weights": "weights",
-    "saved": "saved activations",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-}
+PARTS = ("weights", "saved", "gradients", "optimizer")
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
@@ -49,10 +33,9 @@ def step_time(methods: dict, path: Path, caption: str) -> Path:
     ratios = {name: entry["extra_info"]["ratio_to_floor"] for name, entry in methods.items()}
     right = max(ratio["q3"] for ratio in ratios.values())
     for place, (name, ratio) in enumerate(ratios.items()):
-        color, hatch, *_ = LOOK[name]
         median = ratio["median"]
         spread = [[median - ratio["q1"]], [ratio["q3"] - median]]
-        axes.barh(place, median, 0.68, color=color, hatch=hatch, edgecolor="black", linewidth=0.7)
+        axes.barh(place, median, 0.68, **LOOK[name].bar)
         if name != FLOOR:
             axes.errorbar(median, place, xerr=spread, color="black", capsize=2.5, linewidth=0.9)
         milliseconds = methods[name]["stats"]["median"] * 1e3
@@ -71,11 +54,11 @@ def memory(methods: dict, path: Path, caption: str) -> Path:
     """Stacked bars: MiB of weights, saved activations, gradients and optimizer state."""
     fig, axes = plt.subplots(figsize=(6.4, 2.8))
     left = dict.fromkeys(methods, 0.0)
-    for part, (color, hatch) in PARTS.items():
+    for part in PARTS:
         sizes = [entry["extra_info"]["bytes"][part] / 2**20 for entry in methods.values()]
-        look = {"color": color, "hatch": hatch, "edgecolor": "black", "linewidth": 0.7}
+        look = style.PARTS[part]
         axes.barh(
-            range(len(methods)), sizes, 0.68, list(left.values()), label=PART_LABELS[part], **look
+            range(len(methods)), sizes, 0.68, list(left.values()), label=look.label, **look.bar
         )
         left = {name: left[name] + size for name, size in zip(left, sizes, strict=True)}
     right = max(left.values())
@@ -95,17 +78,17 @@ def losses(methods: dict, path: Path, caption: str) -> Path:
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.5))
     trained = {name: entry["extra_info"] for name, entry in methods.items() if name != FLOOR}
     for name, extra in trained.items():
-        color, _, marker, dashes = LOOK[name]
-        color = "#777777" if name == "full" else color
+        look = LOOK[name]
+        color = "#777777" if name == "full" else look.color
         width = max(1, len(extra["losses"]) // 12)
         smooth = running_mean(extra["losses"], width)
-        left.plot(range(width, width + len(smooth)), smooth, color=color, linestyle=dashes)
+        left.plot(range(width, width + len(smooth)), smooth, color=color, linestyle=look.dashes)
         held_out = extra["held_out"]
         right.plot(
             *(held_out["steps"], held_out["losses"]),
             color=color,
-            linestyle=dashes,
-            marker=marker,
+            linestyle=look.dashes,
+            marker=look.marker,
             markersize=5,
             label=f"{name}, {extra['trained_parameters']:,} trained",
         )

@@ -1,5 +1,6 @@
 """The look of all figures, and files that change only if a number changes."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +13,9 @@ from matplotlib.figure import Figure
 # Okabe and Ito's colours, told apart by colour-blind readers; hatches, markers and dashes tell them
 # apart in print.
 BLUE, ORANGE, GREEN, YELLOW, GREY = "#56B4E9", "#E69F00", "#009E73", "#F0E442", "#BBBBBB"
+RED, PINK, NAVY, WHITE = "#D55E00", "#CC79A7", "#0072B2", "#FFFFFF"
+
+WIDTH = 7.6  # inches, of every figure of the laboratory
 
 plt.rcParams.update(
     {
@@ -34,9 +38,76 @@ plt.rcParams.update(
 )
 
 
+@dataclass(frozen=True)
+class Look:
+    """How something is drawn: its label, and what tells it apart as a bar and as a line."""
+
+    label: str
+    color: str
+    hatch: str = ""
+    marker: str = "o"
+    dashes: object = "-"
+
+    @property
+    def bar(self) -> dict:
+        """Arguments of Axes.barh, and of a Patch."""
+        return {
+            "facecolor": self.color,
+            "hatch": self.hatch,
+            "edgecolor": "black",
+            "linewidth": 0.7,
+        }
+
+
+# Every method of the results, in the order of tables and figures.
+METHODS = {
+    "frozen": Look("frozen floor", WHITE, "", ".", ":"),
+    "full": Look("full", GREY, "//", "s"),
+    "lora": Look("lora", ORANGE, "\\\\", "^"),
+    "lora_fp32": Look("lora fp32", ORANGE, "\\\\\\\\\\", "v", "-."),
+    "lora_fused": Look("lora fused", ORANGE, "", "<", (0, (1, 1))),
+    "dora": Look("dora", RED, "xx", "D"),
+    "galore": Look("galore", PINK, "||", "p"),
+    "lisa": Look("lisa", PINK, "--", "h", "-."),
+    "loreft": Look("loreft", YELLOW, "oo", "*"),
+    "shira": Look("shira", YELLOW, "++", "P", "-."),
+    "s2ft_inplace": Look("s2ft inplace", BLUE, "", "o"),
+    "s2ft_additive": Look("s2ft additive", GREEN, "..", "x", (0, (4, 3))),
+    "spiel": Look("spiel", NAVY, "//", "X", "-."),
+}
+
+# Parts of a step's memory.
+PARTS = {
+    "weights": Look("weights", WHITE),
+    "saved": Look("saved activations", BLUE),
+    "gradients": Look("gradients", ORANGE, "////"),
+    "optimizer": Look("optimizer state", GREY, "xxxx"),
+    "temporaries": Look("temporaries", YELLOW, "...."),
+}
+
+# A modelled number: an open diamond, wherever it is drawn.
+MODELLED = {
+    "linestyle": "none",
+    "marker": "D",
+    "markersize": 4.5,
+    "markerfacecolor": "white",
+    "markeredgecolor": "black",
+    "markeredgewidth": 0.9,
+    "zorder": 4,
+}
+
+
+def legend(fig: Figure, entries: dict[str, object], *, columns: int, bottom: float) -> None:
+    """A legend at the top left, by label; fits the axes between it and `bottom` inches."""
+    place = {"loc": "upper left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.3}
+    fig.legend(list(entries.values()), list(entries), ncols=columns, **place)
+    height, lines = fig.get_figheight(), -(-len(entries) // columns)
+    fig.tight_layout(rect=(0, bottom / height, 1, 1 - (0.1 + 0.17 * lines) / height))
+
+
 def save(fig: Figure, path: Path, caption: str) -> Path:
     """Writes an svg without a date, the caption at the bottom left; closes the figure."""
-    fig.text(0.01, 0.015, caption, fontsize=6.5, color="#444444")
+    fig.text(0.01, 0.04 / fig.get_figheight(), caption, fontsize=6.5, color="#444444")
     fig.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
     plt.close(fig)
     return path

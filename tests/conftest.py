@@ -10,12 +10,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from hypothesis import settings
 from numerics import DTYPES
 
-# An interpreted kernel is slow without being wrong, and a red test should stay red when run again.
-settings.register_profile("s2kernels", deadline=None, derandomize=True)
-settings.load_profile("s2kernels")
+try:
+    from hypothesis import settings
+except ImportError:  # a bare GPU machine: what is measured there needs no more than pytest
+    collect_ignore = ["test_kernel_properties.py", "test_permute.py"]
+else:
+    # An interpreted kernel is slow without being wrong, and a red test should stay red when run
+    # again.
+    settings.register_profile("s2kernels", deadline=None, derandomize=True)
+    settings.load_profile("s2kernels")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench import corpus, demo, memory, report, timing, training
-from bench.methods import FLOOR, S2FT
+from bench import corpus, demo, memory, methods, report, timing, training
+from bench.jobs import FLOOR, S2FT
 
 M, K, N, R = 6, 10, 4, 3
 FP32 = 4
@@ -180,7 +180,7 @@ def test_total_bytes_of_model_gradients_and_states():
     assert memory.total_bytes(memory.gradients(model)) == 0
     model[0](torch.randn(M, K)).sum().backward()
     assert memory.total_bytes(memory.gradients(model)) == K * N * FP32
-    optimizer = training.adamw(list(model.parameters()), 1e-3)
+    optimizer = methods.adamw(list(model.parameters()), 1e-3)
     optimizer.step()
     assert memory.total_bytes(memory.states(optimizer)) == (2 * K * N + 1) * FP32
 

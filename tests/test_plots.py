@@ -1,15 +1,18 @@
 """Figures are a function of the JSON and of nothing else."""
 
+import html
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
+import synthetic_results as synthetic
 
 import plots
-from plots import demo
+from plots import demo, readme
 from plots.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +60,98 @@ def results(tmp_path) -> Path:
     (folder / "cpu").mkdir(parents=True)
     (folder / "cpu" / "demo.json").write_text(json.dumps(document()))
     return folder
+
+
+LABORATORY = {
+    "cpu": [
+        *("checkpointing-small", "depth-small"),
+        *("extrapolation-memory-small", "extrapolation-time-small"),
+        *("figure5-small", "kernels", "peak-small", "real-width-llama-2-7b"),
+        *("share-memory-small", "share-time-small", "tokens-memory-small", "tokens-time-small"),
+    ],
+    "testing-gpu": [
+        *(f"figure5-llama-2-{size}" for size in ("13b", "7b")),
+        "kernels",
+        *(f"peak-llama-2-{size}" for size in ("13b", "7b")),
+        *(f"tokens-{what}-llama-2-{size}" for what in ("memory", "time") for size in ("13b", "7b")),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory) -> Path:
+    """Results of the laboratory on two devices."""
+    folder = tmp_path_factory.mktemp("results")
+    files = {
+        "cpu/steps": synthetic.cpu_steps(),
+        "cpu/ops": synthetic.ops(synthetic.CPU, ["small M=256"], ["torch"]),
+        "testing-gpu/steps": synthetic.gpu_steps(),
+        "testing-gpu/ops": synthetic.ops(synthetic.GPU, ["a M=1", "b M=2"], ["torch", "triton"]),
+    }
+    for name, content in files.items():
+        path = folder / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(laboratory, tmp_path_factory) -> list[Path]:
+    """The figures of both devices."""
+    return plots.draw_all(laboratory, tmp_path_factory.mktemp("figures"))
+
+
+def texts(figure: Path) -> str:
+    """What a reader reads: matplotlib writes each line of text as a comment beside its glyphs."""
+    return "\n".join(html.unescape(t) for t in re.findall("<!-- (.*?) -->", figure.read_text()))
+
+
+def test_figures_of_the_laboratory(laboratory, drawn, tmp_path):
+    """All are drawn, say what they ran on, and are the same bytes in another process."""
+    names = [f"{device}/{name}.svg" for device, names in LABORATORY.items() for name in names]
+    assert sorted(f"{figure.parent.name}/{figure.name}" for figure in drawn) == sorted(names)
+
+    command = [sys.executable, "-m", "plots", "--results", str(laboratory), "--out"]
+    subprocess.run([*command, str(tmp_path)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    for figure in drawn:
+        again = tmp_path / figure.parent.name / figure.name
+        assert figure.read_bytes() == again.read_bytes()
+        assert not re.search(r"20\d\d-\d\d-\d\d|<dc:date>", figure.read_text())
+        machine = "Testing CPU, 2 cores" if figure.parent.name == "cpu" else "Testing GPU 9000"
+        assert machine in texts(figure)
+
+
+UNITS = {
+    "figure5": ["time of a step, ms", "peak memory of a step, ", "modelled (roofline)"],
+    "real-width": ["llama-2-7b, 1 of 32 layers", "time of a step, ms"],
+    "peak": ["memory at the peak of a step, ", "saved activations", "modelled peak"],
+    "tokens-time": ["time per token, µs", "tokens of a step", "modelled (roofline)"],
+    "tokens-memory": ["peak memory, ", "tokens of a step", "modelled (roofline)"],
+    "share-time": ["step time / frozen floor", "trained share of all parameters of small, %"],
+    "share-memory": ["peak memory, MiB", "measured, checkpointing"],
+    "checkpointing": ["time of a step, ms", "peak memory of a step, MiB", "checkpointing", "plain"],
+    "depth": ["time of a step, ms", "full depth", "plain"],
+    "extrapolation-time": ["time of a step, ms", "layers of small", "extrapolated from two cuts"],
+    "extrapolation-memory": ["peak memory, MiB", "layers of small", "extrapolated from two cuts"],
+    "kernels": ["achieved share of the ceiling, %"],
+}
+
+
+def test_labels_have_units(drawn):
+    for kind, wanted in UNITS.items():
+        figures = [figure for figure in drawn if figure.stem.startswith(kind)]
+        assert figures
+        for figure in figures:
+            text = texts(figure)
+            assert all(label in text for label in wanted), (figure, text)
+    gpu = {f.stem: texts(f) for f in drawn if f.parent.name == "testing-gpu"}
+    for kind in ("figure5-llama-2-", "peak-llama-2-", "tokens-memory-llama-2-"):
+        assert ", GiB" in gpu[f"{kind}7b"]
+        assert "OOM" in gpu[f"{kind}13b"] and "OOM" not in gpu[f"{kind}7b"]
+    assert "printed in the paper, A100-80G" in gpu["tokens-time-llama-2-7b"]
+    cpu = {f.stem: texts(f) for f in drawn if f.parent.name == "cpu"}
+    assert "n/a" in cpu["figure5-small"] and "not available" in cpu["figure5-small"]
+    assert "paper" not in cpu["tokens-time-small"]
 
 
 def test_main_draws_every_figure_as_svg(results, tmp_path, capsys):
@@ -119,9 +214,70 @@ def test_the_tables_of_a_page_are_those_of_the_results(results, tmp_path, capsys
     assert "| lora | 100 | 130.0 | 1.300 (1.290 to 1.320) |" in text
     assert "Testing CPU, 2 cores" in text
 
-    page.write_text("no place for a table")
-    with pytest.raises(ValueError, match="one place for the table 'demo cpu', got 0"):
-        main(arguments)
+    old = page.read_text()
+    stale = document()
+    stale["benchmarks"][1]["extra_info"]["trained_parameters"] = 101
+    (results / "cpu" / "demo.json").write_text(json.dumps(stale))
+    with pytest.raises(SystemExit):
+        main([*arguments, "--check"])
+    assert page.read_text() == old
+
+
+PLACE = "<!-- {0} -->\n<!-- /{0} -->\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no place for a table", "must have a place for a table"),
+        (PLACE.format("demo tpu"), "must be of .*, got 'demo tpu'"),
+        (PLACE.format("laboratory cpu"), "cpu/steps.json, which does not exist"),
+        (2 * PLACE.format("demo cpu"), "one closed place for the table 'demo cpu'"),
+        ("<!-- demo cpu -->\nnot closed\n", "one closed place for the table 'demo cpu'"),
+    ],
+)
+def test_a_page_with_a_wrong_place_is_refused(text, message, results, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        main(["--results", str(results), "--out", str(tmp_path), "--readme", str(page)])
+    assert page.read_text() == text
+
+
+def test_tables_of_the_laboratory(laboratory, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PLACE.format("laboratory cpu") + PLACE.format("laboratory gpu"))
+    text = readme.update(page, laboratory)
+    cpu, gpu = text.split("<!-- /laboratory cpu -->")
+    assert "**small**, float32, length 128, batch 2; memory in MiB:" in cpu
+    assert "**llama-2-7b, 1 of 32 layers**" in cpu and "Testing CPU" in cpu
+
+    step = synthetic.step("figure5", "lora", batch=2)
+    sizes, seconds = step["extra_info"]["bytes"], step["stats"]["median"]
+    modelled = step["extra_info"]["model"]["peak"]
+    row = next(line for line in cpu.splitlines() if line.startswith("| lora |"))
+    assert row.split(" | ")[1:] == [
+        "200,000 (0.80%)",
+        *(f"{seconds * 1e3:.4g}", f"{0.8 * seconds * 1e3:.4g}"),
+        *("1.150 (1.140 to 1.170)", "1.150"),
+        *(2 * [f"{sizes['saved'] / 2**20:.4g}"]),
+        *(f"{sizes['peak'] / 2**20:.4g}", f"{modelled / 2**20:.4g} |"),
+    ]
+    row = next(line for line in cpu.splitlines() if line.startswith("| galore |"))
+    assert row.split(" | ")[1:3] == ["", "n/a"] and row.count("n/a") == 2
+    assert "unavailable: galore_torch is not installed (galore)." in cpu
+
+    assert gpu.index("**llama-2-7b**") < gpu.index("**llama-2-13b**") < gpu.index("Testing GPU")
+    assert "length 1,024, batch 2; memory in GiB" in gpu and gpu.count("| OOM |") == 4
+    assert (
+        "† Not in the model: no SVD is counted (galore)." in gpu and gpu.count("| galore † |") == 2
+    )
+
+
+def test_without_results_of_a_gpu_the_table_says_so(results, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PLACE.format("laboratory gpu"))
+    assert "Not measured on a GPU yet; `bench/gpu.sh OUT_DIR`" in readme.update(page, results)
 
 
 def test_running_mean():

@@ -1,0 +1,152 @@
+"""Whether anything got slower or larger: a short set of steps beside the committed results.
+
+    python -m bench.compare                      measures the short suite and compares it
+    python -m bench.compare --candidate FILE     compares a file that is there already
+
+Times are compared as ratios to the frozen floor of their own run, never as they are; bytes and
+trained parameters as they are. Prints what moved beyond the spread, and exits with 1 if any of it
+is a loss. Both files must be of one class of devices: the same GPU, or CPUs.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import laboratory, report, timing
+
+# How far two runs of the same code may lie apart, beside what their spread explains: where the
+# models happen to lie in memory stays the same for all rounds of a run.
+BETWEEN_RUNS = 0.02
+STANDARD_ERRORS = 3.0  # of the two medians together, that count as spread
+PEAK = 0.01  # of the bytes at the peak: other versions of torch take other temporaries
+
+
+@dataclass(frozen=True)
+class Move:
+    """A quantity of a case that is not what it was. `loss`: for the worse."""
+
+    case: str
+    what: str
+    before: str
+    after: str
+    loss: bool
+
+    def __str__(self) -> str:
+        verdict = "LOSS" if self.loss else "gain"
+        return f"{verdict}  {self.case}: {self.what} {self.before} -> {self.after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compare", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--reference", type=Path, help="default bench/results/<device>/steps.json")
+    parser.add_argument("--candidate", type=Path, help="default: measured now")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
+    )
+    args = parser.parse_args(argv)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = Path(report.device_name(device)) / laboratory.FILE
+    reference = read(args.reference or report.RESULTS / name)
+    if args.candidate is not None:
+        return compare(reference, read(args.candidate))
+    with tempfile.TemporaryDirectory() as folder:
+        failed = laboratory.main(["--suite", "short", "--device", device.type, "--results", folder])
+        return compare(reference, read(Path(folder) / name)) or failed
+
+
+def read(path: Path) -> dict:
+    """The document in `path`; raises ValueError where there is none."""
+    if not path.is_file():
+        raise ValueError(f"results to compare with must be in {path}: no such file")
+    return json.loads(path.read_text())
+
+
+def compare(reference: dict, candidate: dict) -> int:
+    """Prints what moved; 1 if there is a loss.
+
+    Raises ValueError for devices of two classes, and where no case is in both.
+    """
+    before, after = (document["machine_info"] for document in (reference, candidate))
+    if device_class(before) != device_class(after):
+        raise ValueError(
+            "ratios of two classes of devices cannot be compared: reference "
+            f"{device_class(before)!r}, candidate {device_class(after)!r}"
+        )
+    old, new = (by_name(document) for document in (reference, candidate))
+    both = [name for name in new if name in old]
+    if not both:
+        raise ValueError(f"no case is in both: reference {sorted(old)}, candidate {sorted(new)}")
+    if not report.same_machine(before, after):
+        print("note: another processor, or other versions of torch and the like, than before")
+
+    changes = []
+    for name in both:
+        ratios = [entry["extra_info"].get("ratio_to_floor") for entry in (old[name], new[name])]
+        if None not in ratios:
+            change = ratios[1]["median"] / ratios[0]["median"] - 1
+            changes.append(change)
+            print(
+                f"{name}: step / floor {ratios[0]['median']:.3f} -> {ratios[1]['median']:.3f}, "
+                f"{change:+.1%} (spread {spread(*ratios):.1%})"
+            )
+    moves = [move for name in both for move in moves_of(old[name], new[name])]
+    print(f"\n{len(both)} cases in both", end="")
+    print(f"; largest change of a ratio {max(map(abs, changes)):.1%}" if changes else "")
+    for move in moves:
+        print(move)
+    losses = sum(move.loss for move in moves)
+    print("no loss" if not losses else f"{losses} losses")
+    return 1 if losses else 0
+
+
+def device_class(machine: dict) -> str:
+    """The GPU by its name; all CPUs are one class, since only ratios are compared."""
+    return machine["gpu"] or "cpu"
+
+
+def by_name(document: dict) -> dict[str, dict]:
+    return {entry["name"]: entry for entry in document["benchmarks"]}
+
+
+def spread(before: dict, after: dict) -> float:
+    """How far apart two medians may lie, as a share: their errors, and that of any two runs."""
+    errors = [timing.standard_error(ratio["data"]) for ratio in (before, after)]
+    return BETWEEN_RUNS + STANDARD_ERRORS * math.hypot(*errors)
+
+
+def moves_of(before: dict, after: dict) -> Iterator[Move]:
+    """What moved beyond the spread between two entries of one case."""
+    name = after["name"]
+    old, new = before["extra_info"], after["extra_info"]
+    if old["status"] != new["status"]:
+        yield Move(name, "status", old["status"], new["status"], new["status"] != "measured")
+    if "measured" not in (old["status"], new["status"]) or old["status"] != new["status"]:
+        return
+
+    ratios = old["ratio_to_floor"], new["ratio_to_floor"]
+    change = ratios[1]["median"] / ratios[0]["median"] - 1
+    if abs(change) > spread(*ratios):
+        words = (f"{ratio['median']:.3f}" for ratio in ratios)
+        yield Move(name, "step / floor", *words, change > 0)
+
+    trained = [extra["trained_parameters"] for extra in (old, new)]
+    if trained[0] != trained[1]:  # more or fewer: it is not the same work
+        yield Move(name, "trained parameters", *map(str, trained), True)
+
+    for what, tolerance in (("saved", 0.0), ("unseen", 0.0), ("peak", PEAK)):
+        sizes = [extra["bytes"][what] for extra in (old, new)]
+        if None not in sizes and abs(sizes[1] - sizes[0]) > tolerance * sizes[0]:
+            words = (f"{size:,} bytes" for size in sizes)
+            yield Move(name, what, *words, sizes[1] > sizes[0])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,261 @@
+"""The efficiency laboratory: training steps of every method, measured case by case.
+
+    python -m bench.laboratory --suite cpu [--budget-s 600] [--only SUBSTRING] [--list]
+
+Writes bench/results/<device>/steps.json after every case, and goes on where it was stopped: a case
+that the file has already, from the same machine and versions, is not measured again. Cases come in
+the order of their value; one that would not fit into what is left of --budget-s is left for the
+next run. Prints a table at the end.
+
+Exits with 1 if a case failed. Too little memory and a missing package are results, not failures.
+"""
+
+import argparse
+import gc
+import resource
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from bench import cases, ceilings, extrapolation, measure, report, timing
+from bench.cases import Case
+from bench.record import Record
+
+SUITES: dict[str, Callable[[str], list[Case]]] = {
+    "cpu": lambda device_type: cases.cpu(),
+    "gpu": lambda device_type: cases.gpu(),
+    "toy": lambda device_type: cases.toy(),
+    "short": cases.short,
+}
+PRECISION = {
+    "cpu": timing.Precision(error=0.008, max_rounds=60, seconds=10.0),
+    "gpu": timing.Precision(min_rounds=10, seconds=5.0),
+    "toy": timing.Precision(error=1.0, min_rounds=2, max_rounds=2),
+    "short": timing.Precision(error=0.003, min_rounds=10, seconds=15.0),
+}
+FILE = "steps.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    began = time.perf_counter()
+    args = parse(argv)
+    device = torch.device(args.device)
+    chosen = [case for case in SUITES[args.suite](device.type) if args.only in case.id]
+    if args.list:
+        print("\n".join(case.id for case in chosen))
+        return 0
+    transformers_logging.set_verbosity_error()
+    # PEFT reads a property of the model that transformers is about to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+    machine = {"ceilings": ceilings.measure(device), "clocks": report.gpu_clocks(device)}
+    record = Record(args.results / report.device_name(device) / FILE, device, machine)
+    if args.again:
+        for case in chosen:
+            record.entries.pop(case.fullname, None)
+    setup = measure.Setup(device, PRECISION[args.suite], machine["ceilings"])
+    deadline = None if args.budget_s is None else began + args.budget_s
+    gc.collect()
+    gc.freeze()  # what the imports made stays, and need not be looked at after every case
+    with within_free_memory(device):
+        run(missing(chosen, record), record, setup, deadline)
+
+    entries = [record.entries[case.fullname] for case in chosen if case.fullname in record.entries]
+    if entries:
+        print(f"\n{report.steps_table(entries)}\n\n{report.STEPS_LEGEND}")
+        for line in (*extrapolation.lines(entries), *unexpected(entries)):
+            print(line)
+    failed = [entry for entry in entries if is_failure(entry)]
+    print(f"\n{record.path}: {len(entries)} of {len(chosen)} cases", end="")
+    print(f", {time.perf_counter() - began:.0f} s")
+    for entry in failed:
+        print(f"{entry['name']}: {entry['extra_info']['status']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.laboratory", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--suite",
+        choices=tuple(SUITES),
+        help="toy: seconds, to see that all of it runs; short: what bench.compare measures; "
+        "default: cpu or gpu, as the device is",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
+    )
+    parser.add_argument(
+        "--budget-s", type=float, metavar="S", help="starts no case that would end later"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="folder; default bench/results, for the suites cpu and gpu"
+    )
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="of a case's id")
+    parser.add_argument("--again", action="store_true", help="forget what the file has of these")
+    parser.add_argument("--list", action="store_true", help="print the ids of the cases and stop")
+    args = parser.parse_args(argv)
+    gpu = torch.cuda.is_available()
+    args.device = args.device or ("cuda" if gpu else "cpu")
+    if args.device == "cuda" and not gpu:
+        parser.error("--device cuda: torch finds no GPU here")
+    args.suite = args.suite or {"cpu": "cpu", "cuda": "gpu"}[args.device]
+    if args.budget_s is not None and not args.budget_s > 0:
+        parser.error(f"--budget-s must be above 0, got {args.budget_s}")
+    if args.results is None:
+        if args.suite in ("toy", "short") and not args.list:
+            parser.error(f"--results is wanted with --suite {args.suite}: it is not to be kept")
+        args.results = report.RESULTS
+    return args
+
+
+def missing(chosen: list[Case], record: Record) -> list[Case]:
+    """What is not measured yet; last what failed, which may fail again."""
+    new = [case for case in chosen if case.fullname not in record.entries]
+    found = [case for case in chosen if case.fullname in record.entries]
+    return new + [case for case in found if is_failure(record.entries[case.fullname])]
+
+
+def unexpected(entries: list[dict]) -> Iterator[str]:
+    """A line for each case that keeps other activations than the model of its method says."""
+    for entry in entries:
+        model = entry["extra_info"].get("model")
+        if entry["stats"] is None or model is None:
+            continue
+        saved = entry["extra_info"]["bytes"]["saved"]
+        if saved not in (None, model["saved"]):
+            line = f"{entry['name']}: keeps {saved:,} bytes, {model['saved']:,} expected"
+            yield line + (f" by a model of which holds: {model['fits']}" if model["fits"] else "")
+
+
+def is_failure(entry: dict) -> bool:
+    return entry["extra_info"]["status"].startswith("failed")
+
+
+def run(todo: list[Case], record: Record, setup: measure.Setup, deadline: float | None) -> None:
+    """Measures `todo` in order, and writes each; leaves out what would end after `deadline`.
+
+    A case that fails is noted and the next one begun, unless the GPU is lost to this process.
+    """
+    clock = Estimate(setup)
+    left_out = 0
+    with tqdm(todo, unit="case", disable=None if todo else True) as bar:
+        for case in bar:
+            bar.set_postfix_str(case.id)
+            if deadline is not None and time.perf_counter() + clock.seconds(case) > deadline:
+                left_out += 1
+                continue
+            start = time.perf_counter()
+            try:
+                entry = measure.measure(case, setup)
+            except Exception as error:
+                traceback.print_exc()
+                entry = failure(case, error)
+            record.add(entry)
+            seconds = time.perf_counter() - start
+            clock.took(case, seconds)
+            tqdm.write(f"{case.id}: {in_short(entry)}, {seconds:.1f} s", file=sys.stdout)
+            if is_failure(entry):
+                timing.synchronize(setup.device)  # raises again what a kernel has broken for good
+    if left_out:
+        print(f"{left_out} cases did not fit into the budget; the same command goes on with them")
+
+
+def in_short(entry: dict) -> str:
+    extra = entry["extra_info"]
+    if entry["stats"] is None:
+        return extra["status"]
+    return f"{extra['ratio_to_floor']['median']:.3f} x floor"
+
+
+def failure(case: Case, error: Exception) -> dict:
+    first_line = (str(error).splitlines() or [""])[0]
+    status = f"failed: {type(error).__name__}: {first_line}"
+    return measure.entry(case, None, {"status": status})
+
+
+@dataclass
+class Estimate:
+    """How long cases will take: from the rate of matrix products, corrected by what they took."""
+
+    setup: measure.Setup
+    fixed: float = 1.0  # seconds, for anything that does not grow with the model
+    compilation: float = 90.0  # seconds, of torch.compile
+    drawn_per_second: float = 1e8  # weights, on the CPU; a GPU draws them in no time
+    efficiency: float = 0.5  # of a step, against its matrix products at the ceiling
+    steps_counted: int = 8  # those before the clock, a profiled one being a little slower
+    quiet: float = 0.3  # of the seconds of the precision: what it takes on a quiet machine
+    _corrections: list[float] = field(default_factory=list)
+
+    def seconds(self, case: Case) -> float:
+        correction = statistics.median(self._corrections) if self._corrections else 1.0
+        return correction * self._uncorrected(case)
+
+    def took(self, case: Case, seconds: float) -> None:
+        self._corrections.append(seconds / self._uncorrected(case))
+
+    def _uncorrected(self, case: Case) -> float:
+        rate = self.setup.ceilings["gemm_flops"][case.dtype] * self.efficiency
+        products = case.shape.linear_parameters() + case.shape.vocab * case.shape.hidden
+        passes = 1.5 if case.options.checkpointing else 1.0
+        floor = 4 * products * case.tokens * passes / rate
+        step = floor * (1.5 if case.method == "full" else 1.0)
+        precision = self.setup.precision
+        rounds = self.quiet * precision.seconds / (step + floor)
+        rounds = min(max(rounds, precision.min_rounds), precision.max_rounds)
+        seconds = self.fixed + self.steps_counted * step
+        seconds += (rounds + measure.WARM_UP) * (step + floor)
+        if self.setup.device.type == "cpu":
+            seconds += 3 * case.shape.parameters() / self.drawn_per_second
+        if case.options.compile:
+            seconds += self.compilation
+        if case.method.startswith("galore"):
+            seconds += self._decompositions(case)
+        return seconds
+
+    def _decompositions(self, case: Case) -> float:
+        """GaLore's, of all gradients, in the four steps in which it makes them."""
+        share = 0.3 if self.setup.device.type == "cpu" else 0.02  # of the rate of products
+        sides = [(min(shape), max(shape)) for shape in case.shape.linears().values()]
+        flops = 20 * case.shape.layers * sum(short**2 * long for short, long in sides)
+        return 4 * flops / (share * self.setup.ceilings["gemm_flops"]["float32"])
+
+
+@contextmanager
+def within_free_memory(device: torch.device) -> Iterator[None]:
+    """On a CPU, what the machine has free is all that this process may still take.
+
+    An allocation beyond it fails, which is a result, where Linux would end the process. CUDA says
+    by itself that it has no more, and reserves addresses that no limit should meet.
+    """
+    meminfo, status = Path("/proc/meminfo"), Path("/proc/self/status")
+    if device.type != "cpu" or not (meminfo.is_file() and status.is_file()):
+        yield
+        return
+    limit = _kilobytes(status, "VmData") + _kilobytes(meminfo, "MemAvailable")
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit * 1024, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    lines = path.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

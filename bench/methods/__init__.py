@@ -1,0 +1,38 @@
+"""The methods side by side: each takes over one model and trains its part of it."""
+
+from bench.methods.adapters import DoRA, LoRA, LoRAFP32, SHiRA
+from bench.methods.base import Method, adamw
+from bench.methods.budget import COMPARABLE, TOLERANCE, Budget, comparable, counts
+from bench.methods.dense import Frozen, Full
+from bench.methods.galore import GaLore
+from bench.methods.lisa import LISA
+from bench.methods.lora_fused import LoRAFused
+from bench.methods.loreft import LoReFT
+from bench.methods.options import ATTENTION, Options, Unavailable
+from bench.methods.s2ft import S2FTAdditive, S2FTInplace, in_slices
+
+# In the order of tables and figures.
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        *(Frozen, Full),
+        *(LoRA, LoRAFP32, LoRAFused, DoRA),
+        *(GaLore, LISA, LoReFT, SHiRA),
+        *(S2FTInplace, S2FTAdditive),
+    )
+}
+
+__all__ = [
+    "ATTENTION",
+    "COMPARABLE",
+    "METHODS",
+    "TOLERANCE",
+    "Budget",
+    "Method",
+    "Options",
+    "Unavailable",
+    "adamw",
+    "comparable",
+    "counts",
+    "in_slices",
+]

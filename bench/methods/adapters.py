@@ -1,0 +1,68 @@
+"""Adapters by PEFT: LoRA in two dtypes, DoRA and SHiRA, each on all linear layers."""
+
+from typing import ClassVar
+
+import torch
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from bench.methods.base import Method
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRA(Method):
+    """PEFT's LoRA with adapters in the dtype of the model, which is its fastest form.
+
+    alpha is twice the rank; no dropout, since no other method has any.
+    """
+
+    name = "lora"
+    fp32_adapters: ClassVar[bool] = False
+    use_dora: ClassVar[bool] = False
+
+    def attach(self, model: PreTrainedModel) -> nn.Module:
+        torch.manual_seed(self.budget.seed)  # the draw of A
+        config = LoraConfig(
+            r=self.budget.rank,
+            lora_alpha=2 * self.budget.rank,
+            lora_dropout=0.0,
+            target_modules=list(LINEARS),
+            task_type="CAUSAL_LM",
+            use_dora=self.use_dora,
+        )
+        return get_peft_model(model, config, autocast_adapter_dtype=self.fp32_adapters)
+
+
+class LoRAFP32(LoRA):
+    """PEFT's LoRA by default: fp32 adapters, to whose dtype every linear layer casts its x."""
+
+    name = "lora_fp32"
+    fp32_adapters = True
+
+
+class DoRA(LoRA):
+    """PEFT's DoRA: LoRA, and the norm of every output channel's weight as a parameter."""
+
+    name = "dora"
+    use_dora = True
+
+
+class SHiRA(Method):
+    """PEFT's SHiRA: random entries of the weight.
+
+    Its forward makes a dense copy of the weight plus the entries, and its backward a dense
+    gradient of that copy.
+    """
+
+    name = "shira"
+
+    def attach(self, model: PreTrainedModel) -> nn.Module:
+        config = ShiraConfig(
+            r=self.budget.shira_rank,
+            random_seed=self.budget.seed,
+            target_modules=list(LINEARS),
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(model, config, autocast_adapter_dtype=False)

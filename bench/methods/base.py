@@ -1,0 +1,123 @@
+"""What every method has: a model, what is trained of it, an optimizer, and one training step."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bench import memory
+from bench.methods.budget import Budget
+from bench.methods.options import Options
+
+
+class Method(ABC):
+    """One way of fine-tuning, at work on one model, as its users run it.
+
+    model    what a step runs: the model given, or a PeftModel around it
+    base     the model given, with its layers changed where the method changes layers
+    optimizer  of what is trained; None where nothing is
+    periodic  what happens every `period` steps only, in words; None where each step is like the
+             others. It is part of the cost of a step, by 1 / period.
+    """
+
+    name: ClassVar[str]
+    periodic: ClassVar[str | None] = None
+    period: int | None = None
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        budget: Budget,
+        lr: float,
+        options: Options = Options(),  # noqa: B008  (frozen)
+    ) -> None:
+        """Takes over `model`: freezes it, attaches what is trained, makes the optimizer.
+
+        Raises Unavailable where a package or the device lacks what the method or an option needs;
+        the model is then as it was.
+        """
+        self.check(model.device, options)
+        self.budget, self.options, self.base = budget, options, model
+        model.requires_grad_(False)
+        options.before(model)
+        self.model = self.attach(model).train()
+        options.after(self.model, model)
+        self._full_depth = options.full_depth
+        self.optimizer = self.make_optimizer(lr)
+
+    @classmethod
+    def check(cls, device: torch.device, options: Options) -> None:
+        """Raises Unavailable where the method cannot run on `device` with `options`."""
+        options.check(device)
+
+    @abstractmethod
+    def attach(self, model: PreTrainedModel) -> nn.Module:
+        """Makes the trained parameters and sets `requires_grad`; returns what a step runs."""
+
+    def make_optimizer(self, lr: float) -> torch.optim.Optimizer | None:
+        return adamw(self.trained(), lr)
+
+    def named_trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained at present, by its name in `model`."""
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained at present."""
+        return [parameter for _, parameter in self.named_trained()]
+
+    def trained_parameters(self) -> int:
+        """Numbers that are trained at present, each in its own right: what `counts` predicts."""
+        return sum(parameter.numel() for parameter in self.trained())
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        """What the optimizer holds between steps."""
+        return iter(()) if self.optimizer is None else memory.states(self.optimizer)
+
+    def zero_grad(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Mean next-token cross entropy in nats; batch int64 (sequences, length)."""
+        inputs = {"input_ids": batch}
+        if self._full_depth:  # dx stops at what asks for it
+            inputs = {"inputs_embeds": self.base.get_input_embeddings()(batch).requires_grad_(True)}
+        with self.options.running(self.base):
+            return self.model(**inputs, labels=batch, use_cache=False).loss
+
+    def backward(self, loss: Tensor) -> None:
+        with self.options.running(self.base):  # a checkpoint runs its forward again
+            loss.backward()
+
+    def update(self) -> None:
+        """The optimizer's step and all that belongs to it."""
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def step(self, batch: Tensor) -> Tensor:
+        """zero_grad, loss, backward, update; returns the loss, detached."""
+        self.zero_grad()
+        loss = self.loss(batch)
+        self.backward(loss)
+        self.update()
+        return loss.detach()
+
+    def make_due(self) -> None:
+        """The next step does the periodic work, however many steps ago it was done last.
+
+        Raises ValueError for a method that has none.
+        """
+        raise ValueError(f"{self.name} has no periodic work")
+
+    def stop_full_depth(self) -> None:
+        """From here on without Options.full_depth: no dx below the first trained layer."""
+        self._full_depth = False
+
+
+def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    """The optimizer of all methods that do not bring their own; states in the parameters' dtype."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

@@ -1,0 +1,88 @@
+"""GaLore (arXiv 2403.03507), by galore-torch: AdamW on gradients projected to a low rank."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bench.methods.base import Method
+from bench.methods.options import Options, require
+
+
+class GaLore(Method):
+    """All linear layers of the blocks are trained; dense gradients, low-rank optimizer states.
+
+    Every `galore_gap` steps, the first included, the projections are taken from singular value
+    decompositions of the gradients. Embedding, head and norms stay frozen, as under the adapters:
+    with them GaLore would train hundreds of millions of parameters densely. The gradients of all
+    weights are alive together, so they can be accumulated and clipped; galore-torch's variant that
+    updates each weight within the backward, which cannot, needs less memory than this.
+    """
+
+    name = "galore"
+    periodic = "singular value decomposition of every gradient"
+
+    @classmethod
+    def check(cls, device: torch.device, options: Options) -> None:
+        super().check(device, options)
+        require("galore_torch", "galore-torch")
+
+    def attach(self, model: PreTrainedModel) -> nn.Module:
+        self.period = self.budget.galore_gap
+        for module in model.model.layers.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.requires_grad_(True)
+        return model
+
+    def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        group = {
+            "params": self.trained(),
+            "rank": self.budget.galore_rank,
+            "update_proj_gap": self.budget.galore_gap,
+            "scale": self.budget.galore_scale,
+            "proj_type": "std",
+        }
+        adamw = _optimizer_module().AdamW
+        return adamw([group], lr=lr, betas=(0.9, 0.95), no_deprecation_warning=True)
+
+    def trained_parameters(self) -> int:
+        """The dimension of the subspaces in which the weights move, as GaLore's users count."""
+        return sum(self.budget.galore_rank * max(weight.shape) for weight in self.trained())
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        yield from super().state_tensors()
+        yield from (
+            projector.ortho_matrix
+            for projector in self._projectors()
+            if projector.ortho_matrix is not None
+        )
+
+    def make_due(self) -> None:
+        for projector in self._projectors():
+            projector.ortho_matrix = None
+
+    def _projectors(self) -> Iterator:
+        states = self.optimizer.state.values()
+        return (state["projector"] for state in states if "projector" in state)
+
+
+def _optimizer_module() -> ModuleType:
+    """galore_torch.adamw, without what the package imports beside it.
+
+    Its __init__ wants bitsandbytes, large and compiled, for an 8-bit optimizer that is not used
+    here. So the module is imported from a package of the same place that is empty.
+    """
+    name = "galore_torch.adamw"
+    if name not in sys.modules:
+        package = ModuleType("galore_torch")
+        package.__path__ = importlib.util.find_spec("galore_torch").submodule_search_locations
+        sys.modules["galore_torch"] = package
+        try:
+            importlib.import_module(name)
+        finally:
+            del sys.modules["galore_torch"]
+    return sys.modules[name]

@@ -1,0 +1,227 @@
+"""The strongest LoRA that we can write, so that S2FT is held against that, too.
+
+Of each linear layer the weight W (N, K) is frozen, A (r, K) and Bt (r, N), B transposed, are
+trained. With M tokens, r the rank and s = alpha / r:
+
+    xa = s x Aᵀ         y = x Wᵀ + b + xa Bt
+    dxa = s dy Btᵀ      dx = dy W + dxa A
+    dA = dxaᵀ x         dBt = xaᵀ dy
+
+The small dimension is contracted first, what is as wide as x or y is accumulated by the products
+themselves (addmm), and no product is made twice: xa (M, r) is saved.
+
+Layers that read the same x are one `Stack`: q, k, v; gate, up. Their frozen weights lie one below
+the other in one tensor, in the place of the modules' own, and so do their A; their Bt lie side by
+side. The FFN is one Function that saves x, gate and up; the backward of SwiGLU rebuilds h.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from bench.methods.base import Method
+from s2kernels import backend
+
+SCALE = 2.0  # alpha / r, as in the rows of PEFT's LoRA
+
+
+class LoRAFused(Method):
+    """LoRA on all linear layers by manual autograd; adapters in the dtype of the model."""
+
+    name = "lora_fused"
+
+    def attach(self, model: PreTrainedModel) -> nn.Module:
+        torch.manual_seed(self.budget.seed)
+        rank = self.budget.rank
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            shared = QKV(Stack([attention.q_proj, attention.k_proj, attention.v_proj], rank))
+            attention.q_proj = shared
+            attention.k_proj, attention.v_proj = Waiting(shared, "k"), Waiting(shared, "v")
+            attention.o_proj = Single(Stack([attention.o_proj], rank))
+            layer.mlp = MLP(Stack([mlp.gate_proj, mlp.up_proj], rank), Stack([mlp.down_proj], rank))
+        return model
+
+
+class Stack(nn.Module):
+    """Linear layers that read the same x, as one.
+
+    weight  (N, K) and bias (N,) or None, frozen; N counts the outputs of all layers, `sizes` each
+    A       (layers * r, K); Bt (r, N): trained, in the dtype of weight
+    """
+
+    def __init__(self, linears: list[nn.Linear], rank: int) -> None:
+        super().__init__()
+        self.sizes = [linear.out_features for linear in linears]
+        self.weight = _stacked([linear.weight for linear in linears])
+        has_bias = linears[0].bias is not None
+        self.bias = _stacked([linear.bias for linear in linears]) if has_bias else None
+        self.A = nn.Parameter(self.weight.new_empty(len(linears) * rank, self.weight.shape[1]))
+        self.Bt = nn.Parameter(self.weight.new_zeros(rank, sum(self.sizes)))
+        for part in self.A.detach().split(rank):
+            nn.init.kaiming_uniform_(part, a=math.sqrt(5))  # as PEFT draws it
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        return self.weight, self.bias, self.A, self.Bt
+
+
+class QKV(nn.Module):
+    """In the place of q_proj: computes q, k and v at once and hands k and v to `Waiting`."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__()
+        self.stack = stack
+        # q and k in one product and one tensor. Attention keeps v, but of q and k only what RoPE
+        # made of them: in one tensor with them, v would keep both alive.
+        q, k, v = stack.sizes
+        self.groups = ((q, k), (v,))
+        self._waiting: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = StackFunction.apply(x.flatten(0, -2), *self.stack.tensors(), self.groups)
+        self._waiting = {"k": k.unflatten(0, x.shape[:-1]), "v": v.unflatten(0, x.shape[:-1])}
+        return q.unflatten(0, x.shape[:-1])
+
+    def take(self, name: str) -> Tensor:
+        return self._waiting.pop(name)
+
+
+class Waiting(nn.Module):
+    """In the place of k_proj and v_proj, which every attention calls right after q_proj."""
+
+    def __init__(self, shared: QKV, name: str) -> None:
+        super().__init__()
+        self.take, self.name = shared.take, name  # a method: as a module it would be in two places
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.take(self.name)
+
+
+class Single(nn.Module):
+    """In the place of o_proj."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = ((self.stack.sizes[0],),)
+        (y,) = StackFunction.apply(x.flatten(0, -2), *self.stack.tensors(), groups)
+        return y.unflatten(0, x.shape[:-1])
+
+
+class MLP(nn.Module):
+    """In the place of the gated FFN."""
+
+    def __init__(self, gate_up: Stack, down: Stack) -> None:
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = MLPFunction.apply(x.flatten(0, -2), *self.gate_up.tensors(), *self.down.tensors())
+        return y.unflatten(0, x.shape[:-1])
+
+
+class StackFunction(torch.autograd.Function):
+    """The outputs (M, n) of a stack, from x (M, K).
+
+    groups: the widths n of the outputs, those together that share a product and a tensor.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, Bt, groups):
+        widths = [sum(group) for group in groups]
+        biases = [None] * len(widths) if bias is None else bias.split(widths)
+        wide = [F.linear(x, w, b) for w, b in zip(weight.split(widths), biases, strict=True)]
+        ys = [y for each, group in zip(wide, groups, strict=True) for y in each.split(group, 1)]
+        xa = _add_adapters(ys, x, A, Bt)
+        ctx.save_for_backward(x, xa, weight, A, Bt)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        dx, dA, dBt = _stack_backward(dys, *ctx.saved_tensors, ctx.needs_input_grad[0])
+        return dx, None, None, dA, dBt, None
+
+
+class MLPFunction(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)), (M, N) from x (M, K); gate and up are one stack."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, Bt, down_weight, down_bias, down_A, down_Bt):
+        gate_up = F.linear(x, weight, bias)
+        gate, up = gate_up.chunk(2, 1)
+        xa = _add_adapters([gate, up], x, A, Bt)
+        h = backend.select(x).swiglu(gate, up)
+        y = F.linear(h, down_weight, down_bias)
+        ha = _add_adapters([y], h, down_A, down_Bt)
+        ctx.save_for_backward(x, gate_up, xa, ha, weight, A, Bt, down_weight, down_A, down_Bt)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gate_up, xa, ha, weight, A, Bt, down_weight, down_A, down_Bt = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, 1)
+        dha = _scaled_product(dy, down_Bt.t())
+        down_dBt = ha.t() @ dy
+        dh = (dy @ down_weight).addmm_(dha, down_A)
+        everything = slice(0, gate.shape[1])
+        dgate, dup, h = backend.select(dy).swiglu_bwd(dh, gate, up, everything)
+        del dh
+        down_dA = dha.t() @ h
+        del h
+        dx, dA, dBt = _stack_backward((dgate, dup), x, xa, weight, A, Bt, ctx.needs_input_grad[0])
+        return dx, None, None, dA, dBt, None, None, down_dA, down_dBt
+
+
+def _stacked(tensors: list[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.cat([t.detach() for t in tensors]), requires_grad=False)
+
+
+def _scaled_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """SCALE * a @ b, into `out` where it is given."""
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    return out.addmm_(a, b, beta=0, alpha=SCALE)
+
+
+def _add_adapters(ys: list[Tensor], x: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
+    """Adds xa Bt to the outputs of a stack, in place; returns xa (M, layers * r)."""
+    xa = _scaled_product(x, A.t())
+    widths = [y.shape[1] for y in ys]
+    for y, xa_part, bt in zip(ys, xa.split(len(Bt), 1), Bt.split(widths, 1), strict=True):
+        y.addmm_(xa_part, bt)
+    return xa
+
+
+def _stack_backward(
+    dys: tuple[Tensor, ...],
+    x: Tensor,
+    xa: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    needs_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx (None where it is not needed), dA and dBt of a stack."""
+    widths = [dy.shape[1] for dy in dys]
+    dxa, dBt = torch.empty_like(xa), torch.empty_like(Bt)
+    parts = zip(
+        *(dys, weight.split(widths), Bt.split(widths, 1), dBt.split(widths, 1)),
+        *(xa.split(len(Bt), 1), dxa.split(len(Bt), 1)),
+        strict=True,
+    )
+    dx = None
+    for dy, w, bt, dbt, xa_part, dxa_part in parts:
+        _scaled_product(dy, bt.t(), out=dxa_part)
+        dbt.addmm_(xa_part.t(), dy, beta=0)
+        if needs_dx:
+            dx = dy @ w if dx is None else dx.addmm_(dy, w)
+    if needs_dx:
+        dx.addmm_(dxa, A)
+    return dx, dxa.t() @ x, dBt

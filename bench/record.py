@@ -1,0 +1,32 @@
+"""A results file that grows case by case and survives being stopped at any moment."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from bench import report
+
+
+class Record:
+    """The entries of one file, by their fullname; the file is written after every one.
+
+    Entries of another machine, or of other versions of what they were measured with, must not stand
+    beside new ones: such a file is begun anew.
+    """
+
+    def __init__(self, path: Path, device: torch.device, machine: dict):
+        self.path, self.device = path, device
+        self.machine = report.machine_info(device) | machine
+        self.entries: dict[str, dict] = {}
+        if not path.is_file():
+            return
+        document = json.loads(path.read_text())
+        if report.same_machine(document["machine_info"], self.machine):
+            self.entries = {entry["fullname"]: entry for entry in document["benchmarks"]}
+        else:
+            print(f"{path} is of another machine or of other versions: begun anew")
+
+    def add(self, entry: dict) -> None:
+        self.entries[entry["fullname"]] = entry
+        report.write_json(self.path, list(self.entries.values()), self.device, self.machine)

@@ -1,0 +1,160 @@
+"""Model shapes by name, and models of these shapes with random weights.
+
+Time and bytes of a training step do not depend on the values of the weights, so a shape is all of a
+checkpoint that the laboratory needs. What does not change the cost of a step either, such as the
+base of the rotary angles, is left at the default of the configuration.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder of the Llama family.
+
+    layers: those that are built; of_layers: those of the whole model, more than layers if cut.
+    tied: the embedding is the weight of the head as well.
+    """
+
+    name: str
+    model_type: str  # a key of CONFIGS
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    of_layers: int
+    tied: bool = False
+
+    def cut(self, layers: int) -> "Shape":
+        """The same model with its first `layers` layers only.
+
+        Raises ValueError where it has not so many.
+        """
+        if not 1 <= layers <= self.of_layers:
+            raise ValueError(f"layers must be from 1 to {self.of_layers}, got {layers}")
+        return replace(self, layers=layers)
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(N, K), out_features and in_features, of the linears of one layer, in forward order."""
+        attention, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (attention, self.hidden),
+            "k_proj": (kv, self.hidden),
+            "v_proj": (kv, self.hidden),
+            "o_proj": (self.hidden, attention),
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }
+
+    def linear_parameters(self) -> int:
+        """Weights of the linears of all layers; the head and biases are none of them."""
+        return self.layers * sum(n * k for n, k in self.linears().values())
+
+    def layer_parameters(self) -> int:
+        """Parameters of one layer: linears, biases and norms."""
+        linears = self.linears()
+        weights = sum(n * k for n, k in linears.values())
+        biased = ("q_proj", "k_proj", "v_proj") if self.model_type == "qwen2" else ()
+        head_norms = 2 * self.head_dim if self.model_type == "qwen3" else 0
+        return weights + sum(linears[name][0] for name in biased) + 2 * self.hidden + head_norms
+
+    def parameters(self) -> int:
+        """Parameters of the model, tied ones counted once."""
+        matrices = 1 if self.tied else 2
+        return (
+            matrices * self.vocab * self.hidden
+            + self.layers * self.layer_parameters()
+            + self.hidden  # the last norm
+        )
+
+    def config(self, length: int) -> PreTrainedConfig:
+        """The configuration of transformers, for sequences of up to `length` tokens."""
+        return CONFIGS[self.model_type](
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=length,
+            tie_word_embeddings=self.tied,
+        )
+
+    def build(
+        self,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        seed: int = 0,
+        attention: str = "sdpa",
+    ) -> PreTrainedModel:
+        """The model with random weights in `dtype` on `device`, frozen, in training mode.
+
+        attention: "sdpa" or "eager". The weights depend on seed, dtype and kind of device.
+        """
+        config = self.config(length)
+        with torch.device("meta"):  # where the slow initialisation of transformers costs nothing
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+        model.requires_grad_(False).to_empty(device=device)
+        model.tie_weights()
+        # Its buffers hold computed values, in fp32 whatever the dtype.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+        fill_(model, config.initializer_range, seed)
+        return model.train()
+
+
+def fill_(model: nn.Module, std: float, seed: int) -> None:
+    """Norms are set to one, every other parameter is drawn from a normal distribution."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0.0, std, generator=generator)
+
+
+def _whole(
+    name: str,
+    model_type: str,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    vocab: int,
+    tied: bool = False,
+) -> Shape:
+    widths = hidden, intermediate, layers, heads, kv_heads, head_dim, vocab
+    return Shape(name, model_type, *widths, of_layers=layers, tied=tied)
+
+
+# From the published configurations; "small" and "toy" are ours, for machines without a GPU.
+TABLE = {
+    shape.name: shape
+    for shape in (
+        _whole("llama-2-7b", "llama", 4096, 11008, 32, 32, 32, 128, 32000),
+        _whole("llama-2-13b", "llama", 5120, 13824, 40, 40, 40, 128, 32000),
+        _whole("llama-3-8b", "llama", 4096, 14336, 32, 32, 8, 128, 128256),
+        _whole("qwen2.5-7b", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064),
+        _whole("qwen3-8b", "qwen3", 4096, 12288, 36, 32, 8, 128, 151936),
+        _whole("qwen3-0.6b", "qwen3", 1024, 3072, 28, 16, 8, 128, 151936, tied=True),
+        _whole("small", "llama", 512, 1408, 8, 8, 4, 64, 2048),
+        _whole("toy", "llama", 64, 176, 2, 4, 2, 16, 256),
+    )
+}

@@ -1,0 +1,78 @@
+"""How near each op comes to what the machine can do at all: results/<device>/ops.json."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from plots import bars, style
+
+IMPLEMENTATIONS = {
+    "torch": style.Look("torch", style.GREY, "//"),
+    "triton": style.Look("triton", style.BLUE),
+}
+COLUMNS = 2
+
+
+def draw(document: dict, folder: Path) -> list[Path]:
+    """Draws the figure where the file says what the machine's ceilings are."""
+    if "ceilings" not in document["machine_info"]:
+        return []
+    caption = (
+        "Ceiling: the op's bytes at the speed of a copy, or its FLOPs at that of a GEMM, whichever "
+        "takes longer; both measured.\n"
+        "More than 100 %: operands in a cache, or a product faster than the measured one. "
+        f"{style.machine(document)}."
+    )
+    return [style.save(figure(document), folder / "kernels.svg", caption)]
+
+
+def figure(document: dict) -> Figure:
+    """Horizontal bars: % of the ceiling, of each op and implementation; a panel for each shape."""
+    shapes: dict[str, list[dict]] = {}
+    for entry in document["benchmarks"]:
+        shapes.setdefault(entry["group"].partition(" ")[2], []).append(entry)
+    columns = min(COLUMNS, len(shapes))
+    names = list(shapes)
+    rows = [names[start : start + columns] for start in range(0, len(names), columns)]
+    drawn = {entry["params"]["impl"] for entry in document["benchmarks"]}
+    each = 0.1 + 0.12 * len(drawn)
+    inches = [each * max(len(_ops(shapes[name])) for name in row) for row in rows]
+    fig, grid = bars.panels(inches, columns)
+    for row, panels in zip(rows, grid, strict=True):
+        for axes, name in zip(panels, row, strict=False):
+            _panel(axes, shapes[name], document["machine_info"]["ceilings"])
+            axes.set_title(name, loc="left", weight="bold")
+        for spare in panels[len(row) :]:
+            spare.set_axis_off()
+    looks = [look for name, look in IMPLEMENTATIONS.items() if name in drawn]
+    style.legend(fig, bars.patches(looks), columns=2, bottom=0.28)
+    return fig
+
+
+def achieved(entry: dict, ceilings: dict) -> tuple[float, str]:
+    """Least time that the op can take over its median, and what bounds it: "copy" or "GEMM"."""
+    extra = entry["extra_info"]
+    copy = extra["bytes"] / ceilings["copy_bytes_per_second"]
+    gemm = extra["flops"] / ceilings["gemm_flops"][extra["dtype"].removeprefix("torch.")]
+    return max(copy, gemm) / entry["stats"]["median"], "copy" if copy >= gemm else "GEMM"
+
+
+def _ops(entries: list[dict]) -> list[str]:
+    return list(dict.fromkeys(entry["group"].partition(" ")[0] for entry in entries))
+
+
+def _panel(axes: Axes, entries: list[dict], ceilings: dict) -> None:
+    ops = _ops(entries)
+    bars.names(axes, ops)
+    impls = sorted({entry["params"]["impl"] for entry in entries})
+    height = 0.76 / len(impls)
+    for entry in entries:
+        share, bound = achieved(entry, ceilings)
+        impl = entry["params"]["impl"]
+        lane = ops.index(entry["group"].partition(" ")[0]) - 0.38
+        place = lane + (impls.index(impl) + 0.5) * height
+        axes.barh(place, share * 100, height, **IMPLEMENTATIONS[impl].bar)
+        bars.note(axes, place, f"{share:.0%} {bound}")
+    axes.axvline(100, color="black", linewidth=0.9, linestyle=":")
+    bars.scale(axes, "achieved share of the ceiling, %")

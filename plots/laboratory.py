@@ -1,0 +1,94 @@
+"""Tables of the laboratory: every method's step beside the frozen floor, and what was modelled."""
+
+import json
+from pathlib import Path
+
+from plots import steps, style
+from plots.steps import Step
+
+COLUMNS = ["method", "trained", "step ms", "modelled", "step / floor", "modelled"]
+NOT_MEASURED = "Not measured on a GPU yet; `bench/gpu.sh OUT_DIR` measures it.\n"
+
+
+def gpu_tables(results: Path) -> str:
+    """The tables of every device but the CPU, or that there is none and which command makes one."""
+    files = sorted(results.glob("*/steps.json"))
+    documents = [json.loads(path.read_text()) for path in files if path.parent.name != "cpu"]
+    return "\n".join(map(tables, documents)) or NOT_MEASURED
+
+
+def tables(document: dict) -> str:
+    """Markdown: for each model its largest batch in the first suite that has it; what it ran on."""
+    largest: dict[str, list[Step]] = {}
+    for _, shape, found in steps.by_shape(document, "figure5", "real-width", "tokens"):
+        *_, last = steps.groups(found, lambda step: step.setting).values()
+        largest.setdefault(shape, last)
+    parts = [_table(found) for found in sorted(largest.values(), key=lambda found: found[0].total)]
+    return "\n\n".join([*parts, f"{style.machine(document)}."]) + "\n"
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table: the first column to the left, the others to the right."""
+    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, rule, *rows])
+
+
+def _table(of_setting: list[Step]) -> str:
+    """A heading, a row for each method, and notes."""
+    first = of_setting[0]
+    unit, name = steps.byte_unit(of_setting)
+    heading = (
+        f"**{first.model_name}**, {first.dtype}, length {first.length:,}, batch {first.batch}; "
+        f"memory in {name}:"
+    )
+    floor = next((step for step in of_setting if step.method == "frozen"), None)
+    rows = [_row(step, floor, unit) for step in of_setting]
+    table = markdown([*COLUMNS, "saved", "modelled", "peak", "modelled"], rows)
+    return "\n\n".join([heading, table, *_notes(of_setting)])
+
+
+def _notes(of_setting: list[Step]) -> list[str]:
+    """Why something is not available, and where the model is known not to fit: at most a line."""
+    missing = [(step, step.status) for step in of_setting if step.mark == "n/a"]
+    misfits = [(step, step.model["fits"]) for step in of_setting if _misfit(step)]
+    notes = []
+    for start, reasons in (("", missing), ("† Not in the model: ", misfits)):
+        labels: dict[str, list[str]] = {}
+        for step, reason in reasons:
+            labels.setdefault(reason, []).append(style.METHODS[step.method].label)
+        if labels:
+            words = [f"{reason} ({', '.join(names)})" for reason, names in labels.items()]
+            notes.append(f"{start}{'; '.join(words)}.")
+    return [" ".join(notes)] if notes else []
+
+
+def _misfit(step: Step) -> bool:
+    return step.model is not None and step.model["fits"] is not None
+
+
+def _row(step: Step, floor: Step | None, unit: float) -> list[str]:
+    saved = None if step.bytes is None else step.bytes["saved"]
+    modelled_saved = modelled_ratio = None
+    if step.model is not None:
+        modelled_saved = step.model["saved"]
+        if floor is not None and floor.model is not None:
+            modelled_ratio = step.model["seconds"] / floor.model["seconds"]
+    return [
+        style.METHODS[step.method].label + (" †" if _misfit(step) else ""),
+        "" if step.trained is None else f"{step.trained:,} ({step.trained / step.total:.2%})",
+        _number(step.milliseconds()) or step.mark,
+        _number(step.modelled_milliseconds()),
+        "" if step.ratio is None else "{median:.3f} ({q1:.3f} to {q3:.3f})".format(**step.ratio),
+        "" if modelled_ratio is None else f"{modelled_ratio:.3f}",
+        _number(None if saved is None else saved / unit),
+        _number(None if modelled_saved is None else modelled_saved / unit),
+        _number(step.peak(unit)) or step.mark,
+        _number(step.modelled_peak(unit)),
+    ]
+
+
+def _number(value: float | None) -> str:
+    """Four digits, or all before the point."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

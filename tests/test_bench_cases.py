@@ -1,0 +1,105 @@
+"""The lists of cases, the clock, and the lines through few layers."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from toy_cases import fake_entry, toy_case
+
+from bench import cases, ceilings, extrapolation, timing
+from bench.cases import PLAIN, Case
+from bench.methods import METHODS
+from bench.shapes import TABLE
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("suite", [cases.cpu(), cases.gpu(), cases.toy()])
+def test_cases_are_unique_and_have_their_floor(suite):
+    ids = [case.id for case in suite]
+    assert len(ids) == len(set(ids))
+    assert {case.method for case in suite} <= METHODS.keys()
+    for case in suite:
+        assert (floor := case.floor()).method == "frozen" and floor.options == case.options
+
+
+def test_every_method_is_in_the_first_figure():
+    for suite in (cases.cpu(), cases.toy()):
+        assert {case.method for case in suite if case.suite == "figure5"} == METHODS.keys()
+    on_gpu = {case.method for case in cases.gpu()}
+    assert on_gpu == METHODS.keys()
+
+
+def test_ids_say_what_a_case_is():
+    options = replace(PLAIN, checkpointing=True, attention="flash")
+    shape = TABLE["llama-2-7b"].cut(2)
+    case = Case("share", shape, 4, 512, "bfloat16", "lora", options, share=0.001)
+    assert case.id == "share/llama-2-7b:2of32/4x512/bfloat16/lora+checkpointing+flash/0.10%"
+    assert case.params()["tokens"] == 2048 and case.params()["of_layers"] == 32
+
+
+@pytest.mark.parametrize("device_type, suite", [("cpu", cases.cpu()), ("cuda", cases.gpu())])
+def test_the_short_suite_is_a_part_of_the_devices_own(device_type, suite):
+    short = cases.short(device_type)
+    assert set(short) <= set(suite) and {case.method for case in short} == set(cases.CORE)
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(ValueError, match="got \\['abacus'\\]"):
+        cases.grid("figure5", TABLE["toy"], [(1, 8)], "float32", ["lora", "abacus"])
+
+
+def test_order_gives_two_methods_both_places():
+    orders = [timing.order(["a", "b"], round_) for round_ in range(4)]
+    assert sorted(orders) == [["a", "b"]] * 2 + [["b", "a"]] * 2
+
+
+def test_laps_are_the_seconds_of_each_part():
+    first, second = timing.laps([lambda: time.sleep(0.02), lambda: time.sleep(0.05)], CPU)
+    assert 0.02 <= first < second and second >= 0.05
+
+
+def test_standard_error_falls_with_the_rounds():
+    few = [0.98, 0.99, 1.0, 1.01, 1.02]
+    assert timing.standard_error(few * 4) == pytest.approx(timing.standard_error(few) / 2)
+    assert timing.standard_error([1.0] * 5) == 0.0
+
+
+@pytest.mark.parametrize(
+    "data, seconds, reached",
+    [
+        ([1.0] * 4, 99.0, False),  # too few, however long they took
+        ([1.0] * 5, 0.0, True),  # known exactly
+        ([0.5, 1.0, 1.5, 1.0, 2.0], 0.0, False),
+        ([0.5, 1.0, 1.5, 1.0, 2.0], 10.0, True),  # long enough
+        ([0.5, 1.0, 1.5, 1.0, 2.0] * 2, 0.0, True),  # often enough
+    ],
+)
+def test_precision_reached(data, seconds, reached):
+    precision = timing.Precision(error=0.01, min_rounds=5, max_rounds=10, seconds=10.0)
+    assert precision.reached(data, seconds) is reached
+
+
+def test_ceilings_are_rates(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(ceilings, "GEMM", {"cpu": 64})
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(ceilings, "seconds", lambda action, device: (action(), 0.5)[1])
+    found = ceilings.measure(CPU)
+    assert found["gemm_flops"] == {"float32": 2 * 64**3 / 0.5, "bfloat16": 2 * 64**3 / 0.5}
+    assert found["copy_bytes_per_second"] == 2 * 2**16 / 0.5
+
+
+def test_extrapolation_says_how_far_off_it_is():
+    shape = TABLE["small"]
+    entries = []
+    for layers, seconds in ((1, 0.2), (2, 0.3), (8, 1.0)):
+        entry = fake_entry(toy_case("lora", shape=shape.cut(layers)))
+        entry["stats"]["median"] = seconds
+        entries.append(entry)
+    (line,) = extrapolation.lines(entries)
+    assert "extrapolated from 1 and 2 layers to 8: step ms 900.0 (measured 1000.0: -10.0%)" in line
+    (line,) = extrapolation.lines(entries[:2])
+    assert "step ms 900.0 (not measured)" in line
+    assert list(extrapolation.lines(entries[1:])) == []

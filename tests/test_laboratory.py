@@ -1,0 +1,363 @@
+"""The laboratory at toy size: what it measures, what it must catch, and how it is stopped."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from toy_cases import CEILINGS, fake_entry, measure_at_once, toy_case
+
+from bench import cases, ceilings, compare, laboratory, measure, timing
+from bench.cases import PLAIN
+from bench.methods import METHODS, Unavailable
+from bench.methods.adapters import LoRA
+from bench.record import Record
+from bench.shapes import TABLE
+from s2kernels import reference
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Toy operations are too small to share: threads of a busy machine only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _known_ceilings(monkeypatch):
+    monkeypatch.setattr(ceilings, "measure", lambda device: CEILINGS)
+
+
+def setup(rounds: int = 2) -> measure.Setup:
+    precision = timing.Precision(error=1.0, min_rounds=rounds, max_rounds=rounds)
+    return measure.Setup(CPU, precision, CEILINGS)
+
+
+def run_main(folder, *arguments: str) -> int:
+    return laboratory.main(
+        ["--device", "cpu", "--suite", "toy", "--results", str(folder), *arguments]
+    )
+
+
+def written(folder) -> dict[str, dict]:
+    """Entries of the file by the id of their case; none where there is no file."""
+    path = folder / "cpu" / "steps.json"
+    entries = json.loads(path.read_text())["benchmarks"] if path.is_file() else []
+    return {entry["name"]: entry for entry in entries}
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("method", ["lora", "s2ft_inplace"])
+def test_entry_of_a_method(method):
+    case = toy_case(method)
+    entry = measure.measure(case, setup(3))
+    extra, sizes = entry["extra_info"], entry["extra_info"]["bytes"]
+    assert (entry["group"], entry["name"]) == ("figure5", f"figure5/toy/2x8/float32/{method}")
+    assert entry["params"]["tokens"] == 16 and entry["params"]["options"]["attention"] == "sdpa"
+    assert extra["status"] == "measured" and extra["paired"] is True
+    assert entry["stats"]["rounds"] == len(extra["ratio_to_floor"]["data"]) == 3
+    assert extra["tokens_per_second"] == pytest.approx(16 / entry["stats"]["median"])
+    assert set(extra["seconds"]) == {"forward", "backward", "optimizer", "periodic"}
+    assert extra["seconds"]["periodic"] == 0 < min(extra["seconds"][p] for p in measure.PARTS)
+    assert sum(extra["seconds"].values()) < 2 * entry["stats"]["max"]
+
+    weights = TABLE["toy"].parameters() * 4
+    assert sizes["gradients"] == extra["trained_parameters"] * 4
+    assert 2 * sizes["gradients"] <= sizes["optimizer"] < 2 * sizes["gradients"] + 200
+    assert weights + sizes["gradients"] <= sizes["weights"] < 1.3 * weights + sizes["gradients"]
+    held = sizes["weights"] + sizes["optimizer"] + max(sizes["saved"], sizes["gradients"])
+    assert sizes["peak"] == held + sizes["temporaries"] and sizes["temporaries"] >= 0
+    # The first step has no states while the activations are alive.
+    assert sizes["peak"] - sizes["optimizer"] <= sizes["first_step_peak"] <= sizes["peak"]
+    assert sizes["unseen"] == 0 and extra["launches"] is None
+    assert extra["model"]["saved"] == sizes["saved"]
+    assert extra["ops"] > 100
+
+
+def test_the_floor_beside_itself_trains_nothing():
+    extra = measure.measure(toy_case("frozen"), setup())["extra_info"]
+    assert extra["trained_parameters"] == 0
+    assert extra["bytes"]["gradients"] == extra["bytes"]["optimizer"] == 0
+    assert extra["bytes"]["weights"] == TABLE["toy"].parameters() * 4 + 64  # rotary frequencies
+    assert extra["paired"] is True
+
+
+def test_more_layers_keep_more_and_checkpoints_less():
+    def saved(case):
+        return measure.count(case, budget(case), CPU)["bytes"]["saved"]
+
+    whole = toy_case("s2ft_inplace")
+    cut = replace(whole, shape=whole.shape.cut(1))
+    assert saved(cut) < saved(whole)
+    assert saved(replace(whole, options=cases.CHECKPOINTING)) < saved(whole)
+    assert saved(replace(whole, options=cases.FULL_DEPTH)) > saved(whole)
+
+
+def budget(case):
+    return measure.comparable(case.shape.config(case.length), share=case.share)
+
+
+def test_periodic_work_is_a_share_of_every_step(monkeypatch):
+    class Pauses(LoRA):
+        period = 4
+        due = False
+
+        def make_due(self):
+            self.due = True
+
+        def update(self):
+            super().update()
+            if self.due:
+                time.sleep(0.4)
+            self.due = False
+
+    monkeypatch.setitem(METHODS, "lora", Pauses)
+    (run,) = measure.time_rounds([toy_case("lora")], budget(toy_case("lora")), setup())
+    assert 0.09 < run.parts["periodic"] < 0.2
+    assert min(run.seconds) > run.parts["periodic"]
+
+
+# What must be caught
+
+
+class WithoutUpdate(LoRA):
+    def update(self):
+        pass
+
+
+class WithoutB(LoRA):
+    def make_optimizer(self, lr):
+        a = [p for name, p in self.named_trained() if "lora_A" in name]
+        return torch.optim.AdamW(a, lr=lr)
+
+
+class WithoutParameters(LoRA):
+    def attach(self, model):
+        return super().attach(model).requires_grad_(False)
+
+    def make_optimizer(self, lr):
+        return None
+
+
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        (WithoutUpdate, "lora trains 0 of its 28 parameters"),
+        (WithoutB, "lora trains 14 of its 28 parameters"),
+        (WithoutParameters, "lora trains nothing"),
+    ],
+)
+def test_a_method_that_does_not_train_is_caught(tmp_path, monkeypatch, capsys, method, words):
+    monkeypatch.setitem(METHODS, "lora", method)
+    assert run_main(tmp_path, "--only", "tokens/toy/1x8/float32/lora") == 1
+    (entry,) = written(tmp_path).values()
+    assert words in entry["extra_info"]["status"] and entry["stats"] is None
+    assert words in capsys.readouterr().err
+
+
+SLICES = "share/toy/2x8/float32/s2ft_inplace/1.00%"  # a few of the channels
+
+
+def test_a_leaked_full_activation_is_caught(tmp_path, monkeypatch, capsys):
+    """The trap of the method: the slice of x saved as a view, which pins all of x."""
+    assert run_main(tmp_path / "before", "--only", SLICES) == 0
+    assert "expected" not in capsys.readouterr().out
+    monkeypatch.setattr("s2kernels.autograd.linear.take", lambda x, where: x[:, where])
+    run_main(tmp_path / "after", "--only", SLICES)
+    # 16 tokens; the channels of the FFN in both layers, and of attention where a head is trained
+    sizes = [
+        written(tmp_path / when)[SLICES]["extra_info"]["bytes"]["saved"]
+        for when in ("before", "after")
+    ]
+    assert sizes[1] - sizes[0] > 16 * 2 * 100 * 4
+    assert f"keeps {sizes[1]:,} bytes, {sizes[0]:,} expected" in capsys.readouterr().out
+    assert compare.main(files(tmp_path)) == 1
+    assert f"LOSS  {SLICES}: saved" in capsys.readouterr().out
+
+
+def test_a_slowed_kernel_is_caught(tmp_path, monkeypatch, capsys):
+    # Rounds enough for quartiles that a busy machine does not move.
+    precision = timing.Precision(error=1.0, min_rounds=9, max_rounds=9)
+    monkeypatch.setitem(laboratory.PRECISION, "toy", precision)
+    assert run_main(tmp_path / "before", "--only", SLICES) == 0
+    quick = reference.slice_grad
+
+    def slow(*arguments, **named):
+        time.sleep(0.02)
+        return quick(*arguments, **named)
+
+    monkeypatch.setattr(reference, "slice_grad", slow)
+    assert run_main(tmp_path / "after", "--only", SLICES) == 0
+    assert compare.main(files(tmp_path)) == 1
+    assert f"LOSS  {SLICES}: step / floor" in capsys.readouterr().out
+
+
+def files(folder) -> list[str]:
+    names = (str(folder / when / "cpu" / "steps.json") for when in ("before", "after"))
+    return [
+        word for pair in zip(("--reference", "--candidate"), names, strict=True) for word in pair
+    ]
+
+
+# Running out of memory
+
+
+def test_out_of_memory_is_a_result(monkeypatch):
+    def count(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(measure, "count", count)
+    entry = measure.measure(toy_case("full"), setup())
+    assert entry["stats"] is None and entry["extra_info"]["status"] == "out of memory"
+    assert entry["extra_info"]["model"]["peak"] > 0
+
+
+def test_two_models_that_do_not_fit_are_timed_apart(monkeypatch):
+    alone, rounds = [], measure.time_rounds
+
+    def time_rounds(chosen, *others):
+        if len(chosen) > 1:
+            raise torch.OutOfMemoryError("no room for two")
+        alone.append(chosen[0].method)
+        return rounds(chosen, *others)
+
+    monkeypatch.setattr(measure, "time_rounds", time_rounds)
+    shared = setup()
+    entries = [measure.measure(toy_case(name), shared) for name in ("lora", "full")]
+    assert alone == ["frozen", "lora", "full"]  # the floor once in a process
+    (floor,) = shared.floors.values()
+    for entry in entries:
+        extra = entry["extra_info"]
+        assert extra["status"] == "measured" and extra["paired"] is False
+        expected = entry["stats"]["median"] / timing.quartiles(floor)["median"]
+        assert extra["ratio_to_floor"]["median"] == pytest.approx(expected)
+
+
+def test_an_allocation_beyond_free_memory_is_out_of_memory(monkeypatch):
+    used = laboratory._kilobytes
+
+    def free(path, name):
+        return 64 * 1024 if name == "MemAvailable" else used(path, name)
+
+    monkeypatch.setattr(laboratory, "_kilobytes", free)
+    with laboratory.within_free_memory(CPU), pytest.raises(RuntimeError) as error:
+        torch.ones(2**30)
+    assert measure.out_of_memory(error.value)
+    assert not measure.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert torch.ones(2**26).sum() == 2**26  # the limit is gone
+
+
+# Stopping and going on
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    return measure_at_once(monkeypatch)
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, quick):
+    listed = [case.id for case in cases.toy() if "tokens" in case.id or "share" in case.id]
+    measured = measure.measure
+
+    def stopped(case, setup):
+        if len(quick) == 2:
+            raise KeyboardInterrupt
+        return measured(case, setup)
+
+    monkeypatch.setattr(measure, "measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(tmp_path)
+    first = [case.id for case in cases.toy()][:2]
+    assert list(written(tmp_path)) == quick == first
+
+    monkeypatch.setattr(measure, "measure", measured)
+    assert run_main(tmp_path, "--only", "tokens") == run_main(tmp_path, "--only", "share") == 0
+    assert quick == first + listed and list(written(tmp_path)) == quick
+    assert run_main(tmp_path) == 0 and len(quick) == len(set(quick)) == len(cases.toy())
+    assert run_main(tmp_path, "--again", "--only", "share/toy/2x8/float32/frozen") == 0
+    assert quick[-1] == "share/toy/2x8/float32/frozen" and len(quick) == len(cases.toy()) + 1
+
+
+def test_a_case_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys, quick):
+    measured, bad = measure.measure, "tokens/toy/1x8/float32/s2ft_inplace"
+
+    def fails(case, setup):
+        if case.id == bad:
+            raise ZeroDivisionError("of this case")
+        return measured(case, setup)
+
+    monkeypatch.setattr(measure, "measure", fails)
+    assert run_main(tmp_path, "--only", "tokens") == 1
+    status = written(tmp_path)[bad]["extra_info"]["status"]
+    assert status == "failed: ZeroDivisionError: of this case" and len(quick) == 1
+    assert "of this case" in capsys.readouterr().err
+
+    monkeypatch.setattr(measure, "measure", measured)
+    assert run_main(tmp_path) == 0 and quick[-1] == bad  # once more, after all the new ones
+    assert written(tmp_path)[bad]["extra_info"]["status"] == "measured"
+
+
+def test_unavailable_says_why(tmp_path, monkeypatch, capsys):
+    def check(device, options):
+        raise Unavailable("nowhere-torch is not installed")
+
+    monkeypatch.setattr(METHODS["lora"], "check", check)
+    assert run_main(tmp_path, "--only", "tokens/toy/1x8/float32/lora") == 0
+    (entry,) = written(tmp_path).values()
+    assert entry["extra_info"]["status"] == "unavailable: nowhere-torch is not installed"
+    assert "unavailable" in capsys.readouterr().out
+
+
+def test_a_budget_leaves_out_what_does_not_fit(tmp_path, monkeypatch, capsys, quick):
+    seconds = {"lora": 100.0, "s2ft_inplace": 1.0}
+    monkeypatch.setattr(laboratory.Estimate, "seconds", lambda self, case: seconds[case.method])
+    assert run_main(tmp_path, "--only", "tokens", "--budget-s", "60") == 0
+    assert quick == ["tokens/toy/1x8/float32/s2ft_inplace"]
+    assert "1 cases did not fit" in capsys.readouterr().out
+
+
+def test_estimates_follow_what_cases_took():
+    clock = laboratory.Estimate(setup())
+    small, large = (
+        toy_case("lora"),
+        replace(toy_case("full"), shape=TABLE["llama-2-7b"], length=512),
+    )
+    assert clock.seconds(large) > 10 * clock.seconds(small)
+    before = clock.seconds(large)
+    clock.took(small, 3 * clock.seconds(small))
+    assert clock.seconds(large) == pytest.approx(3 * before)
+    compiled = replace(large, options=replace(PLAIN, compile=True))
+    assert clock.seconds(compiled) - clock.seconds(large) == pytest.approx(3 * clock.compilation)
+    assert clock.seconds(replace(small, method="galore")) > clock.seconds(small)
+
+
+def test_results_of_another_machine_are_not_mixed_in(tmp_path, capsys):
+    record = Record(tmp_path / "steps.json", CPU, {})
+    record.add(fake_entry(toy_case("lora")))
+    assert len(Record(record.path, CPU, {"ceilings": 1}).entries) == 1
+    document = json.loads(record.path.read_text())
+    document["machine_info"]["torch"] = "1.0"
+    record.path.write_text(json.dumps(document))
+    assert Record(record.path, CPU, {}).entries == {}
+    assert "another machine or of other versions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--suite", "toy"], "--results is wanted"),
+        (["--suite", "cpu", "--budget-s", "0"], "--budget-s must be above 0"),
+        (["--suite", "abacus"], "invalid choice"),
+    ],
+)
+def test_main_rejects_bad_arguments(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        laboratory.main(arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err

@@ -1,0 +1,252 @@
+"""Bars, lines and marks are where the numbers of the results are."""
+
+import copy
+import dataclasses
+
+import pytest
+import synthetic_results as synthetic
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from plots import extrapolation, figure5, kernels, options, paper, peak, share, steps, style, tokens
+
+LABELS = {look.label: name for name, look in style.METHODS.items()}
+
+
+def panels(fig: Figure) -> list[Axes]:
+    return [axes for axes in fig.axes if axes.axison]
+
+
+def rows(axes: Axes) -> list[str]:
+    return [LABELS[label.get_text()] for label in axes.get_yticklabels()]
+
+
+def bars(axes: Axes) -> dict[float, float]:
+    """Where the last bar at each place ends, by the place of its middle."""
+    return {
+        round(bar.get_y() + bar.get_height() / 2, 6): bar.get_x() + bar.get_width()
+        for bar in axes.patches
+    }
+
+
+def diamonds(axes: Axes) -> list[float]:
+    return [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
+
+
+def written(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def line(axes: Axes, label: str) -> list[tuple[float, float]]:
+    found = next(line for line in axes.lines if line.get_label() == label)
+    return list(zip(found.get_xdata(), found.get_ydata(), strict=True))
+
+
+def by_method(fig: Figure) -> dict[str, Axes]:
+    return {LABELS[axes.get_title()]: axes for axes in panels(fig)}
+
+
+@pytest.fixture(scope="module")
+def cpu() -> dict:
+    return synthetic.cpu_steps()
+
+
+@pytest.fixture(scope="module")
+def gpu() -> dict:
+    return synthetic.gpu_steps()
+
+
+def of(document: dict, suite: str, shape: str) -> list[steps.Step]:
+    return [step for step in steps.read(document, suite) if step.shape == shape]
+
+
+def test_the_bars_of_figure5_are_times_and_peaks(gpu):
+    fig = figure5.figure(of(gpu, "figure5", "llama-2-13b"))
+    sizes = [(512, 1), (1024, 1), (1024, 2)]
+    assert len(panels(fig)) == 2 * len(sizes)
+    for (length, batch), time, memory in zip(sizes, fig.axes[::2], fig.axes[1::2], strict=True):
+        assert time.get_title(loc="left") == f"llama-2-13b, length {length:,}, batch {batch}"
+        assert rows(time) == list(synthetic.METHODS) == list(style.METHODS)
+        size = {"shape": "llama-2-13b", "length": length, "batch": batch, "dtype": "bfloat16"}
+        for place, name in enumerate(rows(time)):
+            extra = synthetic.step("figure5", name, **size)["extra_info"]
+            median = synthetic.step("figure5", name, **size)["stats"]["median"]
+            if name == "full" or (name == "dora" and length * batch == 2048):
+                assert place not in bars(time) and place not in bars(memory)
+                continue
+            assert bars(time)[place] == pytest.approx(median * 1e3)
+            assert bars(memory)[place] == pytest.approx(extra["bytes"]["peak"] / 2**30)
+            assert any(x == pytest.approx(median * 800) for x in diamonds(time))
+            assert any(x == pytest.approx(extra["model"]["peak"] / 2**30) for x in diamonds(memory))
+        missing = 2 if length * batch == 2048 else 1
+        for axes in (time, memory):
+            assert sum(text.startswith("OOM  (modelled: ") for text in written(axes)) == missing
+            assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] >= max(bars(axes).values())
+
+
+def test_quartiles_and_ratio_are_those_of_the_results(cpu):
+    axes = figure5.figure(of(cpu, "figure5", "small")).axes[0]
+    median = synthetic.step("figure5", "lora")["stats"]["median"] * 1e3
+    [whisker] = axes.containers[2 * rows(axes).index("lora") + 1].lines[2]
+    (low, _), (high, _) = whisker.get_segments()[0]
+    assert (low, high) == pytest.approx((median * 0.98, median * 1.03))
+    assert any(text.endswith("(1.15)") for text in written(axes))
+    assert any(text.startswith("n/a") for text in written(axes))
+
+
+def test_parts_add_up_to_the_peak(cpu):
+    fig = peak.figure(of(cpu, "figure5", "small"))
+    axes = fig.axes[0]
+    for place, name in enumerate(rows(axes)):
+        if name == "galore":
+            continue
+        extra = synthetic.step("figure5", name)["extra_info"]
+        assert bars(axes)[place] == pytest.approx(extra["bytes"]["peak"] / 2**20)
+        first = extra["bytes"]["first_step_peak"] / 2**20
+        ticks = [(float(t.get_xdata()[0]), t.get_ydata()[0]) for t in axes.lines]
+        assert any(tick == pytest.approx((first, place)) for tick in ticks)
+    sizes = synthetic.step("figure5", "full")["extra_info"]["bytes"]
+    assert list(peak.parts(sizes)) == ["weights", "optimizer", "gradients", "temporaries"]
+    assert list(peak.parts({**sizes, "gradients": 1})) == [
+        *("weights", "optimizer", "saved", "temporaries")
+    ]
+    assert peak.parts({**sizes, "saved": None})["gradients"] == sizes["gradients"]
+
+
+def test_lines_over_tokens_and_what_the_paper_printed(gpu):
+    found = of(gpu, "tokens", "llama-2-7b")
+    time, memory = by_method(tokens.time(found)), by_method(tokens.memory(found))
+    assert list(time) == [name for name in synthetic.METHODS if name != "frozen"]
+    step = synthetic.step("tokens", "lora", shape="llama-2-7b", length=512, dtype="bfloat16")
+    seconds = step["stats"]["median"]
+    assert line(time["lora"], "measured")[1] == pytest.approx((512, seconds / 512 * 1e6))
+    modelled = line(time["lora"], "modelled (roofline)")[1]
+    assert modelled == pytest.approx((512, 0.8 * seconds / 512 * 1e6))
+    floor = line(time["lora"], "frozen floor, measured")[1][1]
+    assert floor == pytest.approx(seconds / 1.15 / 512 * 1e6)
+    size = step["extra_info"]["bytes"]["peak"] / 2**30
+    assert line(memory["lora"], "measured")[1] == pytest.approx((512, size))
+    printed = line(time["s2ft_inplace"], paper.MACHINE)
+    assert printed[0] == pytest.approx((512, 118e-3 / 512 * 1e6)) and len(printed) == 4
+    assert line(memory["full"], paper.MACHINE)[-1] == pytest.approx((2048, 54e9 / 2**30))
+    assert line(time["spiel"], paper.MACHINE) == []
+    for axes in (time["lora"], memory["full"]):
+        values = [y for drawn in axes.lines for y in drawn.get_ydata()]
+        assert axes.get_ylim()[0] <= min(values) and max(values) <= axes.get_ylim()[1]
+
+
+def test_tokens_mark_what_did_not_fit(gpu):
+    axes = by_method(tokens.memory(of(gpu, "tokens", "llama-2-13b")))
+    assert written(axes["full"]) == ["OOM"] * 5 and line(axes["full"], "measured") == []
+    assert written(axes["dora"]) == ["OOM"] * 2 and len(line(axes["dora"], "measured")) == 3
+    assert [text.xy[0] for text in axes["dora"].texts] == [2048, 8192]
+    assert len(line(axes["dora"], "modelled (roofline)")) == 3
+
+
+def test_the_paper_has_what_it_printed():
+    assert paper.series("llama-2-7b", "lora")[0] == (512, 0.138, 20e9)
+    assert paper.series("llama-2-13b", "galore")[-1] == (2048, 1.763, 70e9)
+    assert paper.series("llama-2-13b", "full") == paper.series("small", "lora") == []
+    assert [tokens for tokens, *_ in paper.series("llama-2-13b", "dora")] == [512, 1024, 1024]
+
+
+def test_lines_over_the_share_trained(cpu):
+    others = steps.references(cpu)
+    found = of(cpu, "share", "small")
+    time, memory = by_method(share.time(found, others)), by_method(share.memory(found, others))
+    assert list(time) == ["lora", "s2ft_inplace"]
+    ratios = [1.15 * 1.003, 1.15 * 1.03, 1.15 * 1.3]
+    assert [y for _, y in line(time["lora"], "measured")] == pytest.approx(ratios)
+    shares = [x for x, _ in line(time["lora"], "measured, checkpointing")]
+    assert shares == pytest.approx([0.1, 1, 10])
+    assert {y for _, y in line(time["lora"], "frozen floor, measured")} == {1.0}
+    # The floor is modelled at the usual depth; of checkpointing there is no floor, so no diamond.
+    assert [y for _, y in line(time["lora"], "modelled (roofline)")] == pytest.approx(ratios)
+    floor = synthetic.step("figure5", "frozen")["extra_info"]["bytes"]["peak"] / 2**20
+    assert line(memory["lora"], "frozen floor, measured")[0][1] == pytest.approx(floor)
+
+
+def test_options_stand_beside_the_same_steps_without_them(cpu, tmp_path):
+    found = of(cpu, "checkpointing", "small")
+    others = steps.references(cpu)
+    plain = [others[(step.size, "", step.method)] for step in found]
+    fig = options.figure(plain + found)
+    height = 0.42
+    for place, name in enumerate(rows(fig.axes[0])):
+        for lane, on in enumerate((False, True)):
+            step = synthetic.step("figure5", name, batch=2, checkpointing=on)
+            middle = round(place - 0.42 + (lane + 0.5) * height, 6)
+            assert bars(fig.axes[0])[middle] == pytest.approx(step["stats"]["median"] * 1e3)
+            size = step["extra_info"]["bytes"]["peak"] / 2**20
+            assert bars(fig.axes[1])[middle] == pytest.approx(size)
+    many = [dataclasses.replace(step, options=str(i)) for i, step in enumerate(found * 2)]
+    with pytest.raises(ValueError, match="tell 6 options apart"):
+        options.figure(many)
+
+
+def test_two_cuts_are_extrapolated_to_all_layers():
+    entries = [synthetic.step("extrapolation", "full", layers=n) for n in (1, 2, 4, 8)]
+    entries[2]["stats"]["median"] *= 2  # no straight line, so that the cuts taken are seen
+    one, two, four, whole = (entry["stats"]["median"] * 1e3 for entry in entries)
+    found = steps.read(synthetic.document(entries), "extrapolation")
+    axes = by_method(extrapolation.time(found))["full"]
+    assert line(axes, "measured") == [(1, one), (2, two), (4, four), (8, whole)]
+    [end] = line(axes, "extrapolated from two cuts")
+    assert end == pytest.approx((8, one + 7 * (two - one)))
+
+
+def test_the_share_of_the_ceiling():
+    document = synthetic.ops(synthetic.GPU, ["a M=1", "b M=2"], ["torch", "triton"])
+    fig = kernels.figure(document)
+    assert [axes.get_title(loc="left") for axes in panels(fig)] == ["a M=1", "b M=2"]
+    for axes in panels(fig):
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["linear", "swiglu"]
+        assert sorted(bars(axes).items()) == [
+            (-0.19, pytest.approx(50)),
+            (0.19, pytest.approx(80)),
+            (0.81, pytest.approx(50)),
+            (1.19, pytest.approx(80)),
+        ]
+        assert written(axes) == ["50% GEMM", "80% GEMM", "50% copy", "80% copy"]
+
+
+def test_without_ceilings_there_is_no_figure_of_kernels(tmp_path):
+    document = synthetic.ops(synthetic.CPU, ["small M=256"], ["torch"])
+    del document["machine_info"]["ceilings"]
+    assert kernels.draw(document, tmp_path) == [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": {"method": "magic"}}, "got \\['magic'\\]"),
+        ({"extra_info": {"status": "tired"}}, "got 'tired'"),
+        ({}, "must have each case once"),
+    ],
+)
+def test_results_that_cannot_be_drawn_are_refused(change, message):
+    entry = synthetic.step("figure5", "lora")
+    wrong = copy.deepcopy(entry)
+    for part, values in change.items():
+        wrong[part].update(values)
+    with pytest.raises(ValueError, match=message):
+        steps.read(synthetic.document([entry, wrong]), "figure5")
+
+
+def test_a_document_without_a_suite_draws_nothing(tmp_path):
+    document = synthetic.document([])
+    for figure in (figure5, peak, tokens, share, options, extrapolation):
+        assert figure.draw(document, tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_depth_is_not_extrapolated(tmp_path):
+    document = synthetic.document([synthetic.step("extrapolation", "lora", layers=1)])
+    assert extrapolation.draw(document, tmp_path) == []
+
+
+def test_more_options_than_can_be_told_apart_are_refused(cpu):
+    found = of(cpu, "share", "small")
+    many = [dataclasses.replace(step, options=str(place)) for place, step in enumerate(found)]
+    with pytest.raises(ValueError, match="shorter"):
+        share.time(many, {})
