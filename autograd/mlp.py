@@ -158,10 +158,14 @@ class S2MLPFunction(torch.autograd.Function):
 
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_dh:
-                dh = ops.linear_dx(dy, down_weight.to(dy.dtype))
+                rebuilt = where if needs_down else None
+                weight = down_weight.to(dy.dtype)
                 if additive and down_delta is not None:
+                    dh = ops.linear_dx(dy, weight)
                     ops.slice_linear_dx_(dh, dy, down_delta, where, "in")
-                dgate, dup, h_slice = ops.swiglu_bwd(dh, gate, up, where if needs_down else None)
+                    dgate, dup, h_slice = ops.swiglu_bwd(dh, gate, up, rebuilt)
+                else:
+                    dgate, dup, h_slice = ops.linear_dx_swiglu_bwd(dy, weight, gate, up, rebuilt)
             elif needs_down:
                 h_slice = ops.swiglu(take(gate, where), take(up, where))
             if needs_down:

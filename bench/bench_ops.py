@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s2kernels import backend
+from s2kernels.plan import index_dtype
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Operands:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         torch.manual_seed(0)
         self.index = torch.randperm(shape.k)[: shape.r].sort().values.to(device, torch.int32)
+        # as many entries as LoRA of rank 16 has parameters
+        size, k = shape.n * shape.k, 16 * (shape.n + shape.k)
+        self.entries = torch.randperm(size)[:k].sort().values.to(device, index_dtype((size, 1)))
 
     def randn(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(*sizes, device=self.device, dtype=dtype or self.dtype)
@@ -99,6 +103,49 @@ def slice_linear_dx_(ops, o, s):
     return lambda: ops.slice_linear_dx_(dx, dy, delta, o.index, "in"), size, 2 * s.m * s.n * s.r
 
 
+def sparse_write(ops, o, s):
+    """32 layers by one call; a sector of 32 bytes of the weight is read and written an entry."""
+    weights = [o.randn(s.n, s.k) for _ in range(32)]
+    bases = [weight.view(-1)[o.entries.long()] for weight in weights]
+    deltas = [o.randn(len(o.entries), dtype=torch.float32) for _ in range(32)]
+    arguments = weights, bases, deltas, [o.entries] * 32
+    size = 32 * len(o.entries) * (o.dtype.itemsize + 4 + 4 + 2 * 32)
+    return lambda: ops.sparse_write(*arguments), size, 32 * len(o.entries)
+
+
+def sparse_grad(ops, o, s):
+    """Of all N K sums, which is what tensor cores compute; the entries need a share of them."""
+    dy, x, plan = o.randn(s.m, s.n), o.randn(s.m, s.k), ops.tile_plan(o.entries, (s.n, s.k))
+    size = s.m * (s.n + s.k) * o.dtype.itemsize + 12 * len(o.entries)
+    return lambda: ops.sparse_grad(dy, x, o.entries, plan), size, 2 * s.m * s.n * s.k
+
+
+def dense_grad(ops, o, s):
+    """The gradient of the whole weight by the GEMM of torch: the peer of sparse_grad."""
+    dy, x = o.randn(s.m, s.n), o.randn(s.m, s.k)
+    size = (s.m * (s.n + s.k) + s.n * s.k) * o.dtype.itemsize
+    return lambda: dy.t() @ x, size, 2 * s.m * s.n * s.k
+
+
+def growth_candidates(ops, o, s):
+    dy, x, k = o.randn(s.m, s.n), o.randn(s.m, s.k), len(o.entries)
+    size = s.m * (s.n + s.k) * o.dtype.itemsize + 4 * k
+    return lambda: ops.growth_candidates(dy, x, k), size, 2 * s.m * s.n * s.k
+
+
+def sm3_update(ops, o, s):
+    row, col = o.randn(s.n, dtype=torch.float32).abs(), o.randn(s.k, dtype=torch.float32).abs()
+    grad, k = o.randn(len(o.entries), dtype=torch.float32), len(o.entries)
+    return lambda: ops.sm3_update(row, col, o.entries, grad), 12 * k + 8 * (s.n + s.k), 4 * k
+
+
+def sm3_growth(ops, o, s):
+    row, col = o.randn(s.n, dtype=torch.float32).abs(), o.randn(s.k, dtype=torch.float32).abs()
+    k = len(o.entries)
+    size = 4 * (s.n + s.k) + 8 * k
+    return lambda: ops.sm3_growth(row, col, o.entries, k), size, s.n * s.k
+
+
 OPS = (
     linear,
     linear_dx,
@@ -108,6 +155,12 @@ OPS = (
     slice_write,
     slice_linear_,
     slice_linear_dx_,
+    sparse_write,
+    sparse_grad,
+    dense_grad,
+    growth_candidates,
+    sm3_update,
+    sm3_growth,
 )
 
 

@@ -11,10 +11,11 @@ from s2kernels import reference
 def select(x: Tensor, impl: str | None = None) -> ModuleType | SimpleNamespace:
     """The ops for tensors like x, as a namespace with the names of `s2kernels.reference`.
 
-    impl=None: on CUDA the Triton kernels, but cuBLAS (through torch) for the two dense GEMMs, where
-    it is the faster one until a measurement says otherwise; plain torch on every other device, and
-    for fp64, which the kernels do not have. Under torch.compile slice_write is torch's, too: that
-    of the kernels needs addresses, which a traced graph does not have.
+    impl=None: on CUDA the Triton kernels, but cuBLAS (through torch) for the two dense GEMMs, save
+    where Triton was measured to be faster on this device at this shape (`kernels.tuned.FASTER`);
+    plain torch on every other device, and for fp64, which the kernels do not have. Under
+    torch.compile slice_write and sparse_write are torch's, too: those of the kernels need
+    addresses, which a traced graph does not have.
     impl="triton" or "torch": all ops from that one, whatever the device. It never falls back.
 
     Raises ValueError for any other impl.
@@ -28,13 +29,66 @@ def select(x: Tensor, impl: str | None = None) -> ModuleType | SimpleNamespace:
 
     if impl == "triton":
         return kernels
+    writing = reference if torch.compiler.is_compiling() else kernels
     return SimpleNamespace(
-        linear=reference.linear,
-        linear_dx=reference.linear_dx,
+        linear=_linear,
+        linear_dx=_linear_dx,
+        linear_plus_slice=_linear_plus_slice,
+        linear_dx_plus_slice=_linear_dx_plus_slice,
+        linear_dx_swiglu_bwd=_linear_dx_swiglu_bwd,
         slice_grad=kernels.slice_grad,
         swiglu=kernels.swiglu,
         swiglu_bwd=kernels.swiglu_bwd,
-        slice_write=(reference if torch.compiler.is_compiling() else kernels).slice_write,
+        slice_write=writing.slice_write,
         slice_linear_=kernels.slice_linear_,
         slice_linear_dx_=kernels.slice_linear_dx_,
+        sparse_write=writing.sparse_write,
+        tile_plan=kernels.tile_plan,
+        sparse_grad=kernels.sparse_grad,
+        growth_candidates=kernels.growth_candidates,
+        sm3_update=kernels.sm3_update,
+        sm3_growth=kernels.sm3_growth,
     )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _faster("linear", x, weight).linear(x, weight, bias)
+
+
+def _linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    return _faster("linear_dx", dy, weight).linear_dx(dy, weight)
+
+
+def _linear_plus_slice(
+    x: Tensor, weight: Tensor, bias: Tensor | None, x_slice: Tensor, delta: Tensor
+) -> Tensor:
+    ops = _faster("linear_plus_slice", x, weight)
+    return ops.linear_plus_slice(x, weight, bias, x_slice, delta)
+
+
+def _linear_dx_plus_slice(dy: Tensor, weight: Tensor, dy_slice: Tensor, delta: Tensor) -> Tensor:
+    ops = _faster("linear_dx_plus_slice", dy, weight)
+    return ops.linear_dx_plus_slice(dy, weight, dy_slice, delta)
+
+
+def _linear_dx_swiglu_bwd(
+    dy: Tensor, weight: Tensor, gate: Tensor, up: Tensor, index: Tensor | slice | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In one launch where that was measured to be faster; else the dense product, then SwiGLU's."""
+    from s2kernels import kernels
+
+    if _faster("linear_dx_swiglu_bwd", dy, weight) is kernels:
+        return kernels.linear_dx_swiglu_bwd(dy, weight, gate, up, index)
+    return kernels.swiglu_bwd(_linear_dx(dy, weight), gate, up, index)
+
+
+def _faster(op: str, x: Tensor, weight: Tensor) -> ModuleType:
+    """Torch, unless Triton was measured to be faster; under torch.compile, which has its own choice
+    of GEMMs, always torch.
+    """
+    if torch.compiler.is_compiling():
+        return reference
+    from s2kernels import kernels
+    from s2kernels.kernels.target import measured_faster
+
+    return kernels if measured_faster(op, x, weight) else reference

@@ -12,6 +12,8 @@ arranges for. Where an op says `index=None`, the operand that would be gathered 
 compact (M, R) slice. Activations and weights of one call share a dtype; deltas have their own, fp32
 by default. Accumulation is in fp32, or fp64 for fp64 operands.
 
+The ops of scattered entries are those of s2kernels.sparse, under the same names here.
+
 `s2kernels.kernels` holds the same names and signatures in Triton. Neither checks its arguments: the
 public functions of s2kernels.autograd do.
 """
@@ -21,6 +23,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from s2kernels.plan import tile_plan as tile_plan
+from s2kernels.sparse import growth_candidates as growth_candidates
+from s2kernels.sparse import sm3_growth as sm3_growth
+from s2kernels.sparse import sm3_update as sm3_update
+from s2kernels.sparse import sparse_grad as sparse_grad
+from s2kernels.sparse import sparse_write as sparse_write
 
 Index = Tensor | slice
 
@@ -93,6 +102,16 @@ def swiglu_bwd(
     return dgate, dup, h_slice
 
 
+def linear_dx_swiglu_bwd(
+    dy: Tensor, weight: Tensor, gate: Tensor, up: Tensor, index: Index | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """swiglu_bwd of dh = dy W: dgate, dup (M, K), h[:, index] (M, R), or None for index=None.
+
+    dy (M, N), weight (N, K) of down_proj, gate, up (M, K).
+    """
+    return swiglu_bwd(linear_dx(dy, weight), gate, up, index)
+
+
 def slice_write(
     weights: Sequence[Tensor],
     base_slices: Sequence[Tensor],
@@ -150,6 +169,24 @@ def slice_linear_dx_(dx: Tensor, dy: Tensor, delta: Tensor, index: Index, dim: s
     if dim == "out":
         return dx.addmm_(take(dy, index), delta)
     return _add_at(dx, dy, delta, index)
+
+
+def linear_plus_slice(
+    x: Tensor, weight: Tensor, bias: Tensor | None, x_slice: Tensor, delta: Tensor
+) -> Tensor:
+    """y = x Wᵀ + b + x_slice deltaᵀ: `linear` and `slice_linear_` of an in-slice.
+
+    x (M, K), weight (N, K), bias (N,), x_slice = x[:, index] (M, R), delta (N, R).
+    """
+    return slice_linear_(linear(x, weight, bias), x_slice, delta, None, "in")
+
+
+def linear_dx_plus_slice(dy: Tensor, weight: Tensor, dy_slice: Tensor, delta: Tensor) -> Tensor:
+    """dx = dy W + dy_slice delta: `linear_dx` and `slice_linear_dx_` of an out-slice.
+
+    dy (M, N), weight (N, K), dy_slice = dy[:, index] (M, R), delta (R, K).
+    """
+    return linear_dx(dy, weight).addmm_(dy_slice, delta.to(dy.dtype))
 
 
 def take(x: Tensor, index: Index) -> Tensor:

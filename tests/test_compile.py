@@ -3,9 +3,10 @@
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-import compiler
 import pytest
 import torch
+
+from bench import compiler
 
 HALF = (torch.bfloat16, torch.float16)
 # fp16 shares its launch parameters with bf16 and differs by one word of the instructions: one chip.

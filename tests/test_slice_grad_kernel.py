@@ -8,6 +8,7 @@ from layouts import LAYOUTS, contiguous, make_index, transposed
 from numerics import assert_as_accurate
 
 from s2kernels import kernels, reference
+from s2kernels.kernels import target, tuned
 
 # Not the attribute of the package: that is the launcher of the same name.
 module = importlib.import_module("s2kernels.kernels.slice_grad")
@@ -112,7 +113,18 @@ def test_bit_equal_when_run_twice(split, dim, dtype, device):
 @pytest.mark.parametrize("tiles", [1, 7, 64, 132, 5000])
 @pytest.mark.parametrize("num_tokens", [0, 1, 255, 512, 5000, 8192])
 def test_split_covers_the_tokens_once(num_tokens, tiles):
-    splits, tokens = module._split(num_tokens, tiles, block=64, programs=132)
+    chosen = module._choose_splits(num_tokens, tiles, programs=132)
+    splits, tokens = module._split(num_tokens, chosen, block=64)
     assert tokens % 64 == 0
     assert splits * tokens >= num_tokens > (splits - 1) * tokens or num_tokens == 0
     assert splits == 1 or (splits * tiles <= 132 and tokens >= module.MIN_TOKENS_PER_SPLIT)
+
+
+def test_measured_launch_is_used(monkeypatch, split, dim, dtype, device):
+    """An entry of the table serves its sizes, and fewer tokens than it was measured with."""
+    launch = dict(module.launch_parameters(module.LAUNCH, dtype), SPLITS=3, BLOCK_M=16)
+    key = (target.chip(device).arch, "slice_grad", target._dtype_key(dtype))
+    monkeypatch.setitem(tuned.LAUNCH, key, {(45 if dim == "in" else 51, 9): {128: launch}})
+    _check(*_operands((96, 45, 51, 9), dim, "any", dtype, device), dim)
+    _check(*_operands((20, 45, 51, 9), dim, "any", dtype, device), dim)
+    assert split == [3, 2]

@@ -11,6 +11,9 @@ narrow tile and never one below the 64 rows that wgmma needs.
 P/128 x R/128 tiles are far fewer than the multiprocessors of a GPU, while M is long: the tokens
 are split over programs, each of which writes a partial sum in fp32, and a second kernel adds the
 partial sums in a fixed order. There are no atomics: equal inputs give bit-equal gradients.
+
+Limit: the bytes of the wide operand, M P elements read once (R up to 128), below some 200 channels;
+2 M P R FLOPs above.
 """
 
 import torch
@@ -18,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2kernels.kernels.target import launch_parameters, num_sms, on_device
+from s2kernels.kernels.target import launch_parameters, num_sms, on_device, tuned_parameters
 from s2kernels.kernels.tiles import fitted_block, grouped_tile
 
 # BLOCK_R is the largest one; fitted_block takes a smaller one for a smaller slice.
@@ -132,14 +135,18 @@ def slice_grad(
     (M, P), R = wide.shape, part.shape[1] if index is None else index.shape[0]
     shape = (P, R) if dim == "in" else (R, P)
     table = NARROW_LAUNCH if R <= NARROW else LAUNCH
-    launch = dict(launch_parameters(table, wide.dtype))
+    default = launch_parameters(table, wide.dtype)
+    launch = dict(tuned_parameters("slice_grad", wide, (P, R), M, default))
     launch["BLOCK_R"] = fitted_block(R, launch["BLOCK_R"])
+    measured_splits = launch.pop("SPLITS", None)
 
     accumulate = out is not None
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=wide.device)
     tiles = triton.cdiv(P, launch["BLOCK_P"]) * triton.cdiv(R, launch["BLOCK_R"])
-    num_splits, tokens_per_split = _split(M, tiles, launch["BLOCK_M"], num_sms(wide.device))
+    num_splits, tokens_per_split = _split(
+        M, measured_splits or _choose_splits(M, tiles, num_sms(wide.device)), launch["BLOCK_M"]
+    )
     target = out
     if num_splits > 1:
         target = torch.empty((num_splits, *shape), dtype=torch.float32, device=wide.device)
@@ -166,12 +173,14 @@ def slice_grad(
     return out
 
 
-def _split(num_tokens: int, tiles: int, block: int, programs: int) -> tuple[int, int]:
-    """(splits, tokens of each), so that tiles x splits is the most that `programs` runs at once.
-
-    Splits hold a whole number of blocks and, when there is more than one, MIN_TOKENS_PER_SPLIT or
-    more tokens; none is empty.
+def _choose_splits(num_tokens: int, tiles: int, programs: int) -> int:
+    """So many that tiles x splits is the most that `programs` runs at once, and that each has
+    MIN_TOKENS_PER_SPLIT tokens or more.
     """
-    splits = max(1, min(programs // max(tiles, 1), num_tokens // MIN_TOKENS_PER_SPLIT))
+    return max(1, min(programs // max(tiles, 1), num_tokens // MIN_TOKENS_PER_SPLIT))
+
+
+def _split(num_tokens: int, splits: int, block: int) -> tuple[int, int]:
+    """(splits, tokens of each): a whole number of blocks each, at most `splits`, none empty."""
     tokens = max(block, triton.cdiv(triton.cdiv(num_tokens, splits), block) * block)
     return max(1, triton.cdiv(num_tokens, tokens)), tokens

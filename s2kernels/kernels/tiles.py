@@ -18,6 +18,15 @@ def grouped_tile(pid, num_rows, num_cols, GROUP: tl.constexpr):
     return first_row + pid_in_band % band_rows, pid_in_band // band_rows
 
 
+@triton.jit
+def column_halves(tile):
+    """The left and the right half of a tile's columns: what is written by halves needs half the
+    room in shared memory on its way out.
+    """
+    halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
 def fitted_block(size: int, largest: int) -> int:
     """The block for a dimension of `size`: a power of two in [16, largest], 16 being tl.dot's."""
     return min(largest, max(16, triton.next_power_of_2(size)))

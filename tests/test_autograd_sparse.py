@@ -1,0 +1,312 @@
+"""sparse_linear: values, gradients, what it saves, and the settings it runs under."""
+
+import pytest
+import torch
+from numerics import assert_as_accurate
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bench.memory import kept_by
+from s2kernels.autograd import sparse_linear
+from s2kernels.plan import tile_plan
+from s2kernels.reference import sparse_write
+
+MODES = ("inplace", "additive", "callable")
+IMPLS = ("torch", "triton")
+COUNTS = {"one": 1, "some": 9, "all": 49}
+
+
+class Layer:
+    """Random operands of one layer, N = out_features, K = in_features.
+
+    mode "callable": additive over a function that makes the weight, as a quantized base does.
+    """
+
+    def __init__(self, mode, num, tokens=(3, 5), dtype=torch.float64, device="cpu", n=7, k=7):
+        generator = torch.Generator().manual_seed(1)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.mode = mode
+        self.index = torch.randperm(n * k, generator=generator)[:num].sort().values.int().to(device)
+        self.x = randn(*tokens, k).to(device, dtype).requires_grad_()
+        self.weight = randn(n, k).to(device, dtype)
+        self.bias = randn(n).to(device, dtype).requires_grad_()
+        self.delta = randn(num).to(device, torch.promote_types(dtype, torch.float32))
+        self.delta.requires_grad_()
+        self.dy = randn(*tokens, n).to(device, dtype)
+        self.base = self.weight.view(-1)[self.index.long()] if mode == "inplace" else None
+        self.original = self.weight.clone()
+        self.plan = tile_plan(self.index, (n, k))
+        self.calls = 0
+
+    def dequantized(self):
+        self.calls += 1
+        return self.original.clone()
+
+    def __call__(self, x=None, delta=None, bias=None, **kwargs):
+        return sparse_linear(
+            self.x if x is None else x,
+            self.dequantized if self.mode == "callable" else self.weight,
+            self.delta if delta is None else delta,
+            self.index,
+            self.bias if bias is None else bias,
+            base=self.base,
+            plan=self.plan,
+            mode="inplace" if self.mode == "inplace" else "additive",
+            **kwargs,
+        )
+
+    def dense(self, dtype=None):
+        """y, dx, d_delta, d_bias by dense autograd: the whole dW, of which entries are taken."""
+        dtype = dtype or self.x.dtype
+        x, bias = (t.detach().to(dtype).requires_grad_() for t in (self.x, self.bias))
+        trained, where = self.original.to(dtype).view(-1).clone(), self.index.long()
+        trained[where] += self.delta.detach().to(dtype)
+        trained = trained.view(self.weight.shape).requires_grad_()
+        y = nn.functional.linear(x, trained, bias)
+        y.backward(self.dy.to(dtype))
+        return y.detach(), x.grad, trained.grad.view(-1)[where], bias.grad
+
+    def gradients(self):
+        return self.x.grad, self.delta.grad, self.bias.grad
+
+
+def _assert_close(actual, expected):
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_sparse_linear_gradcheck(mode, num):
+    layer = Layer(mode, num)
+    inputs = (layer.x, layer.delta, layer.bias)
+    assert torch.autograd.gradcheck(lambda x, d, b: layer(x, d, b), inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tokens", [(37,), (2, 9), (1,), (0,), (4, 0)])
+@pytest.mark.parametrize("mode", MODES)
+def test_sparse_linear_equals_dense_autograd_at_the_entries(mode, tokens, impl, device, dtypes):
+    for dtype in dtypes:
+        for num in (1, 200, 33 * 50):
+            layer = Layer(mode, num, tokens, dtype, device, n=33, k=50)
+            y = layer(impl=impl)
+            y.backward(layer.dy)
+            actual = (y.detach(), *layer.gradients())
+            exact, eager = layer.dense(torch.float64), layer.dense()
+            for got, want, peer in zip(actual, exact, eager, strict=True):
+                assert_as_accurate(got, want, peer.to(got.dtype))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strided_inputs(mode):
+    layer = Layer(mode, 9, (6, 4))
+    exact = layer.dense()
+    wide = torch.zeros(6, 8, 7, dtype=torch.float64)
+    wide[:, ::2] = layer.x.detach()
+    layer.x = wide[:, ::2].requires_grad_()
+    layer.weight = layer.weight.t().contiguous().t()
+    layer.dy = layer.dy.transpose(0, 1).contiguous().transpose(0, 1)
+    y = layer()
+    y.backward(layer.dy)
+    _assert_close((y, *layer.gradients()), exact)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_written(mode):
+    """In place the entries and no others, exactly; else nothing."""
+    layer = Layer(mode, 9, dtype=torch.float32)
+    version = layer.weight._version
+    layer().sum().backward()
+    assert layer.weight._version == version
+    changed = torch.zeros(49, dtype=torch.bool)
+    changed[layer.index.long()] = True
+    weight, original = layer.weight.view(-1), layer.original.view(-1)
+    assert weight[~changed].equal(original[~changed])
+    if mode == "inplace":
+        assert weight[changed].equal(layer.base + layer.delta.detach())
+        sparse_write([layer.weight], [layer.base], None, [layer.index])
+    assert layer.weight.equal(layer.original)
+
+
+def _kept(layer):
+    held = nn.Module()
+    held.tensors = [layer.weight, layer.original, layer.delta, layer.bias, layer.index, layer.base]
+    plan = layer.plan
+    held.tensors += [layer.x, layer.dy, plan.tiles, plan.offsets, plan.order, plan.places]
+    # x * 1 is an activation that nothing but sparse_linear could keep alive
+    return kept_by(lambda: layer(layer.x.detach().requires_grad_() * 1), held)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_saves_its_input_and_nothing_else(mode):
+    kept = _kept(Layer(mode, 9, (4, 8), torch.float32))
+    assert (kept.saved, kept.unseen) == (32 * 7 * 4, 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_needs_no_gradient_is_neither_saved_nor_computed(mode):
+    layer = Layer(mode, 9)
+    exact = layer.dense()
+    layer.delta.requires_grad_(False)
+    assert _kept(layer).saved == 0
+    layer().backward(layer.dy)
+    assert layer.delta.grad is None
+    _assert_close([layer.x.grad], exact[1:2])
+
+    layer.delta.requires_grad_()
+    layer.x = layer.x.detach()
+    calls = layer.calls
+    layer().backward(layer.dy)
+    assert layer.x.grad is None
+    assert layer.calls == calls + (mode == "callable")
+    _assert_close([layer.delta.grad], exact[2:3])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_accumulate_over_micro_batches_and_uses(mode):
+    layer = Layer(mode, 9, (6, 4))
+    exact = layer.dense()
+    ys = [layer(layer.x[part]) for part in (slice(0, 1), slice(1, 4))]
+    layer(layer.x[4:]).backward(layer.dy[4:])
+    torch.autograd.backward(ys, [layer.dy[:1], layer.dy[1:4]])
+    _assert_close(layer.gradients(), exact[1:])
+
+
+@pytest.mark.parametrize("use_reentrant", (True, False))
+@pytest.mark.parametrize("mode", MODES)
+def test_checkpointing_trains_and_observes_once(mode, use_reentrant):
+    layer, seen = Layer(mode, 9), []
+    exact = layer.dense()
+    y = checkpoint(
+        lambda x: layer(x, observe=lambda *args: seen.append(args)),
+        layer.x,
+        use_reentrant=use_reentrant,
+    )
+    y.backward(layer.dy)
+    _assert_close(layer.gradients(), exact[1:])
+    ((dy, x),) = seen
+    assert dy.equal(layer.dy.view(-1, 7)) and x.equal(layer.x.detach().view(-1, 7))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_observer_sees_a_layer_whose_delta_is_frozen(mode):
+    layer, seen = Layer(mode, 9), []
+    layer.delta.requires_grad_(False)
+    layer(observe=lambda dy, x: seen.append(dy.t() @ x)).backward(layer.dy)
+    torch.testing.assert_close(seen[0], layer.dy.view(-1, 7).t() @ layer.x.detach().view(-1, 7))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_computes_in_its_dtype_and_returns_fp32_gradients(mode, device):
+    layer = Layer(mode, 9, (4, 6), torch.float32, device)
+    exact = layer.dense(torch.float64)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = layer(impl="torch")
+    assert y.dtype == torch.bfloat16
+    y.backward(layer.dy.bfloat16())
+    assert {grad.dtype for grad in layer.gradients()} == {torch.float32}
+    for got, want in zip((y, *layer.gradients()), exact, strict=True):
+        error = (got.double() - want).abs().max() / want.abs().max()
+        assert error < 4 * torch.finfo(torch.bfloat16).eps, error
+
+
+def test_modes_agree_bit_for_bit_under_autocast():
+    """The sum of weight and delta is rounded to the dtype of autocast once, in every mode."""
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = [Layer(mode, 49, (4, 6), torch.float32)(impl="torch") for mode in MODES]
+    assert ys[1].equal(ys[0]) and ys[2].equal(ys[0])
+
+
+def test_two_deltas_take_turns_in_one_weight():
+    first, second = Layer("inplace", 9), Layer("inplace", 9)
+    second.weight = first.weight
+    with torch.no_grad():
+        second.delta.mul_(-3)
+    wanted = first.dense(), second.dense()
+    ys = first(), second()
+    for layer, y, exact in zip((first, second), ys, wanted, strict=True):
+        y.backward(layer.dy)
+        _assert_close((y, *layer.gradients()), exact)
+
+
+@pytest.mark.parametrize("name", ["delta", "index"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_changed_before_backward_is_noticed(mode, name):
+    layer = Layer(mode, 9)
+    y = layer()
+    with torch.no_grad():
+        getattr(layer, name).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(layer.dy)
+
+
+def _refused():
+    layer = Layer("inplace", 3, dtype=torch.float32)
+    index = torch.tensor([4, 5, 48], dtype=torch.int32)
+    good = dict(x=layer.x, weight=layer.weight, delta=layer.delta, index=index, base=layer.base)
+    meta = torch.device("meta")
+    other_plan = tile_plan(index, (7, 8))
+    cases = {
+        "index out of range": (dict(index=index + 1), ValueError, "index must lie in"),
+        "index negative": (dict(index=index - 5), ValueError, "index must lie in"),
+        "index repeated": (dict(index=index.new_tensor([1, 1, 2])), ValueError, "1 repeated"),
+        "index unsorted": (dict(index=index.new_tensor([2, 1, 3])), ValueError, "must ascend"),
+        "index strided": (
+            dict(index=index.repeat_interleave(2)[::2]),
+            ValueError,
+            "index must be contiguous",
+        ),
+        "index empty": (dict(index=index[:0]), ValueError, "non-empty"),
+        "index int64": (dict(index=index.long()), TypeError, "torch.int32"),
+        "index list": (dict(index=[1, 2, 3]), TypeError, "index must be a tensor"),
+        "index of two dimensions": (dict(index=index[None]), ValueError, "one dimension"),
+        "index elsewhere": (dict(index=index.to(meta)), ValueError, "index must be on"),
+        "mode": (dict(mode="fast"), ValueError, "mode must be one of"),
+        "impl": (dict(impl="cuda"), ValueError, "impl must be"),
+        "delta too short": (dict(delta=layer.delta[:2]), ValueError, "delta must have shape"),
+        "delta integer": (dict(delta=torch.zeros(3, dtype=torch.int32)), TypeError, "delta must"),
+        "weight integer": (dict(weight=layer.weight.to(torch.int8)), TypeError, "weight must be"),
+        "weight callable in place": (dict(weight=layer.dequantized), TypeError, "weight must be"),
+        "weight of no kind": (
+            dict(weight=None, mode="additive", base=None),
+            TypeError,
+            "weight must be",
+        ),
+        "weight trained": (
+            dict(weight=layer.weight.clone().requires_grad_()),
+            ValueError,
+            "frozen",
+        ),
+        "x too narrow": (dict(x=layer.x[..., :6]), ValueError, "x must have shape"),
+        "bias of another shape": (dict(bias=layer.bias[:6]), ValueError, "bias must have shape"),
+        "base too short": (dict(base=layer.base[:2]), ValueError, "base must have shape"),
+        "base of another dtype": (dict(base=layer.base.half()), TypeError, "base must be of"),
+        "base when additive": (dict(mode="additive"), ValueError, "base goes with"),
+        "plan of another weight": (dict(plan=other_plan), ValueError, "plan must be of"),
+    }
+    return good, cases
+
+
+GOOD, REFUSED = _refused()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_anything_is_written(case):
+    change, error, message = REFUSED[case]
+    arguments = GOOD | change
+    weight = GOOD["weight"].clone()
+    with pytest.raises(error, match=message):
+        sparse_linear(**arguments)
+    assert torch.equal(GOOD["weight"], weight)
+
+
+def test_index_is_looked_at_again_after_it_changed():
+    layer = Layer("additive", 3, dtype=torch.float32)
+    layer()
+    layer.index[0] = layer.index[1]
+    with pytest.raises(ValueError, match="1 repeated"):
+        layer()
