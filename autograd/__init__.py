@@ -2,12 +2,15 @@
 
 from s2kernels.autograd.linear import S2DeltaFunction, S2LinearFunction, s2_delta, s2_linear
 from s2kernels.autograd.mlp import S2MLPFunction, s2_mlp
+from s2kernels.autograd.sparse import SparseLinearFunction, sparse_linear
 
 __all__ = [
     "S2DeltaFunction",
     "S2LinearFunction",
     "S2MLPFunction",
+    "SparseLinearFunction",
     "s2_delta",
     "s2_linear",
     "s2_mlp",
+    "sparse_linear",
 ]

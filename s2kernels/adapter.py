@@ -1,7 +1,8 @@
 """An S2FT adapter apart from any model: its slices, its files, its algebra and its fingerprint.
 
 An adapter is one trained `Slice` per module, in the original basis; modules go by their names in
-the base model. On disk it is a folder as PEFT writes and reads them:
+the base model, and so do the tensors of experts. On disk it is a folder as PEFT writes and reads
+them:
 
     adapter_config.json        the configuration; peft_type is "S2FT"
     adapter_model.safetensors  for each module, after "base_model.model.":
@@ -9,6 +10,9 @@ the base model. On disk it is a folder as PEFT writes and reads them:
         NAME.s2ft_index        int32 (R,)
         NAME.s2ft_dim          int32 (), the axis of the weight: 1 for dim="in", 0 for dim="out"
         NAME.s2ft_fingerprint  int64 (R,), see `fingerprint`; 0 where it is not known
+
+Tensors of E experts, (E, N, K), have all but s2ft_dim for each of them: delta (E, N, R) or
+(E, R, K), index and fingerprint (E, R).
 
 Nothing is pickled. Other tensors there may be are those of modules trained whole (modules_to_save).
 """
@@ -27,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from s2kernels.autograd.checks import DIMS, check_choice, check_floating, check_index, check_shape
+from s2kernels.autograd.checks import DIMS, check_choice, check_floating, check_shape
+from s2kernels.autograd.experts import check_positions
 from s2kernels.files import replacing
 
 CONFIG_NAME = "adapter_config.json"
@@ -41,13 +46,15 @@ _NEGLIGIBLE = 2.0**-16
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What an adapter trains of one weight (N, K).
+    """What an adapter trains of one weight (N, K), or of those of E experts, (E, N, K).
 
     dim          "in": R input channels, (N, R) of the weight; "out": R output channels, (R, K)
     index        int32 (R,), their positions in the original basis, in any order
     delta        what is added to the weight there: floating, (N, R) or (R, K)
     fingerprint  int64 (R,), of what the weight held there when the adapter was made, 0 for channels
                  of which it is not known; None if it is for none. See `fingerprint`.
+
+    All three have an axis (E,) in front for experts, each of which trains channels of its own.
 
     Raises ValueError for another dim, a shape that does not fit, an index that is empty, negative
     or repeats a channel; TypeError for a wrong dtype.
@@ -61,21 +68,29 @@ class Slice:
     def __post_init__(self) -> None:
         check_choice("dim", self.dim, DIMS)
         check_floating(delta=self.delta)
-        if self.delta.dim() != 2:
-            raise ValueError(f"delta must be a matrix, got shape {tuple(self.delta.shape)}")
-        num = check_index("index", self.index, torch.iinfo(torch.int32).max)
-        shape = list(self.delta.shape)
-        shape[self.axis] = num
+        if self.delta.dim() not in (2, 3):
+            raise ValueError(
+                f"delta must be a matrix, or one for each expert, got shape "
+                f"{tuple(self.delta.shape)}"
+            )
+        num = check_positions("index", self.index, torch.iinfo(torch.int32).max)
+        shape = [*self.index.shape[:-1], *self.delta.shape[-2:]]
+        shape[self.axis - 2] = num
         check_shape("delta", self.delta, *shape, why=f"index names {num} {self.dim}put channels")
         if self.fingerprint is not None:
             if self.fingerprint.dtype != torch.int64:
                 raise TypeError(f"fingerprint must be int64, got {self.fingerprint.dtype}")
-            check_shape("fingerprint", self.fingerprint, num, why="one number per channel")
+            check_shape("fingerprint", self.fingerprint, *self.index.shape, why="one per channel")
 
     @property
     def axis(self) -> int:
-        """The axis of the weight, and of delta, that the channels lie on."""
+        """The axis of a weight (N, K) that the channels lie on; of delta, too, but for experts."""
         return 1 if self.dim == "in" else 0
+
+    def of_expert(self, expert: int) -> "Slice":
+        """The slice of one expert, a matrix."""
+        prints = None if self.fingerprint is None else self.fingerprint[expert]
+        return Slice(self.dim, self.index[expert], self.delta[expert], prints)
 
 
 def read_adapter(path: str | Path) -> dict[str, Slice]:
@@ -156,6 +171,8 @@ def combine(adapters: Sequence[Mapping[str, Slice]], weights: Sequence[float]) -
     adapters train gets their sum, one that a single adapter trains its weighted delta. So
     `combine([a], [0.5])` scales and `combine([a, b], [1, -1])` subtracts. Summed in fp32, or in
     fp64 if a delta is; the index of the result is ascending. Channels keep their fingerprints.
+    Where experts come to unions of different sizes, the smaller ones are filled up with channels
+    whose delta is zero.
 
     Raises ValueError for no adapters, another number of weights, a weight that is not finite, and,
     naming the module, where adapters differ in dim, in the width of delta or in their base.
@@ -178,8 +195,8 @@ def fingerprint(base_slice: Tensor, dim: str) -> Tensor:
     """What tells whether a base weight is the one an adapter was trained on: int64 (R,), on CPU.
 
     base_slice: what the weight holds at the trained channels, floating, shaped like delta and in
-    the order of its index. Each channel gets the 64-bit BLAKE2b hash of its values, rounded to
-    bf16, with what is then smaller than 2**-16 taken as 0.
+    the order of its index; of experts the answer is (E, R). Each channel gets the 64-bit BLAKE2b
+    hash of its values, rounded to bf16, with what is then smaller than 2**-16 taken as 0.
 
     One number a channel, and not one for the slice, so that it follows its channel through
     `combine`, which reorders and unites channels. Rounded to bf16, because one checkpoint is
@@ -190,24 +207,24 @@ def fingerprint(base_slice: Tensor, dim: str) -> Tensor:
     bf16 it is the same.
 
     Raises TypeError unless base_slice is floating, as that of a quantized weight is not; ValueError
-    unless it is a matrix that holds values.
+    unless it holds values and is a matrix, or one for each expert.
     """
     check_choice("dim", dim, DIMS)
     check_floating(base_slice=base_slice)
-    if base_slice.dim() != 2 or base_slice.is_meta:
+    if base_slice.dim() not in (2, 3) or base_slice.is_meta:
         raise ValueError(
-            "base_slice must be a matrix that holds values, "
+            "base_slice must be a matrix that holds values, or one for each expert, "
             f"got shape {tuple(base_slice.shape)} on {base_slice.device}"
         )
-    channels = base_slice.detach() if dim == "out" else base_slice.detach().t()
+    channels = base_slice.detach() if dim == "out" else base_slice.detach().mT
     values = channels.to(torch.bfloat16)
     values = values.masked_fill(values.abs() < _NEGLIGIBLE, 0).contiguous().cpu()
     hashes = [
         hashlib.blake2b(row.tobytes(), digest_size=8).digest()
-        for row in values.view(torch.int16).numpy()
+        for row in values.flatten(0, -2).view(torch.int16).numpy()
     ]
     numbers = [int.from_bytes(digest, "little", signed=True) or 1 for digest in hashes]
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").view(channels.shape[:-1])
 
 
 def check_fingerprint(name: str, expected: Tensor, base_slice: Tensor, dim: str) -> None:
@@ -216,13 +233,14 @@ def check_fingerprint(name: str, expected: Tensor, base_slice: Tensor, dim: str)
     Channels of which that is 0, not known, pass.
     """
     got = fingerprint(base_slice, dim)
-    check_shape(f"{name}: fingerprint", expected, len(got), why="one number per channel")
+    check_shape(f"{name}: fingerprint", expected, *got.shape, why="one number per channel")
     expected = expected.cpu()
     different = int(((got != expected) & (expected != 0)).sum())
     if different:
         raise ValueError(
-            f"{name}: the adapter was trained on another base: {different} of {len(got)} trained "
-            "channels of the weight are not as they were; load the base that it was trained on"
+            f"{name}: the adapter was trained on another base: {different} of {got.numel()} "
+            "trained channels of the weight are not as they were; load the base that it was "
+            "trained on"
         )
 
 
@@ -272,6 +290,14 @@ def _to_slice(fields: Mapping[str, Tensor]) -> Slice:
 def _weighted_sum(name: str, parts: list[tuple[Slice, float]]) -> Slice:
     """`combine` for one module."""
     first = parts[0][0]
+    if len({part.index.shape[:-1] for part, _ in parts}) > 1:
+        raise ValueError(f"{name}: the adapters are of different models, in the number of experts")
+    if first.delta.dim() == 3:
+        of_each = [
+            _weighted_sum(name, [(part.of_expert(expert), weight) for part, weight in parts])
+            for expert in range(len(first.delta))
+        ]
+        return _stacked(of_each)
     if any(part.dim != first.dim for part, _ in parts):
         raise ValueError(f"{name}: one adapter trains input channels, another output channels")
     widths = [part.delta.shape[1 - part.axis] for part, _ in parts]
@@ -294,8 +320,31 @@ def _weighted_sum(name: str, parts: list[tuple[Slice, float]]) -> Slice:
     return Slice(first.dim, index, delta, united if known.any() else None)
 
 
+def _stacked(parts: Sequence[Slice]) -> Slice:
+    """The slices of all experts as one, with as many channels for each as the largest has."""
+    num = max(len(part.index) for part in parts)
+    indices, deltas, prints = [], [], []
+    for part in parts:
+        # There are enough: of the first `num` channels a smaller index names at most its length.
+        free = torch.ones(num, dtype=torch.bool, device=part.index.device)
+        free[part.index[part.index < num].long()] = False
+        more = free.nonzero().flatten()[: num - len(part.index)]
+        index, order = torch.cat([part.index, more.to(torch.int32)]).sort()
+        pad = (0, len(more)) if part.dim == "in" else (0, 0, 0, len(more))
+        indices.append(index)
+        deltas.append(torch.nn.functional.pad(part.delta, pad).index_select(part.axis, order))
+        prints.append(torch.nn.functional.pad(_fingerprint_of(part), (0, len(more)))[order])
+    fingerprint = torch.stack(prints)
+    return Slice(
+        parts[0].dim,
+        torch.stack(indices),
+        torch.stack(deltas),
+        fingerprint if fingerprint.any() else None,
+    )
+
+
 def _fingerprint_of(part: Slice) -> Tensor:
-    """int64 (R,), 0 where it is not known."""
+    """int64 like the index, 0 where it is not known."""
     if part.fingerprint is None:
         return torch.zeros_like(part.index, dtype=torch.int64)
     return part.fingerprint

@@ -186,16 +186,15 @@ def is_weight(member: Member) -> bool:
     return member.suffix.endswith(".weight")
 
 
-def in_projections(model_type: str) -> list[str]:
-    """Names of the linear layers of a model type whose input channels are heads or channels.
+def is_bias(member: Member) -> bool:
+    """Whether it is the bias of a linear layer."""
+    return member.suffix.endswith(".bias")
 
-    As short as can be: with the name of the module where experts have a tensor of the same name.
+
+def in_projections(model_type: str) -> list[str]:
+    """Names of the projections of a model type whose input channels are heads or channels, tensors
+    of experts included: a dense FFN's and the experts' may share one.
     """
-    names: dict[str, None] = {}
-    for entry in TABLE[model_type]:
-        for member in entry.members.values():
-            if member and member.dim == "in" and is_weight(member):
-                leaf = member.suffix.removesuffix(".weight")
-                shared = any(leaf in other.members for other in TABLE[model_type])
-                names[f"{entry.module}.{leaf}" if shared else leaf] = None
-    return list(names)
+    members = [member for entry in TABLE[model_type] for member in entry.members.values()]
+    names = [m.suffix.removesuffix(".weight") for m in members if m and m.dim == "in"]
+    return list(dict.fromkeys(names))

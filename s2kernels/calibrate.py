@@ -1,26 +1,31 @@
 """What a calibration set says about heads and channels: activations and gradients, in squares.
 
 Both are sums over the set divided once at the end, so neither batches nor processes matter. The
-model is only borrowed: see `borrowed`.
+model is only borrowed: see `s2kernels.observe.borrowed`.
 """
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2kernels.architectures import Member, is_weight
-from s2kernels.coupling import Structure, parameter, structures
+from s2kernels.architectures import Member, is_bias, is_weight
+from s2kernels.autograd.experts import Routing
+from s2kernels.coupling import Structure, structures
+from s2kernels.observe import (
+    Observer,
+    Target,
+    borrowed,
+    layer_of,
+    observed,
+    observed_experts,
+    observed_gradients,
+)
 
 # What a model is called with: its keyword arguments (a dict, a BatchEncoding), or input_ids alone.
 Batch: TypeAlias = Mapping[str, Any] | Tensor
-
-Target: TypeAlias = tuple[Structure, Member]
-Observer: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 def activation_squares(
@@ -32,11 +37,11 @@ def activation_squares(
 
         squares[u] = 1 / tokens * sum over tokens t, channels k of unit u of x[t, k]^2
 
-    Tokens whose attention_mask is 0 are left out. So are the activations of experts, which no
-    module sees. Arguments, answer and errors as in `s2kernels.select.scores`.
+    Tokens whose attention_mask is 0 are left out. To an expert, x[t] is zero for the tokens that
+    do not go to it. Arguments, answer and errors as in `s2kernels.select.scores`.
     """
     found = structures(model).values()
-    targets = [(s, m) for s in found for m in s.members if is_weight(m) and m.dim == "in"]
+    targets = [(s, m) for s in found for m in s.members if m.dim == "in" and not is_bias(m)]
     means = _Means(model, targets)
     # of the present batch: its tokens, and which of them are no padding
     num_tokens, rows = 0, torch.empty(0)
@@ -53,7 +58,23 @@ def activation_squares(
 
         return on_output
 
-    with borrowed(model), torch.no_grad(), _observed(model, targets, observer):
+    def on_experts(structure: Structure, member: Member, x: Tensor, routing: Routing) -> None:
+        counts = torch.zeros(num_tokens, dtype=torch.bool, device=x.device)
+        counts[rows] = True
+        counts = counts[routing.order // routing.experts_per_token]
+        starts = (0, *routing.ends)
+        parts = [slice(start, end) for start, end in zip(starts, routing.ends, strict=False)]
+        squares = [_squared_norms(x[part][counts[part]], axis=1) for part in parts]
+        means.add(structure, member, torch.cat(squares))
+
+    linear = [target for target in targets if is_weight(target[1])]
+    bare = [target for target in targets if not is_weight(target[1])]
+    with (
+        borrowed(model),
+        torch.no_grad(),
+        observed(model, linear, observer),
+        observed_experts(model, bare, on_experts),
+    ):
         for inputs in _inputs(model, batches, progress):
             real = _is_real(inputs).flatten()
             num_tokens, rows = len(real), real.nonzero().flatten()
@@ -79,7 +100,7 @@ def gradient_squares(
     `s2kernels.select.scores`.
     """
     found = structures(model).values()
-    targets = [(s, m) for s in found for m in s.members if not m.suffix.endswith(".bias")]
+    targets = [(s, m) for s in found for m in s.members if not is_bias(m)]
     means = _Means(model, targets)
 
     def observer(structure: Structure, member: Member) -> Observer:
@@ -97,44 +118,22 @@ def gradient_squares(
 
         return on_output
 
+    def on_dense_gradient(structure: Structure, member: Member, gradient: Tensor) -> None:
+        means.add(structure, member, channel_squares(structure, member, gradient))
+
+    bare = [target for target in targets if not is_weight(target[1])]
     with (
         borrowed(model),
         torch.inference_mode(False),
         torch.enable_grad(),
-        _observed(model, [target for target in targets if is_weight(target[1])], observer),
-        _bare_parameters(model, [target for target in targets if not is_weight(target[1])], means),
+        observed(model, [target for target in targets if is_weight(target[1])], observer),
+        observed_gradients(model, bare, on_dense_gradient),
     ):
         for inputs in _inputs(model, batches, progress):
             for sequence in _sequences(_with_labels(model, inputs)):
                 _loss(model, sequence).backward()
                 means.count += 1
     return means.over_all_processes()
-
-
-@contextmanager
-def borrowed(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode and none of its parameters requires a gradient.
-
-    Afterwards, also after an exception, the training mode of every module, requires_grad of every
-    parameter and the random states of torch (CPU and CUDA) and Python are what they were.
-    """
-    training = [module for module in model.modules() if module.training]
-    trainable = [value for value in model.parameters() if value.requires_grad]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    random_state = random.getstate()
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            for module in training:  # not eval(): that changes the children too
-                module.training = False
-            for value in trainable:
-                value.requires_grad_(False)
-            yield
-        finally:
-            for module in training:
-                module.training = True
-            for value in trainable:
-                value.requires_grad_(True)
-            random.setstate(random_state)
 
 
 def channel_squares(structure: Structure, member: Member, value: Tensor) -> Tensor:
@@ -185,8 +184,8 @@ class _Means:
             own = self._sums.get((structure.name, member.suffix))
             if own is None and self.count:
                 raise ValueError(
-                    f"{structure.name}.{member.suffix} took no part in any run of the model, so "
-                    "nothing is known about it; strategy 'weight' needs no run"
+                    f"{structure.name}.{member.suffix} took no part in any run of the model, or an "
+                    "adapter hides it, so nothing is known about it; strategy 'weight' needs no run"
                 )
             empty = torch.zeros(structure.num_experts * structure.size(member), device="cpu")
             sums.append(empty.double() if own is None else own.cpu())
@@ -207,52 +206,6 @@ class _Means:
             means[structure.name] = means.get(structure.name, 0) + units
         found = {structure.name: structure for structure, _ in self._targets}
         return {name: _in_original_basis(self._model, found[name], means[name]) for name in means}
-
-
-@contextmanager
-def _observed(
-    model: nn.Module, targets: list[Target], observer: Callable[[Structure, Member], Observer]
-) -> Iterator[None]:
-    """Inside, every input x and output y of the linear layers `targets` go to their observers."""
-
-    def hook(observe: Observer) -> Callable[[nn.Module, tuple, Tensor], None]:
-        return lambda module, args, y: observe(args[0], y)
-
-    with ExitStack() as stack:
-        for structure, member in targets:
-            # The tuner layer, if one is there: it need not call the layer that it wraps, and input
-            # and output are the same.
-            layer = _layer(model, structure, member)
-            handle = layer.register_forward_hook(hook(observer(structure, member)))
-            stack.callback(handle.remove)
-        yield
-
-
-@contextmanager
-def _bare_parameters(model: nn.Module, targets: list[Target], means: _Means) -> Iterator[None]:
-    """Inside, the gradient of each of the expert tensors `targets` goes to `means`, and then goes.
-
-    Nobody sees the inputs and outputs of experts, whose weights are slices of one tensor.
-    """
-
-    def hook(structure: Structure, member: Member) -> Callable[[Tensor], None]:
-        def on_gradient(value: Tensor) -> None:
-            if value.grad is not None:
-                means.add(structure, member, channel_squares(structure, member, value.grad))
-            value.grad = None
-
-        return on_gradient
-
-    with ExitStack() as stack:
-        for structure, member in targets:
-            value = parameter(model, structure, member)
-            stack.callback(setattr, value, "grad", value.grad)
-            stack.callback(value.requires_grad_, False)
-            value.grad = None
-            value.requires_grad_()
-            handle = value.register_post_accumulate_grad_hook(hook(structure, member))
-            stack.callback(handle.remove)
-        yield
 
 
 def _squared_norms(value: Tensor, axis: int) -> Tensor:
@@ -378,15 +331,10 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _layer(model: nn.Module, structure: Structure, member: Member) -> nn.Module:
-    """The module that holds `member`, or the tuner layer around it."""
-    return model.get_submodule(f"{structure.name}.{member.suffix}".rpartition(".")[0])
-
-
 def _in_original_basis(model: nn.Module, structure: Structure, units: Tensor) -> Tensor:
     """S2FT layers may run their structure in a working basis, whose order their keeper knows."""
     for member in structure.members:
-        layer: Any = _layer(model, structure, member)
+        layer: Any = layer_of(model, structure, member)
         permutations = getattr(getattr(layer, "base_weights", None), "permutations", {})
         if permutation := permutations.get(getattr(layer, "structure", None)):
             return torch.empty_like(units).index_copy_(0, permutation.orders[structure.unit], units)

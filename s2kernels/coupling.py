@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2kernels.architectures import TABLE, Entry, Kind, Member, Members, Unit, is_weight
+from s2kernels.architectures import TABLE, Entry, Kind, Member, Members, Unit, is_bias, is_weight
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Structure:
 
     `name` is the module's name in the model that was given to `structures`. The sizes come from
     the configuration; those of the other kinds are 0, and `num_experts` is 1 where there are none.
-    The channels of experts are counted through: channel c of expert e is e * num_channels + c.
+    As units the channels of experts are counted through: channel c of expert e is unit
+    e * num_channels + c. Positions along their tensors, (num_experts, n), count within the expert.
     """
 
     name: str
@@ -57,23 +58,30 @@ class Structure:
 
     @property
     def projections(self) -> dict[str, Member]:
-        """The linear layers by their name within the structure ("o_proj"), and their weights."""
-        return {m.suffix.removesuffix(".weight"): m for m in self.members if is_weight(m)}
+        """The weights, by the name of their linear layer within the structure ("o_proj"); those of
+        experts by their own.
+        """
+        weights = [m for m in self.members if not is_bias(m)]
+        return {m.suffix.removesuffix(".weight"): m for m in weights}
 
     def role(self, leaf: str) -> Member:
         """The weight of the projection `leaf` ("o_proj"): its `dim` and `units` are what
         an S2FT layer on that projection trains. Raises ValueError for another leaf.
         """
         if leaf not in self.projections:
-            known = ", ".join(self.projections) or "none"
+            known = ", ".join(self.projections)
             raise ValueError(f"{self.name} has no projection {leaf!r}, it has {known}")
         return self.projections[leaf]
 
     def channels(self, member: Member, units: Tensor) -> Tensor:
         """Where `units`, query heads or channels (n,), lie along the axis of `member`, int32.
 
-        With a query head goes the KV head that it reads. Not for experts.
+        With a query head goes the KV head that it reads. The positions of experts are
+        (num_experts, n): ValueError unless `units` has as many of every expert.
         """
+        if self.kind == "experts":
+            within = self._of_each_expert(units)
+            return torch.cat([start + within for _, start, _, _ in self._segments(member)], dim=1)
         parts = []
         for unit, start, _, width in self._segments(member):
             own = torch.unique(units // self._group) if unit == "kv_head" else units
@@ -84,6 +92,9 @@ class Structure:
         """The query heads or channels, ascending, to which the positions `index` along the axis of
         `member` belong: all that read a KV head, where the positions are in k and v alone.
         """
+        if self.kind == "experts":
+            first = torch.arange(len(index), device=index.device).unsqueeze(1) * self.num_channels
+            return torch.unique(first + index % self.num_channels)
         own, of_kv = [index[:0]], [index[:0]]
         for unit, start, stop, width in self._segments(member):
             here = (index[(index >= start) & (index < stop)] - start) // width
@@ -93,6 +104,17 @@ class Structure:
             return units
         readers = torch.arange(self._group, device=index.device)
         return (torch.unique(torch.cat(of_kv)).unsqueeze(1) * self._group + readers).flatten()
+
+    def _of_each_expert(self, units: Tensor) -> Tensor:
+        """Units counted through, as channels within their expert: int32 (num_experts, n)."""
+        counts = torch.bincount(units // self.num_channels, minlength=self.num_experts)
+        if len(counts) != self.num_experts or counts.min() != counts.max():
+            raise ValueError(
+                f"{self.name}: as many channels of each of the {self.num_experts} experts wanted, "
+                f"got {counts.tolist()}"
+            )
+        within = units.sort().values % self.num_channels
+        return within.view(self.num_experts, -1).to(torch.int32)
 
     @property
     def _group(self) -> int:
@@ -176,8 +198,15 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def is_dense(layer: nn.Module) -> bool:
-    """Whether it is a torch.nn.Linear or a Conv1D, and not a subclass, which may be anything."""
-    return type(layer) is nn.Linear or is_conv1d(layer)
+    """Whether it is a torch.nn.Linear or a Conv1D, and not a subclass, which may be anything.
+
+    Nor one whose weight is a quantized tensor of torchao.
+    """
+    if not (type(layer) is nn.Linear or is_conv1d(layer)):
+        return False
+    kind = type(layer.weight)
+    # The first question is one that torch.compile can answer, and mostly enough.
+    return kind is nn.Parameter or not kind.__module__.startswith("torchao.")
 
 
 def obstacle(model: nn.Module, structure: Structure) -> str | None:

@@ -7,11 +7,13 @@ A slice is a LoRA of which one factor is one-hot, with scaling 1. For R trained 
 
 All modules get one rank r, by rows and columns of zeros, and lora_alpha = r: there are servers that
 know one rank and one scaling per adapter, or silently drop the patterns that say otherwise.
+
+Slices of E experts become what PEFT calls target_parameters: lora_A (E * r, K), one expert after
+the other, and lora_B (N, r * E), in whose columns the expert changes fastest.
 """
 
-import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 
 from s2kernels.adapter import PREFIX, Slice, pack, read_files, split_tensors, write_files
 from s2kernels.autograd.checks import check_choice
+from s2kernels.coupling import base_layer
+from s2kernels.lora_factors import to_expert_factors, to_factors, to_slice
 
 FORMATS = ("peft", "vllm", "sglang")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # choices of its --max-lora-rank
@@ -60,12 +64,12 @@ def export_lora(
             names.
 
     The LoRA is for the original, un-permuted base. Modules that were trained whole go along with
-    "peft" and are refused for the others, which cannot load them. What was in `out` stays until the
-    new files are complete.
+    "peft" and are refused for the others, which cannot load them; so are slices of experts. What
+    was in `out` stays until the new files are complete.
 
     Raises ValueError for an unknown format, a source without one S2FT adapter, a rank that is too
     small or that the server does not have, more than 512 channels for vLLM, modules trained whole
-    for a server, and a base that is not known or does not have the adapter's modules.
+    and experts for a server, and a base that is not known or does not have the adapter's modules.
     """
     check_choice("format", format, FORMATS)
     if isinstance(source, nn.Module):
@@ -81,13 +85,26 @@ def export_lora(
             f"{', '.join(names)} trained whole: format={format!r} cannot carry that; export with "
             "format='peft', or merge the adapter into the base model and serve that"
         )
+    experts = {name: part for name, part in slices.items() if part.delta.dim() == 3}
+    if format != "peft" and experts:
+        raise ValueError(
+            f"{next(iter(experts))} is a tensor of experts: format={format!r} cannot carry that; "
+            "export with format='peft', or merge the adapter into the base model and serve that"
+        )
     rank = _choose_rank(slices, format, rank)
     if not isinstance(base, nn.Module):
         base = _build_base(base or config.get("base_model_name_or_path"), config.get("revision"))
 
-    factors = {}
+    keys = _nested_names(base, experts)
+    factors, of_experts = {}, {}
+    for name, part in experts.items():
+        of_experts[keys[name]] = to_expert_factors(
+            name, part, _expert_shape(base, name), rank, dtype
+        )
     for name, part in slices.items():
-        factors[name] = _to_factors(name, part, _shape(base, name), rank, dtype)
+        if name in experts:
+            continue
+        factors[name] = to_factors(name, part, _shape(base, name), rank, dtype)
     if format == "sglang":
         like = dtype or next(iter(slices.values())).delta.dtype
         for name in _absent_siblings(base, slices):
@@ -102,11 +119,15 @@ def export_lora(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": all(hasattr(base.get_submodule(name), "nf") for name in factors),
+        "fan_in_fan_out": all([hasattr(base.get_submodule(name), "nf") for name in factors] or [0]),
         "inference_mode": True,
-        "target_modules": _target_modules(base, factors, format),
     }
-    for name, (lora_a, lora_b) in factors.items():
+    mistaken = _mistaken_for_experts(base, factors) if format == "peft" else []
+    modules = {name: pair for name, pair in factors.items() if name not in mistaken}
+    lora_config["target_modules"] = _target_modules(base, modules, format)
+    if experts or mistaken:
+        lora_config["target_parameters"] = sorted([*experts, *(f"{n}.weight" for n in mistaken)])
+    for name, (lora_a, lora_b) in (factors | of_experts).items():
         others[f"{PREFIX}{name}.lora_A.weight"] = lora_a
         others[f"{PREFIX}{name}.lora_B.weight"] = lora_b
     write_files(out, lora_config, others)
@@ -119,7 +140,7 @@ def import_lora(path: str | Path, out: str | Path) -> Path:
     That is possible where every module is a slice: each row of lora_A, or else each column of
     lora_B, is zero or has a single 1. Zero padding goes, modules of which nothing is left go, and
     scaling is folded into delta, in fp32 or above where it is not 1. What `export_lora` wrote comes
-    back bit for bit, but for fingerprints, which a LoRA does not hold.
+    back bit for bit, but for fingerprints, which a LoRA does not hold, and for experts.
 
     Raises ValueError, naming the module, for a LoRA of another form, and for an adapter that is no
     plain LoRA.
@@ -127,9 +148,12 @@ def import_lora(path: str | Path, out: str | Path) -> Path:
     config, tensors = read_files(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} holds no LoRA adapter: it is {config.get('peft_type')!r}")
-    for field in ("use_dora", "lora_bias", "target_parameters"):
+    for field in ("use_dora", "lora_bias"):
         if config.get(field):
             raise ValueError(f"{path} is no plain LoRA: {field} is {config[field]!r}")
+    parameters = config.get("target_parameters") or []
+    if not all(name.endswith(".weight") for name in parameters):  # those are layers all the same
+        raise ValueError(f"{path} is no plain LoRA: target_parameters is {parameters!r}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path} is no plain LoRA: bias is {config['bias']!r}")
 
@@ -149,7 +173,7 @@ def import_lora(path: str | Path, out: str | Path) -> Path:
 
     slices = {}
     for name, factors in modules.items():
-        part = _to_slice(name, factors, config)
+        part = to_slice(name, factors, config)
         if part is not None:
             slices[name] = part
     if not slices:
@@ -206,7 +230,7 @@ def _shape(base: nn.Module, name: str) -> tuple[int, int]:
 
 def _choose_rank(slices: Mapping[str, Slice], format: str, rank: int | None) -> int:
     """The rank of the export; raises ValueError where there is none."""
-    largest, name = max((len(part.index), name) for name, part in slices.items())
+    largest, name = max((part.index.shape[-1], name) for name, part in slices.items())
     if format == "vllm" and largest > VLLM_RANKS[-1]:
         raise ValueError(
             f"{name} trains {largest} channels, and vLLM serves LoRA up to rank {VLLM_RANKS[-1]}: "
@@ -221,27 +245,44 @@ def _choose_rank(slices: Mapping[str, Slice], format: str, rank: int | None) -> 
     return rank
 
 
-def _to_factors(
-    name: str, part: Slice, shape: tuple[int, int], rank: int, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """lora_A (rank, K) and lora_B (N, rank) of one slice of a weight of shape (N, K)."""
-    num_out, num_in = shape
-    num = len(part.index)
-    fits = num_out if part.dim == "in" else num_in, num_in if part.dim == "in" else num_out
-    if part.delta.shape[1 - part.axis] != fits[0] or int(part.index.max()) >= fits[1]:
-        raise ValueError(
-            f"{name}: delta {tuple(part.delta.shape)} with {part.dim}put channels up to "
-            f"{int(part.index.max())} does not fit the base's weight {shape}"
-        )
-    lora_a = torch.zeros(rank, num_in, dtype=dtype or part.delta.dtype, device="cpu")
-    lora_b = torch.zeros(num_out, rank, dtype=dtype or part.delta.dtype, device="cpu")
-    if part.dim == "in":
-        lora_a[torch.arange(num, device="cpu"), part.index] = 1
-        lora_b[:, :num] = part.delta
-    else:
-        lora_a[:num] = part.delta
-        lora_b[part.index, torch.arange(num, device="cpu")] = 1
-    return lora_a, lora_b
+def _nested_names(base: nn.Module, experts: Mapping[str, Slice]) -> dict[str, str]:
+    """The name under which PEFT saves a LoRA of each expert tensor: it wraps the module once for
+    each of its parameters, in their order, and the last one lies outside.
+    """
+    names = {}
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in experts):
+        parameters = _parameters(base, module)
+        trained = [leaf for leaf in parameters if f"{module}.{leaf}" in experts]
+        for depth, leaf in enumerate(reversed(trained)):
+            names[f"{module}.{leaf}"] = module + ".base_layer" * depth
+    return names
+
+
+def _mistaken_for_experts(base: nn.Module, names: Iterable[str]) -> list[str]:
+    """The dense FFN layers of a Qwen3-MoE: as target_modules, PEFT takes their names for those that
+    experts had in transformers 4. Named as parameters they are what they are.
+    """
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    leaves = ("gate_proj", "up_proj", "down_proj")
+    return [n for n in names if model_type == "qwen3_moe" and n.rpartition(".")[2] in leaves]
+
+
+def _expert_shape(base: nn.Module, name: str) -> tuple[int, ...]:
+    """(E, N, K) of a tensor of experts of the base."""
+    module, _, leaf = name.rpartition(".")
+    value = _parameters(base, module).get(leaf)
+    if value is None or value.dim() != 3:
+        raise ValueError(f"the base has no experts' tensor {name}: it is another base")
+    return tuple(value.shape)
+
+
+def _parameters(base: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """What a module of the base, perhaps inside a tuner layer, has of its own."""
+    try:
+        module = base_layer(base, name)
+    except AttributeError:
+        raise ValueError(f"the base model has no module {name}: it is another base") from None
+    return dict(module.named_parameters(recurse=False))
 
 
 def _absent_siblings(base: nn.Module, slices: Mapping[str, Slice]) -> list[str]:
@@ -264,52 +305,3 @@ def _target_modules(base: nn.Module, factors: Mapping[str, Any], format: str) ->
     short = {name.rpartition(".")[2] for name in factors}
     matched = {n for n, _ in base.named_modules() if n.rpartition(".")[2] in short}
     return sorted(short if format != "peft" or matched == set(factors) else factors)
-
-
-def _to_slice(name: str, factors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Slice | None:
-    """The slice that the factors of one module are, None where they come to nothing."""
-    if len(factors) != 2:
-        raise ValueError(f"{name}: lora_A or lora_B is missing")
-    lora_a, lora_b = factors["lora_A"], factors["lora_B"]
-    if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
-        raise ValueError(
-            f"{name}: lora_A (r, K) and lora_B (N, r) wanted, "
-            f"got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
-        )
-    scaling = _scaling(name, lora_a.shape[0], config)
-    for dim, selector, delta in (("in", lora_a, lora_b), ("out", lora_b.t(), lora_a.t())):
-        rows = _one_hot_rows(selector)
-        if rows is None or not len(rows):
-            continue
-        index = selector[rows].argmax(1).to(torch.int32)
-        delta = delta[:, rows]
-        if scaling != 1:
-            delta = delta.to(torch.promote_types(delta.dtype, torch.float32)) * scaling
-        try:
-            return Slice(dim, index, (delta if dim == "in" else delta.t()).contiguous())
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    if not lora_a.any() or not lora_b.any():
-        return None
-    raise ValueError(
-        f"{name}: no slice of an S2FT adapter: neither every row of lora_A nor every column of "
-        "lora_B is zero or has a single 1"
-    )
-
-
-def _one_hot_rows(selector: Tensor) -> Tensor | None:
-    """The rows (r,) of a matrix that are not zero; None unless each of them has a single 1."""
-    nonzero = selector != 0
-    if (nonzero.sum(1) > 1).any() or (selector[nonzero] != 1).any():
-        return None
-    return nonzero.any(1).nonzero().flatten()
-
-
-def _scaling(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    """What PEFT multiplies lora_B lora_A with in this module."""
-    from peft.utils.other import get_pattern_key
-
-    pattern: dict[str, float] = config.get("alpha_pattern") or {}
-    key = get_pattern_key(list(pattern), name)
-    alpha: float = pattern[key] if key in pattern else config.get("lora_alpha", 8)
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -4,11 +4,13 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from s2kernels.architectures import is_bias
 from s2kernels.autograd.checks import check_choice
 from s2kernels.calibrate import (
     Batch,
@@ -106,7 +108,7 @@ def scores(
     progress  show a bar while it is, if tqdm is installed
 
     Answers with fp64 tensors (units,) on the CPU by the names of `s2kernels.coupling.structures`,
-    in the original basis. Structures of experts have no "activation" and no "product".
+    in the original basis. To an expert, x[t] is zero for the tokens that do not go to it.
 
     What belongs to a query head are its rows of q, its columns of o, and the rows of k and v of the
     KV head that it reads, which so count for several heads; to an FFN channel its rows of gate and
@@ -155,6 +157,7 @@ def ranked_units(
     largest: bool = True,
     scope: str = "layer",
     block: int = 1,
+    num_experts: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """The units with the largest or smallest scores of every structure in `counts`.
 
@@ -165,32 +168,56 @@ def ranked_units(
             heads, channels with channels. One that gets none is missing from the answer.
     block   units come in runs of `block` that begin at a multiple of it, and a run's score is the
             root of its sum of squares. A shorter run at the end is never taken.
+    num_experts  by structure, into how many equal parts its units fall (`Structure.num_experts`):
+            the count is taken from each of them. Absent: one part.
 
     Answers with int32 tensors, ascending, on the CPU. Of equal scores the one at the lower
     position, and in the earlier structure of `scores`, is taken first.
 
     Raises ValueError for an unknown scope, a structure without scores, scores that are not finite,
-    and a count that is no multiple of block or exceeds the units in whole blocks.
+    a count that is no multiple of block or exceeds the units in whole blocks, and for experts in
+    scope "global": some would get more channels than others, and one tensor holds the slices of
+    all.
     """
-    check_choice("scope", scope, SCOPES)
+    check_scope(scope, {name: (num_experts or {}).get(name, 1) for name in counts})
     if unknown := sorted(counts.keys() - scores.keys()):
         raise ValueError(f"counts: structures with scores wanted, got {', '.join(unknown)}")
-    groups: dict[str, list[str]] = {}
+    groups: dict[Any, list[tuple[str, int]]] = {}
+    parts: dict[tuple[str, int], Tensor] = {}
     for name in scores:
-        if name in counts:
-            kind = name if scope == "layer" else re.sub(r"\d+", "#", name)
-            groups.setdefault(kind, []).append(name)
+        num = (num_experts or {}).get(name, 1)
+        for expert, part in enumerate(scores[name].view(num, -1) if name in counts else ()):
+            key = name, expert
+            parts[key] = _run_scores(name, part, counts[name], block)
+            kind = key if scope == "layer" else re.sub(r"\d+", "#", name)
+            groups.setdefault(kind, []).append(key)
 
-    chosen = {}
-    for names in groups.values():
-        runs = [_run_scores(name, scores[name], counts[name], block) for name in names]
-        order = torch.cat(runs).sort(descending=largest, stable=True).indices
+    chosen: dict[str, list[Tensor]] = {}
+    for keys in groups.values():
+        values = torch.cat([parts[key] for key in keys])
+        order = values.sort(descending=largest, stable=True).indices
         taken = torch.zeros(len(order), dtype=torch.bool, device="cpu")
-        taken[order[: sum(counts[name] for name in names) // block]] = True
-        for name, mask in zip(names, taken.split([len(run) for run in runs]), strict=True):
+        taken[order[: sum(counts[name] for name, _ in keys) // block]] = True
+        masks = taken.split([len(parts[key]) for key in keys])
+        for (name, expert), mask in zip(keys, masks, strict=True):
             if mask.any():
-                chosen[name] = channels_of_heads(mask.nonzero().flatten(), block)
-    return {name: chosen[name] for name in scores if name in chosen}
+                units = channels_of_heads(mask.nonzero().flatten(), block)
+                first = expert * (len(scores[name]) // (num_experts or {}).get(name, 1))
+                chosen.setdefault(name, []).append(units + first)
+    return {name: torch.cat(chosen[name]) for name in scores if name in chosen}
+
+
+def check_scope(scope: str, num_experts: Mapping[str, int]) -> None:
+    """Raises ValueError for an unknown scope, and for experts in scope "global"; see
+    `ranked_units`. To be called before scores are computed, which may take long.
+    """
+    check_choice("scope", scope, SCOPES)
+    for name, num in num_experts.items():
+        if num > 1 and scope == "global":
+            raise ValueError(
+                f"scope='global' cannot be had for {name}: each of its {num} experts trains as "
+                "many channels; use scope='layer'"
+            )
 
 
 def _run_scores(name: str, scores: Tensor, count: int, block: int) -> Tensor:
@@ -207,7 +234,7 @@ def _run_scores(name: str, scores: Tensor, count: int, block: int) -> Tensor:
 def _weight_squares(model: nn.Module, structure: Structure) -> Tensor:
     total = torch.zeros(structure.count(structure.unit), dtype=torch.float64, device="cpu")
     for member in structure.members:
-        if member.suffix.endswith(".bias"):
+        if is_bias(member):
             continue
         value = parameter(model, structure, member).detach()
         if not value.is_floating_point() or value.is_meta:

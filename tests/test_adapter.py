@@ -393,3 +393,66 @@ def test_fingerprints_come_through_combine():
     other = {"o_proj": random_slice("in", (9,), prints=prints)}
     with pytest.raises(ValueError, match="o_proj: the adapters were trained on different bases"):
         combine([parts[0], other], [1, 1])
+
+
+def experts_slice(dim, rows, seed=0):
+    """A slice of experts with weights (3, 5, 7), of the channels in `rows`."""
+    index = torch.tensor(rows, dtype=torch.int32)
+    shape = (3, 5, index.shape[1]) if dim == "in" else (3, index.shape[1], 7)
+    generator = torch.Generator().manual_seed(seed)
+    delta = torch.randn(shape, generator=generator)
+    return Slice(dim, index, delta, fingerprint(delta, dim))
+
+
+def dense_of(part):
+    """The whole weights (3, 5, 7) that a slice of experts adds."""
+    weight = torch.zeros(3, 5, 7)
+    for expert in range(3):
+        one = part.of_expert(expert)
+        view = weight[expert].t() if part.dim == "in" else weight[expert]
+        view[one.index.long()] += one.delta.t() if part.dim == "in" else one.delta
+    return weight
+
+
+@pytest.mark.parametrize("dim", ("in", "out"))
+def test_slices_of_experts(dim, tmp_path):
+    """Saved, read, and added, where the unions of the experts' channels differ in size, too."""
+    one = experts_slice(dim, [[3, 1], [0, 4], [2, 3]])
+    other = experts_slice(dim, [[1, 3], [0, 2], [0, 4]], seed=1)
+    write_adapter(tmp_path, {"experts.down_proj": one}, {"task_type": None})
+    (read,) = read_adapter(tmp_path).values()
+    for field in ("index", "delta", "fingerprint"):
+        assert torch.equal(getattr(read, field), getattr(one, field))
+    assert read.fingerprint.shape == (3, 2)
+    for expert in range(3):
+        alone = fingerprint(one.delta[expert], dim)
+        assert torch.equal(one.fingerprint[expert], alone)
+
+    unknown = [Slice(part.dim, part.index, part.delta) for part in (one, other)]
+    (both,) = combine([{"e": part} for part in unknown], [2.0, -0.5]).values()
+    assert both.index[0].tolist() == [0, 1, 2, 3]  # two of its own, filled up to four
+    assert both.index[1].tolist() == [0, 1, 2, 4] and both.index[2].tolist() == [0, 2, 3, 4]
+    want = 2 * dense_of(one) - 0.5 * dense_of(other)
+    torch.testing.assert_close(dense_of(both), want, rtol=0, atol=1e-6)
+    (half,) = combine([{"e": one}], [0.5]).values()
+    torch.testing.assert_close(dense_of(half), 0.5 * dense_of(one), rtol=0, atol=0)
+    assert set(half.fingerprint.flatten().tolist()) == set(one.fingerprint.flatten().tolist())
+    with pytest.raises(ValueError, match="different bases"):
+        combine([{"e": one}, {"e": other}], [1.0, 1.0])
+    fewer = Slice(dim, one.index[:2], one.delta[:2])
+    with pytest.raises(ValueError, match="in the number of experts"):
+        combine([{"e": one}, {"e": fewer}], [1.0, 1.0])
+    check_fingerprint("e", one.fingerprint, one.delta, dim)
+    with pytest.raises(ValueError, match="different|another base: 2 of 6"):
+        changed = one.delta.clone()
+        changed[1] += 1
+        check_fingerprint("e", one.fingerprint, changed, dim)
+    for bad, message in (
+        (dict(index=one.index[:, :1]), "delta must have shape"),
+        (dict(index=one.index[0]), "delta must have shape"),
+        (dict(index=one.index * 0), "repeat"),
+        (dict(fingerprint=one.fingerprint[0]), "fingerprint must have shape"),
+    ):
+        fields = dict(dim=dim, index=one.index, delta=one.delta, fingerprint=None)
+        with pytest.raises(ValueError, match=message):
+            Slice(**fields | bad)

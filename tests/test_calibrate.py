@@ -117,7 +117,15 @@ def by_definition(model, strategy: str, sequences: list[dict]) -> dict[str, torc
     inputs: dict[str, list] = {}
     projections = {}
     for name, s in found.items():
-        if s.kind != "experts":
+        if s.kind == "experts":
+            layer = model.get_submodule(name)
+            projections[name] = layer, s
+            layer.register_forward_pre_hook(
+                lambda module, args, name=name: inputs.setdefault(name, []).append(
+                    inputs_of_experts(module, *args)
+                )
+            )
+        else:
             (suffix,) = (m.suffix for m in s.members if m.dim == "in")
             layer = model.get_submodule(f"{name}.{suffix.removesuffix('.weight')}")
             projections[name] = layer, s
@@ -133,6 +141,13 @@ def by_definition(model, strategy: str, sequences: list[dict]) -> dict[str, torc
         heads = x.view(len(x), s.count(s.unit), s.width(s.unit))
         answer[name] = heads.norm(dim=2).square().mean(0).sqrt()
     return answer
+
+
+def inputs_of_experts(module, x, experts, weights) -> torch.Tensor:
+    """What down_proj of every expert sees of each token, zero where it does not see it."""
+    gate, up = torch.einsum("td,efd->tef", x, module.gate_up_proj).chunk(2, dim=-1)
+    goes = torch.zeros(gate.shape[:2], dtype=x.dtype).scatter_(1, experts, 1.0)
+    return (nn.functional.silu(gate) * up * goes.unsqueeze(-1)).flatten(1)
 
 
 def assert_same(got, expected, rtol=1e-10):
@@ -170,6 +185,22 @@ def test_batches_and_padding_do_not_matter(strategy, side):
     unmarked = [{"input_ids": batch["input_ids"]} for batch in batches]
     got = scores(model, strategy, unmarked, progress=False)
     assert not torch.allclose(got["model.layers.0.mlp"], expected["model.layers.0.mlp"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ("activation", "product"))
+def test_padding_goes_to_no_expert(strategy):
+    model, sequences = tiny_model("mixtral"), samples()
+    expected = scores(model, strategy, sequences, progress=False)
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    assert not any(forwards)  # they were lent
+    batches = [padded(sequences[:3], "left", extra=2), padded(sequences[3:], "right", extra=1)]
+    assert_same(scores(model, strategy, batches, progress=False), expected)
+
+
+def test_activations_of_experts_are_seen_without_an_adapter_alone():
+    model = get_peft_model(tiny_model("mixtral"), S2FTConfig(heads=2, channels=3))
+    with pytest.raises(ValueError, match="mlp.experts has an adapter, through which .*: select"):
+        scores(model, "activation", samples(), progress=False)
 
 
 @pytest.mark.parametrize("strategy", CALIBRATED)

@@ -19,6 +19,7 @@ from s2kernels.cli import examples, finetune
 from s2kernels.cli.examples import IGNORED, PROMPT, PROMPT_WITH_INPUT
 from s2kernels.cli.models import load_tokenizer
 from s2kernels.coupling import channels_of_heads
+from s2kernels.peft import S2FTConfig, select_indices
 
 COLOURS = ("red", "green", "blue", "white")
 RECORDS = [
@@ -387,6 +388,65 @@ def test_select_ranks_heads_and_channels(strategy, base, data, tmp_path):
         assert stop.value.code == 2
 
 
+def test_finetune_selects_on_a_share_of_its_training_data(base, data, tmp_path, monkeypatch):
+    options = ["--strategy", "activation", "--smallest", "--calibration-share", "0.2"]
+    train(base, data, tmp_path, *options, "--max-steps", "2", "--save-steps", "1")
+
+    train_records, _ = finetune.split(examples.read_records(data), 0.2, 0)
+    tokenizer = load_tokenizer("bytes")
+    encoded = [examples.encode(record, tokenizer, 256) for record in train_records]
+    sample = finetune.calibration_set(encoded, 0.2, 0)
+    assert len(sample) == 4 and all([example] in encoded for example in sample)  # of 19
+    chosen = select_indices(
+        load(base),
+        S2FTConfig(heads=2, channels=0.2, selection="activation", largest=False),
+        [examples.collate([example]) for example in sample],
+        progress=False,
+    )
+    adapter = read_adapter(tmp_path)
+    assert {name: part.index.tolist() for name, part in adapter.items()} == chosen.indices
+    assert metrics_of(tmp_path)["options"]["calibration_share"] == 0.2
+
+    def fail(*args):
+        raise AssertionError("a run that goes on has its channels")
+
+    monkeypatch.setattr(finetune, "select_indices", fail)
+    train(base, data, tmp_path, *options, "--max-steps", "3", "--save-steps", "1", "--resume")
+    resumed = read_adapter(tmp_path)
+    assert {name: part.index.tolist() for name, part in resumed.items()} == chosen.indices
+    assert metrics_of(tmp_path)["steps"] == 3
+
+
+def test_a_mixture_goes_through_every_command(data, tmp_path, capsys):
+    base = tmp_path / "base"
+    sizes = dict(vocab_size=259, max_position_embeddings=256, eos_token_id=1)
+    tiny_model("qwen3_moe", torch.float32, **sizes).save_pretrained(base)
+    selection = tmp_path / "chosen.json"
+    cli.main(
+        ["select", "--model", str(base), "--output", str(selection), "--strategy", "product"]
+        + ["--heads", "2", "--channels", "3", "--device", "cpu", "--data", str(data)]
+        + ["--tokenizer", "bytes", "--examples", "2"]
+    )
+    units = json.loads(selection.read_text())["units"]["model.layers.1.mlp.experts"]
+    assert [unit // 24 for unit in units] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert "experts: 12 of 96 channels" in capsys.readouterr().out
+    train(base, data, tmp_path / "adapter", "--selection", str(selection), "--max-steps", "3")
+    name = "model.layers.1.mlp.experts.down_proj"
+    part = read_adapter(tmp_path / "adapter")[name]
+    assert part.index.tolist() == (torch.tensor(units).view(4, 3) % 24).tolist()
+    cli.main(["inspect", str(tmp_path / "adapter"), "--json"])
+    shown = json.loads(capsys.readouterr().out.split("\n", 2)[2])
+    row = next(layer for layer in shown["layers"] if layer["module"] == name)
+    assert (row["channels"], row["lora_rank"], row["parameters"]) == (12, 3, 4 * 32 * 3)
+    cli.main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
+    want = logits(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), want, rtol=0, atol=1e-5)
+    argv = ["export-lora", str(tmp_path / "adapter"), "--output", str(tmp_path / "lora"), "--check"]
+    cli.main(argv)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert float(re.search(r"difference ([\d.e-]+),", line)[1]) < 1e-5
+
+
 # ---------------------------------------------------------------------------- what is refused
 
 
@@ -416,6 +476,10 @@ def test_mistakes_are_told_in_one_line(base, data, trained, tmp_path, capsys):
         ([*args, data, "--lr", "nan"], "--lr"),
         ([*args, data, "--batch-size", "0"], "--batch-size"),
         ([*args, data, "--held-out", "0.99"], "leaves none"),
+        ([*args, data, "--smallest"], "--smallest ranks by scores"),
+        ([*args, data, "--strategy", "best"], "invalid choice"),
+        ([*args, data, "--strategy", "weight", "--selection", bad], "not allowed with"),
+        ([*args, data, "--strategy", "weight", "--calibration-share", "0"], "share above 0"),
         ([*args, data, "--targets", "no_proj"], "no_proj"),
         ([*args, data, "--targets", "mlp"], "linear"),
         ([*args, data, "--max-length", "999"], "256 positions"),

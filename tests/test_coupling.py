@@ -195,17 +195,17 @@ def test_structures_looks_through_tuner_layers(model_type):
     model = tiny_model(model_type)
     before = structures(model)
     wrap(model, *{name.rpartition(".")[2] for s in before.values() for name in s.projections})
+    wrap(model, "experts")
     wrap(model, "o_proj", "c_proj", "dense")  # a tuner layer on a tuner layer
     assert structures(model) == before
     plain = tiny_model(model_type)
     for structure in before.values():
         assert obstacle(model, structure) is None
         for leaf, member in structure.projections.items():
-            name = f"{structure.name}.{leaf}"
-            assert torch.equal(
-                parameter(model, structure, member), plain.get_submodule(name).weight
-            )
-            assert base_layer(model, name).weight is parameter(model, structure, member)
+            owner, _, attribute = f"{structure.name}.{member.suffix}".rpartition(".")
+            value = parameter(model, structure, member)
+            assert torch.equal(value, getattr(plain.get_submodule(owner), attribute)), leaf
+            assert getattr(base_layer(model, owner), attribute) is value
 
 
 def test_structures_of_a_peft_model():
@@ -259,8 +259,25 @@ def test_role():
     with pytest.raises(ValueError, match="no projection 'fc1', it has gate_proj, up_proj, down"):
         ffn.role("fc1")
     experts = structures(tiny_model("mixtral"))["model.layers.0.mlp.experts"]
-    with pytest.raises(ValueError, match="no projection 'down_proj', it has none"):
-        experts.role("down_proj")
+    assert [experts.role(leaf).dim for leaf in ("gate_up_proj", "down_proj")] == ["out", "in"]
+    with pytest.raises(ValueError, match="no projection 'up_proj', it has gate_up_proj, down_proj"):
+        experts.role("up_proj")
+
+
+def test_positions_of_experts_count_within_each():
+    mixture = structures(tiny_model("qwen3_moe"))["model.layers.1.mlp.experts"]  # 4 of 24 channels
+    gate_up, down = mixture.role("gate_up_proj"), mixture.role("down_proj")
+    units = torch.tensor([72, 73, 3, 2, 24, 47, 48, 50])
+    assert mixture.channels(down, units).tolist() == [[2, 3], [0, 23], [0, 2], [0, 1]]
+    both = [[2, 3, 26, 27], [0, 23, 24, 47], [0, 2, 24, 26], [0, 1, 24, 25]]
+    assert mixture.channels(gate_up, units).tolist() == both
+    for member in (gate_up, down):
+        index = mixture.channels(member, units)
+        assert index.dtype == torch.int32
+        assert mixture.units_at(member, index).tolist() == sorted(units.tolist())
+    assert find({mixture.name: mixture}, f"{mixture.name}.down_proj") == (mixture, down)
+    with pytest.raises(ValueError, match=r"of each of the 4 experts wanted, got \[2, 2, 2, 1\]"):
+        mixture.channels(down, units[1:])
 
 
 def test_find():
@@ -358,8 +375,8 @@ def test_default_targets():
         "opt": ["out_proj", "fc2"],
         "bert": ["output.dense"],
         "roberta": ["output.dense"],
-        "mixtral": ["o_proj"],
-        "qwen3_moe": ["o_proj", "mlp.down_proj"],  # experts have a down_proj, too
+        "mixtral": ["o_proj", "down_proj"],
+        "qwen3_moe": ["o_proj", "down_proj"],
     }
 
 

@@ -68,6 +68,66 @@ def dense(part, shape):
     return weight
 
 
+@pytest.mark.parametrize("targets", (["down_proj"], ["o_proj", "gate_up_proj", "down_proj"]))
+@pytest.mark.parametrize("model_type", ("mixtral", "qwen3_moe"))
+def test_slices_of_experts_become_target_parameters(model_type, targets, tmp_path):
+    """Of which stock PEFT, that of the LoRA, makes the same logits, to the bit where it adds the
+    same numbers in the same order: in the weight.
+    """
+    ids = token_ids()
+    chosen = S2FTConfig(
+        heads=2, channels=5, mode="inplace", layout="gather", target_modules=targets
+    )
+    model = get_peft_model(tiny_model(model_type, torch.float32), chosen).eval()
+    with torch.no_grad():
+        for name, delta in model.named_parameters():
+            if "s2ft_delta" in name:
+                delta.normal_(0, 0.3)
+        want = model(ids).logits
+        plain = tiny_model(model_type, torch.float32)
+        assert (plain(ids).logits - want).abs().max() > 0.1
+        export_lora(model, tmp_path, rank=20)
+        config = LoraConfig.from_pretrained(tmp_path)
+        assert any("experts.down_proj" in name for name in config.target_parameters)
+        assert (config.r, config.lora_alpha) == (20, 20)
+        lora = PeftModel.from_pretrained(plain, tmp_path).eval()
+        assert not any("s2ft" in name for name in lora.state_dict())
+        assert (lora(ids).logits - want).abs().max() < 1e-5
+        merged = lora.merge_and_unload()
+        experts = model.base_model.model.model.layers[1].mlp.experts
+        inside = model(ids) and experts.base_layer.down_proj
+        assert torch.equal(merged.model.layers[1].mlp.experts.down_proj, inside)
+    for format in ("vllm", "sglang"):
+        with pytest.raises(ValueError, match="down_proj is a tensor of experts: format="):
+            export_lora(model, tmp_path / "no", format=format)
+    with pytest.raises(ValueError, match="no plain LoRA: target_parameters"):
+        import_lora(tmp_path, tmp_path / "back")
+    with pytest.raises(ValueError, match="another base"):
+        export_lora(
+            _saved(model, tmp_path / "s2ft"),
+            tmp_path / "no",
+            base=tiny_model("llama", torch.float32),
+        )
+
+
+def test_dense_layers_beside_a_mixture_come_back(tmp_path):
+    """Exported as parameters, since PEFT takes their names for those of experts."""
+    fields = dict(channels=5, target_modules=r".*mlp\.(gate|down)_proj")
+    model = get_peft_model(tiny_model("qwen3_moe", torch.float32), S2FTConfig(**fields))
+    want = read_adapter(_saved(model, tmp_path / "s2ft"))
+    back = import_lora(export_lora(model, tmp_path / "lora"), tmp_path / "back")
+    got = read_adapter(back)
+    assert got.keys() == want.keys() == {f"model.layers.0.mlp.{n}_proj" for n in ("gate", "down")}
+    for name, part in want.items():
+        assert torch.equal(got[name].index, part.index) and torch.equal(got[name].delta, part.delta)
+    PeftModel.from_pretrained(tiny_model("qwen3_moe", torch.float32), back)
+
+
+def _saved(model, path):
+    model.save_pretrained(path)
+    return path
+
+
 class Toy(nn.Module):
     """A base of one attention and one gated FFN block, of any width."""
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,17 +24,20 @@ from bench.memory import kept_by
 from s2kernels import backend, kernels, reference
 from s2kernels.coupling import channels_of_heads
 from s2kernels.peft import S2FTConfig, S2FTLinear, report
+from s2kernels.peft.layer import S2FTLayer
 from s2kernels.select import random_units
 
 MODES = ("inplace", "additive")
 LAYOUTS = ("permute", "block", "gather")
 COMBINATIONS = [(mode, layout) for mode in MODES for layout in LAYOUTS]
 EVERY_COMBINATION = pytest.mark.parametrize(("mode", "layout"), COMBINATIONS)
-WIDE = dict(intermediate_size=192)  # three blocks of 64 channels
-# Of the encoders "all-linear" would name layers of the head, too.
+# three blocks of 64 channels, of a mixture in each expert
+WIDE = dict(intermediate_size=192, moe_intermediate_size=192)
+# "all-linear" would name layers of the head, too, in encoders, and no tensors of experts.
 EVERY_PROJECTION = dict.fromkeys(("bert", "roberta"), r".*\.layer\..*(query|key|value|dense)")
+EVERY_PROJECTION |= dict.fromkeys(("mixtral", "qwen3_moe"), r".*_proj")
 NUM_PROJECTIONS = dict(
-    phi3=8, gpt2=8, gpt_neox=8, opt=12, bert=12, roberta=12, mixtral=8, qwen3_moe=11
+    phi3=8, gpt2=8, gpt_neox=8, opt=12, bert=12, roberta=12, mixtral=12, qwen3_moe=13
 )
 
 
@@ -143,23 +147,26 @@ def test_gradients_are_those_of_dense_autograd_on_the_slices(model_type, mode, l
     for name, delta in deltas(model).items():
         module = name.removeprefix("base_model.model.").removesuffix(".s2ft_delta.default")
         index = model.get_buffer(name.replace("s2ft_delta", "s2ft_index")).long()
-        dim = int(model.get_buffer(name.replace("s2ft_delta", "s2ft_dim")))
-        layer = dense.get_submodule(module)
-        transposed = isinstance(layer, Conv1D)
-        where = (slice(None), index) if dim == 1 else (index,)
+        is_in = int(model.get_buffer(name.replace("s2ft_delta", "s2ft_dim"))) == 1
+        if index.dim() == 2:  # of experts
+            weight, where = dense.get_parameter(module), (torch.arange(4).unsqueeze(1), index)
+        else:
+            weight, where = dense.get_submodule(module).weight, (index,)
+        is_conv1d = index.dim() == 1 and isinstance(dense.get_submodule(module), Conv1D)
+        transposed = is_in != is_conv1d  # the trained channels are then columns
         with torch.no_grad():
-            (layer.weight.t() if transposed else layer.weight)[where] += delta
-        slices[name] = (layer.weight, transposed, where)
+            (weight.mT if transposed else weight)[where] += delta.mT if is_in else delta
+        slices[name] = (weight, transposed, where, is_in)
     dense(input_ids=ids, labels=ids).loss.backward()
     assert len(slices) == NUM_PROJECTIONS.get(model_type, 14)
-    for name, (weight, transposed, where) in slices.items():
-        grad = weight.grad.t() if transposed else weight.grad
-        got, want = deltas(model)[name].grad, grad[where]
+    for name, (weight, transposed, where, is_in) in slices.items():
+        grad = (weight.grad.mT if transposed else weight.grad)[where]
+        got, want = deltas(model)[name].grad, grad.mT if is_in else grad
         assert want.abs().max() > 1e-8
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12, msg=name)
 
 
-def test_the_default_trains_the_drawn_heads_and_channels_of_o_and_down():
+def test_the_default_trains_the_drawn_heads_and_channels_of_o_and_down(capsys):
     model = tiny_model("llama", **WIDE)
     model = get_peft_model(model, config(layout="gather"))
     for block in range(2):
@@ -174,6 +181,8 @@ def test_the_default_trains_the_drawn_heads_and_channels_of_o_and_down():
         assert not isinstance(layer.mlp.up_proj, S2FTLinear)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert model.get_nb_trainable_parameters()[0] == trainable == 2 * (32 * 8 + 32 * 64)
+    model.print_trainable_parameters()
+    assert f"trainable params: {trainable:,} ||" in capsys.readouterr().out
 
 
 @EVERY_COMBINATION
@@ -237,35 +246,9 @@ def test_the_life_of_an_adapter_on_other_layouts_of_weights(model_type, mode, tm
 def test_the_default_targets_of_each_type_are_trained():
     for model_type in MODEL_TYPES:
         model = get_peft_model(tiny_model(model_type, **WIDE), config())
-        dims = [m.dim for m in model.modules() if isinstance(m, S2FTLinear)]
-        # two blocks, each with an attention and a FFN, where that is none of experts
-        assert dims == ["in"] * {"mixtral": 2, "qwen3_moe": 3}.get(model_type, 4), model_type
-
-
-@pytest.mark.parametrize(
-    ("model_type", "targets", "error", "message"),
-    [
-        ("mixtral", ["o_proj", "down_proj"], ValueError, "names .*0.mlp.experts.down_proj, a ten"),
-        ("qwen3_moe", r".*(o|gate_up)_proj", ValueError, "names .*1.mlp.experts.gate_up_proj, a"),
-        ("mixtral", ["experts"], TypeError, "must name linear layers, .* is a MixtralExperts"),
-    ],
-)
-def test_experts_are_no_targets(model_type, targets, error, message):
-    model = tiny_model(model_type)
-    original = base_state(model)
-    with pytest.raises(error, match=message):
-        get_peft_model(model, config(target_modules=targets, channels=4))
-    assert_same(base_state(model), original)
-    assert not any(isinstance(module, S2FTLinear) for module in model.modules())
-
-
-def test_a_mixture_in_every_layer(tmp_path):
-    """The default names `mlp.down_proj`, which this model has nowhere."""
-    base = tiny_model("qwen3_moe", mlp_only_layers=[])
-    model = get_peft_model(base, config())
-    assert [name.split(".")[-3] for name in deltas(model)] == ["o_proj", "o_proj"]
-    model.save_pretrained(tmp_path)
-    PeftModel.from_pretrained(tiny_model("qwen3_moe", mlp_only_layers=[]), tmp_path)
+        dims = [m.dim for m in model.modules() if isinstance(m, S2FTLayer)]
+        # two blocks, each with an attention and a FFN or the experts of one
+        assert dims == ["in"] * 4, model_type
 
 
 @EVERY_COMBINATION
@@ -369,6 +352,35 @@ def test_a_disabled_pass_between_forward_and_backward_changes_no_gradient(mode, 
         assert (model(ids).logits - reference).abs().max() <= 1e-12
     for grad, name in zip(grads, want, strict=True):
         torch.testing.assert_close(grad, want[name], rtol=0, atol=1e-14)
+
+
+def assert_own_gradient_despite_a_later_pass(model, first):
+    """A pass of W0, of the base or with two adapters added; then one that writes slices; only then
+    its backward.
+    """
+    shape = (2, 9, model.config.hidden_size)
+    embeds = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    embeds.requires_grad_()
+    base_state(model)  # whatever is written in by now
+    grads = []
+    for later in (False, True):
+        model.base_model.set_adapter(["default", "second"])
+        with model.disable_adapter() if first == "base" else nullcontext():
+            loss = model(inputs_embeds=embeds).logits.square().sum()
+        if later:
+            model.set_adapter("default")
+            model(inputs_embeds=embeds)
+            assert any(layer.written for layer in model.base_model.base_weights.layers)
+        grads.append(torch.autograd.grad(loss, embeds)[0])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("first", ("base", "both"))
+def test_a_pass_of_the_slices_written_later_changes_no_gradient(first):
+    fields = dict(layout="gather", target_modules="all-linear")
+    model = get_peft_model(tiny_model("llama", **WIDE), config(**fields))
+    model.add_adapter("second", config(seed=7, **fields))
+    assert_own_gradient_despite_a_later_pass(randomized(model), first)
 
 
 def test_a_state_dict_between_forward_and_backward_is_an_error_or_harmless():
@@ -562,13 +574,14 @@ def test_a_deep_copy_trains_apart(mode, layout):
 @EVERY_COMBINATION
 def test_a_change_of_dtype_keeps_the_slices_in_place(mode, layout):
     ids = token_ids()
-    model = tiny_model("llama", torch.float32, **WIDE)
-    original = {name: value.double() for name, value in base_state(model).items()}
-    model = randomized(get_peft_model(model, config(mode=mode, layout=layout)))
-    want = model(ids).logits
-    model.double()
-    assert (model(ids).logits - want).abs().max() < 1e-4
-    assert_same(base_state(model), original)
+    for dtype, error in ((torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.01)):
+        model = tiny_model("llama", torch.float32, **WIDE)
+        original = {name: value.to(dtype) for name, value in base_state(model).items()}
+        model = randomized(get_peft_model(model, config(mode=mode, layout=layout)))
+        want = model(ids).logits
+        model.to(dtype)
+        assert (model(ids).logits - want).abs().max() < error
+        assert_same(base_state(model), original)
 
 
 @EVERY_COMBINATION
@@ -629,13 +642,14 @@ def test_a_part_of_the_model_can_be_called_alone(mode, layout):
     torch.testing.assert_close(hidden, want, rtol=0, atol=1e-12)
 
 
-def test_generate_and_the_ways_to_load(tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_generate_and_the_ways_to_load(mode, tmp_path):
     ids = token_ids()
     base_dir, adapter_dir = tmp_path / "base", tmp_path / "adapter"
     base = tiny_model("llama", torch.float32, **WIDE)
     base.save_pretrained(base_dir)
     base = type(base).from_pretrained(base_dir)
-    model = randomized(get_peft_model(base, config(task_type="CAUSAL_LM")))
+    model = randomized(get_peft_model(base, config(mode=mode, task_type="CAUSAL_LM")))
     want = model(ids).logits
     tokens = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
     model.save_pretrained(adapter_dir)
@@ -699,16 +713,19 @@ def test_injection_without_a_peft_model():
     assert_same(base_state(model), original)
 
 
+@pytest.mark.parametrize("selection", ("random", "weight"))
 @pytest.mark.parametrize(
-    "fields", [dict(layers_to_transform=[1]), dict(exclude_modules=["o_proj"])]
+    ("fields", "wanted"),
+    [
+        (dict(layers_to_transform=[1]), ["1.self_attn.o_proj", "1.mlp.down_proj"]),
+        (dict(exclude_modules=["o_proj"]), ["0.mlp.down_proj", "1.mlp.down_proj"]),
+        (dict(target_modules=r".*\.1\.mlp\.(up|down)_proj"), ["1.mlp.up_proj", "1.mlp.down_proj"]),
+    ],
 )
-def test_peft_fields_choose_the_targets(fields):
-    model = get_peft_model(tiny_model("llama", **WIDE), config(**fields))
-    names = {name for name in deltas(model)}
-    if "layers_to_transform" in fields:
-        assert len(names) == 2 and all("layers.1." in name for name in names)
-    else:
-        assert len(names) == 2 and all("down_proj" in name for name in names)
+def test_peft_fields_choose_the_targets(fields, wanted, selection):
+    model = get_peft_model(tiny_model("llama", **WIDE), config(selection=selection, **fields))
+    names = [name.removeprefix("base_model.model.model.layers.") for name in deltas(model)]
+    assert [name.removesuffix(".s2ft_delta.default") for name in names] == wanted
 
 
 def test_modules_to_save_are_trained_and_saved(tmp_path):

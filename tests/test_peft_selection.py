@@ -116,6 +116,28 @@ def test_each_target_may_have_a_budget_of_its_own():
         get_peft_model(tiny_model("llama"), config(**fields | dict(budget_pattern={"v_proj": 9})))
 
 
+@pytest.mark.parametrize("model_type", ("gpt2", "bert"))
+def test_projections_of_one_name_in_attention_and_ffn_have_blocks_of_their_own(model_type):
+    model = tiny_model(model_type, intermediate_size=192)
+    chosen = select_indices(model, config(selection="weight", layout="block"), progress=False)
+    found = {name: torch.tensor(index) for name, index in chosen.indices.items()}
+    widths = {len(index) for index in found.values()}
+    assert widths == {2 * 4, 64} and len(found) == 4  # two heads, one block of channels
+    for index in found.values():
+        if len(index) == 64:
+            assert index[0] % 64 == 0 and (index.diff() == 1).all()
+
+
+def test_a_budget_is_looked_at_before_the_calibration():
+    def batches():
+        raise AssertionError("the calibration has begun")
+        yield
+
+    wrong = config(selection="activation", heads=9)
+    with pytest.raises(ValueError, match="heads: 9 wanted of 8"):
+        select_indices(tiny_model("llama"), wrong, batches(), progress=False)
+
+
 def test_targets_of_one_block_may_draw_apart():
     fields = dict(target_modules=["up_proj", "down_proj"], coupled=False)
     found = trained(get_peft_model(tiny_model("llama"), config(**fields)))
@@ -132,9 +154,12 @@ def test_explicit_indices_decide():
     model = get_peft_model(tiny_model("llama"), config(**fields))
     assert trained(model) == wanted
     for bad, message in (
-        ({"model.layers.1.mlp.down_proj": [40]}, "must lie in"),
-        ({"model.layers.1.mlp.down_proj": [1, 1]}, "repeat"),
-        ({"model.layers.1.mlp.down_proj": []}, "non-empty"),
+        ({"model.layers.1.mlp.down_proj": [40]}, r"layers\.1\.mlp\.down_proj: index must lie in"),
+        ({"model.layers.1.mlp.down_proj": [1, 1]}, "down_proj: index must not repeat"),
+        ({"model.layers.1.mlp.down_proj": []}, "down_proj: index must be non-empty"),
+        ({"model.layers.1.mlp.down_proj": [1.5]}, "down_proj'. must be .* whole numbers.*float32"),
+        ({"model.layers.1.mlp.down_proj": [True]}, "down_proj'. must be .* whole numbers.*bool"),
+        ({"model.layers.1.mlp.down_proj": [2**40]}, "down_proj.* must be .*overflow"),
         ({"model.layers.7.mlp.down_proj": [1]}, "indices names .*layers.7.mlp.down_proj"),
     ):
         model = tiny_model("llama")

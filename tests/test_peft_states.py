@@ -1,15 +1,16 @@
 """Interruptions, odd orders and odd places: the base weights are never wrong and never lost."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, peft_model
 from test_peft import WIDE, assert_same, base_state, config, deltas, randomized
 from tiny_models import tiny_model, token_ids
 
-from s2kernels.peft import S2FTLinear, base_weights
+from s2kernels.peft import S2FTConfig, S2FTLinear, base_weights, save_pretrained
 
 IDS = token_ids()
 
@@ -17,6 +18,43 @@ IDS = token_ids()
 def wrapped(model=None, **fields):
     model = tiny_model("llama", **WIDE) if model is None else model
     return randomized(get_peft_model(model, config(**fields)))
+
+
+@pytest.mark.parametrize("fail_at", ("weights", "configuration"))
+def test_a_save_that_fails_leaves_what_was_there(fail_at, tmp_path, monkeypatch):
+    model = wrapped()
+    model.add_adapter("second", config(seed=9))
+    save_pretrained(model, tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\n## Mine\n\nkept\n")
+    save_pretrained(model, tmp_path)
+    assert card.read_text().count("## S2FT adapter") == 1 and "kept" in card.read_text()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.parent.name for path in before} == {tmp_path.name, "second"}
+
+    def half(tensors, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    def later(self, folder, **kwargs):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        deltas(model)[next(iter(deltas(model)))].add_(1)
+    with monkeypatch.context() as patch:
+        if fail_at == "weights":
+            patch.setattr(peft_model, "safe_save_file", half)
+        else:
+            patch.setattr(S2FTConfig, "save_pretrained", later)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            save_pretrained(model, tmp_path)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+    save_pretrained(model, tmp_path, selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(tiny_model("llama", **WIDE), tmp_path)
+    assert (loaded(IDS).logits - model(IDS).logits).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="README.md is a file"):
+        save_pretrained(model, card)
 
 
 def test_a_mixed_batch_takes_the_saved_module_of_each_row():

@@ -165,6 +165,18 @@ def test_a_block_counts_by_its_root_of_the_sum_of_squares():
     assert ranked(scores, [4], block=2) == {"mlp": [2, 3, 4, 5]}
 
 
+def test_ranked_units_takes_as_many_of_each_expert():
+    values = {"moe": torch.tensor([3.0, 1.0, 2.0, 0.0, 9.0, 8.0, 7.0, 6.0, 0.0, 0.0, 1.0, 5.0])}
+    options = dict(counts={"moe": 2}, num_experts={"moe": 3, "other": 2})
+    assert ranked_units(values, **options)["moe"].tolist() == [0, 2, 4, 5, 10, 11]
+    smallest = ranked_units(values, largest=False, **options)["moe"]
+    assert smallest.tolist() == [1, 3, 6, 7, 8, 9] and smallest.dtype == torch.int32
+    runs = ranked_units(values, block=2, **options)["moe"]
+    assert runs.tolist() == [0, 1, 4, 5, 10, 11]
+    with pytest.raises(ValueError, match="'global' cannot be had for moe: each of its 3 experts"):
+        ranked_units(values, scope="global", **options)
+
+
 def test_ranked_units_breaks_ties_by_position():
     scores = {name: torch.ones(1000) for name in MLP}
     for largest in (True, False):

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from tiny_models import tiny_model, token_ids
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from s2kernels.peft import S2FTConfig
+from s2kernels.peft import S2FTConfig, S2FTLinear
 
 MODES = ("inplace", "additive")
 COMMON = dict(
@@ -127,7 +127,22 @@ def test_trl_dpo_measures_against_the_exact_base(mode, tmp_path):
     trainer = trl.DPOTrainer(
         base, args=arguments, train_dataset=rows, processing_class=words(), peft_config=config(mode)
     )
+    passes = []
+
+    def record(module, args, kwargs, output):
+        if any(
+            layer.disable_adapters for layer in module.modules() if isinstance(layer, S2FTLinear)
+        ):
+            given = {name: kwargs[name] for name in ("input_ids", "attention_mask")}
+            passes.append((given, output.last_hidden_state.detach()))
+
+    hook = trainer.model.base_model.model.model.register_forward_hook(record, with_kwargs=True)
     trainer.train()
+    hook.remove()
+    assert len(passes) == 4
+    plain = model().model
+    for given, states in passes:
+        assert torch.allclose(plain(**given).last_hidden_state, states, rtol=0, atol=1e-5)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert abs(losses[0] - 0.6931) < 1e-3  # policy and reference are the same at the start
     assert losses[-1] < losses[0]

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from s2kernels.cli import commands
 
+STRATEGIES = ("weight", "activation", "product", "gradient")
+
 FINETUNE = """\
 Train an S2FT adapter: a few attention heads and FFN channels of each block of a causal language
 model. The base stays as it is.
@@ -41,6 +43,8 @@ FINETUNE_EXAMPLES = """\
 examples:
   s2kernels finetune --model models/llama --data train.json --output adapter \\
       --heads 2 --channels 0.02 --bf16 --epochs 3
+  s2kernels finetune ... --strategy activation --smallest    first look at 1 % of the data, and
+      train the heads and channels that are least active on it
   s2kernels finetune ... --output adapter --resume        go on after an interruption
 
   a trial without any download: a random model, saved in trial/base, and bytes as tokens
@@ -95,6 +99,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _positive_share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError
+    return value
+
+
 def _amount(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
@@ -110,6 +121,7 @@ def _steps(text: str) -> float:
 _budget.__name__ = "count or share"
 _count.__name__ = "count"
 _share.__name__ = "share below 1"
+_positive_share.__name__ = "share above 0"
 _amount.__name__ = _steps.__name__ = "positive number"
 
 
@@ -195,18 +207,12 @@ def _parser() -> _Parser:
     command.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     command.add_argument(
         "--strategy",
-        choices=("weight", "activation", "product", "gradient"),
+        choices=STRATEGIES,
         default="weight",
         help="norms of the weights, of the activations on DATA, their product, or of the "
         "gradients on DATA; default weight",
     )
-    command.add_argument("--smallest", action="store_true", help="take the smallest scores")
-    command.add_argument(
-        "--scope",
-        choices=("layer", "global"),
-        default="layer",
-        help="whether the budget holds for each block or blocks compete; default layer",
-    )
+    _add_ranking(command)
     _add_budgets(command)
     command.add_argument("--data", type=Path, metavar="FILE", help="as finetune takes it")
     command.add_argument("--tokenizer", metavar="DIR", help="folder, or 'bytes'")
@@ -223,7 +229,7 @@ def _parser() -> _Parser:
 def _add_budgets(command: argparse._ActionsContainer) -> None:
     for name, what, default in (
         ("heads", "query heads of each attention block", 0.05),
-        ("channels", "channels of each FFN block", 0.02),
+        ("channels", "channels of each FFN block, of a mixture those of each expert", 0.02),
     ):
         command.add_argument(
             f"--{name}",
@@ -232,6 +238,16 @@ def _add_budgets(command: argparse._ActionsContainer) -> None:
             metavar="N",
             help=f"{what}: a count as in 2, or a share as in 0.02; default %(default)s",
         )
+
+
+def _add_ranking(command: argparse._ActionsContainer) -> None:
+    command.add_argument("--smallest", action="store_true", help="take the smallest scores")
+    command.add_argument(
+        "--scope",
+        choices=("layer", "global"),
+        default="layer",
+        help="whether the budget holds for each block or blocks compete; default layer",
+    )
 
 
 def _add_adapter(command: _Parser) -> None:
@@ -282,14 +298,30 @@ def _add_finetune(command: _Parser) -> None:
         "--targets",
         nargs="+",
         metavar="NAME",
-        help="projections to train, of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj; "
-        "default o_proj down_proj",
+        help="projections to train, of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, of "
+        "experts gate_up_proj down_proj; default o_proj down_proj",
     )
-    group.add_argument(
+    chosen = group.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--strategy",
+        choices=("random", *STRATEGIES),
+        default="random",
+        help="what chooses heads and channels: a draw, or norms of the weights, of the activations "
+        "on a share of the training data, their product, or of the gradients there; default random",
+    )
+    chosen.add_argument(
         "--selection",
         type=Path,
         metavar="JSON",
-        help="heads and channels that `s2kernels select` chose, in the place of a random draw",
+        help="heads and channels that `s2kernels select` chose, instead",
+    )
+    _add_ranking(group)
+    group.add_argument(
+        "--calibration-share",
+        type=_positive_share,
+        default=0.01,
+        metavar="SHARE",
+        help="of the training examples, for --strategy; default %(default)s",
     )
     group.add_argument("--seed", type=int, default=0, help="of everything drawn; default 0")
     group.add_argument(

@@ -58,14 +58,15 @@ def describe(path: Path) -> dict[str, Any]:
     """What the adapter in a folder trains: a dict for each module, and the totals.
 
     `heads` is None unless the configuration of the base is at hand and the channels are whole
-    heads. `lora_rank` is the rank of the LoRA that equals the slice: its number of channels.
+    heads. `lora_rank` is the rank of the LoRA that equals the slice: its number of channels, of
+    experts that of each.
     """
     from s2kernels.adapter import read_adapter, read_files
 
     size = _head_dim(read_files(path)[0].get("base_model_name_or_path"))
     layers: list[dict[str, Any]] = []
     for name, part in read_adapter(path).items():
-        num = part.index.numel()
+        num, rank = part.index.numel(), part.index.shape[-1]
         heads = None
         if size and name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj"):
             heads = sorted({int(channel) // size for channel in part.index})
@@ -77,7 +78,7 @@ def describe(path: Path) -> dict[str, Any]:
                 "heads": heads if heads and len(heads) * (size or 0) == num else None,
                 "parameters": part.delta.numel(),
                 "bytes": part.delta.numel() * part.delta.element_size(),
-                "lora_rank": num,
+                "lora_rank": rank,
             }
         )
     total: dict[str, Any] = {"module": "total"}
@@ -180,7 +181,7 @@ def select(args: Namespace) -> None:
     from s2kernels.cli.models import load_model, load_tokenizer
     from s2kernels.coupling import structures
     from s2kernels.files import replacing
-    from s2kernels.select import budget, ranked_units, scores
+    from s2kernels.select import budget, check_scope, ranked_units, scores
 
     records = [] if args.data is None else read_records(args.data)
     model = load_model(args.model, "auto").eval()
@@ -190,7 +191,10 @@ def select(args: Namespace) -> None:
     counts = {}
     for name, structure in found.items():
         what = "heads" if structure.kind == "attention" else "channels"
-        counts[name] = budget(getattr(args, what), structure.count(structure.unit), what)
+        total = structure.count(structure.unit) // structure.num_experts
+        counts[name] = budget(getattr(args, what), total, what)
+    num_experts = {name: structure.num_experts for name, structure in found.items()}
+    check_scope(args.scope, num_experts)
     batches = None
     if args.strategy != "weight":
         tokenizer = load_tokenizer(args.tokenizer or str(args.model))
@@ -204,7 +208,13 @@ def select(args: Namespace) -> None:
         pad = tokenizer.pad_token_id or 0
         batches = [collate([example], pad) for example in examples]
     values = scores(model, args.strategy, batches)
-    units = ranked_units(values, counts, largest=not args.smallest, scope=args.scope)
+    units = ranked_units(
+        values,
+        counts,
+        largest=not args.smallest,
+        scope=args.scope,
+        num_experts=num_experts,
+    )
 
     selection = {
         "model": str(args.model),

@@ -20,16 +20,17 @@ import torch
 from peft import get_peft_model
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
+from s2kernels.adapter import read_files
 from s2kernels.cli.examples import IGNORED, Example, collate, encode, pack, read_records
 from s2kernels.cli.models import load_model, load_tokenizer, random_model
 from s2kernels.files import replacing
-from s2kernels.peft import S2FTConfig, indices_of
+from s2kernels.peft import S2FTConfig, indices_of, save_pretrained, select_indices
 
 # Options on which the result depends: a run is resumed with the same ones or not at all. The
 # number of steps is not among them, so that a run can be prolonged.
 _LASTING = (
-    "model config tokenizer heads channels targets seed lr batch_size accumulate max_length warmup "
-    "bf16 packing held_out layout"
+    "model config tokenizer heads channels targets strategy smallest scope calibration_share seed "
+    "lr batch_size accumulate max_length warmup bf16 packing held_out layout"
 ).split()
 _FREE = "mode gradient_checkpointing epochs max_steps".split()
 
@@ -136,7 +137,7 @@ class Job:
 
     def _write(self, metrics: dict[str, Any]) -> None:
         with replacing(self.args.output) as folder:
-            self.model.save_pretrained(folder)
+            save_pretrained(self.model, folder)
             self.tokenizer.save_pretrained(folder)
             _write_json(folder / "metrics.json", metrics)
             try:
@@ -181,6 +182,8 @@ def prepare(args: Namespace) -> Job:
             raise ValueError(f"--resume: there is no checkpoint in {args.output}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
+    if args.strategy == "random" and args.smallest:
+        raise ValueError("--smallest ranks by scores: it needs a --strategy other than random")
     records = read_records(args.data)
     options = _options(args)
     if checkpoint:
@@ -223,12 +226,22 @@ def prepare(args: Namespace) -> Job:
         heads=args.heads,
         channels=args.channels,
         target_modules=args.targets,
+        selection=args.strategy,
+        largest=not args.smallest,
+        scope=args.scope,
         seed=args.seed,
         mode=args.mode,
         layout=args.layout,
     )
     if args.selection is not None:
         config.indices = indices_of(model, config, read_selection(args.selection))
+    elif checkpoint is not None:
+        config.indices = read_files(checkpoint)[0].get("indices")  # as they were chosen at first
+    elif args.strategy != "random":
+        _to_device(model, args.device)
+        sample = calibration_set(encoded[0], args.calibration_share, args.seed)
+        batches = [collate([example], tokenizer.pad_token_id or 0) for example in sample]
+        config = select_indices(model, config, batches)
     try:
         model = get_peft_model(model, config)
     except TypeError as error:  # of a target that is not a linear layer
@@ -246,6 +259,19 @@ def prepare(args: Namespace) -> Job:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar)
     return Job(args, options, model, tokenizer, trainer, counts, checkpoint)
+
+
+def calibration_set(records: list[list[Example]], share: float, seed: int) -> list[Example]:
+    """The examples of a share of the training records, drawn by `seed`; of at least one of them."""
+    usable = [examples for examples in records if examples]
+    num = max(1, math.floor(share * len(usable) + 0.5))
+    drawn = sorted(random.Random(seed).sample(range(len(usable)), num))
+    return [example for i in drawn for example in usable[i]]
+
+
+def _to_device(model: torch.nn.Module, device: str) -> None:
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        model.to("cuda")
 
 
 def check_packing(model: Any, rows: list[Example]) -> None:
@@ -341,7 +367,7 @@ def _options(args: Namespace) -> dict[str, Any]:
 
 def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     for name in [*_LASTING, "data", "selection"]:
-        if before[name] != now[name]:
+        if before.get(name, now[name]) != now[name]:
             option = "--" + name.replace("_", "-")
             raise ValueError(
                 f"--resume: the run began with another {option}"

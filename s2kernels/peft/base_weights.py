@@ -26,7 +26,7 @@ from s2kernels.coupling import Structure, obstacle
 from s2kernels.permute import Permutation, apply_, plan, undo_
 
 if TYPE_CHECKING:
-    from s2kernels.peft.layer import S2FTLinear
+    from s2kernels.peft.layer import S2FTLayer
 
 
 _SHARDED = "FSDP gathers the weights anew for each forward and backward"
@@ -41,7 +41,7 @@ class BaseWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.layers: list[S2FTLinear] = []
+        self.layers: list[S2FTLayer] = []
         self.structures: dict[str, Structure] = {}
         self.permutations: dict[str, Permutation] = {}
         self.engaged = False
@@ -58,7 +58,7 @@ class BaseWeights:
         # of copies and pickles: a frame is neither
         return self.__dict__ | {"_forward_frame": None}
 
-    def attach(self, layers: Iterable["S2FTLinear"], structures: dict[str, Structure]) -> None:
+    def attach(self, layers: Iterable["S2FTLayer"], structures: dict[str, Structure]) -> None:
         """Take charge of `layers`: all S2FT layers of the model. Hooks are set as they are needed.
 
         Raises ValueError where layout="permute" cannot be had.
@@ -150,7 +150,7 @@ class BaseWeights:
         parts = {name[:end] for name in names for end in _ends(name)}
         return [self.model, *(self.model.get_submodule(name) for name in sorted(parts))]
 
-    def write(self, adapters: Iterable[tuple["S2FTLinear", str]]) -> None:
+    def write(self, adapters: Iterable[tuple["S2FTLayer", str]]) -> None:
         """Write W0 + delta of one adapter a layer into the weights, by one launch a device."""
         adapters = list(adapters)
         self.restore([layer for layer, name in adapters if layer.written not in (None, name)])
@@ -158,12 +158,14 @@ class BaseWeights:
             if layer.written is None:
                 layer.base_slice = layer.take_base_slice(name)
                 layer.written = name
-        self.write_entries([layer.entry(name, layer.s2ft_delta[name]) for layer, name in adapters])
+        pairs = [layer.entries(name, layer.s2ft_delta[name]) for layer, name in adapters]
+        self.write_entries([entry for entries in pairs for entry in entries])
 
-    def restore(self, layers: Iterable["S2FTLinear"]) -> None:
+    def restore(self, layers: Iterable["S2FTLayer"]) -> None:
         """Put W0 back into the layers where a slice is written, by one launch a device."""
         layers = [layer for layer in layers if layer.written is not None]
-        self.write_entries([layer.entry(str(layer.written), None) for layer in layers])
+        pairs = [layer.entries(str(layer.written), None) for layer in layers]
+        self.write_entries([entry for entries in pairs for entry in entries])
         for layer in layers:
             layer.written = layer.base_slice = None
 
@@ -175,11 +177,18 @@ class BaseWeights:
         for on_device in devices.values():
             backend.select(on_device[0][0]).slice_write(*zip(*on_device, strict=True))
 
-    def to_working(self, layer: "S2FTLinear", index: Tensor) -> Tensor:
-        """Where the channels `index` of the layer lie in the present basis, int32 (R,)."""
+    def to_working(self, layer: "S2FTLayer", index: Tensor) -> Tensor:
+        """Where the channels `index` of the layer lie in the present basis, int32 like `index`."""
         if layer.structure not in self.permutations or layer.member is None:
             return index
-        return self.permutations[layer.structure].to_working(index, layer.member)
+        permutation = self.permutations[layer.structure]
+        if index.dim() == 1:
+            return permutation.to_working(index, layer.member)
+        # permutations count the channels of experts through
+        first = torch.arange(len(index), dtype=torch.int32, device=index.device).unsqueeze(1)
+        first = first * layer.num_channels
+        working = permutation.to_working((index + first).flatten(), layer.member)
+        return working.view_as(index) - first
 
     def not_inplace(self, weight: Tensor) -> str | None:
         """Why no slice of this weight can be written, as far as the rest of the model decides."""
@@ -200,7 +209,7 @@ class BaseWeights:
 
     def _plan(self) -> dict[str, Permutation]:
         """The permutation of each structure that an adapter wants permuted, where it can be had."""
-        wanted: dict[str, list[tuple[S2FTLinear, str]]] = {}
+        wanted: dict[str, list[tuple[S2FTLayer, str]]] = {}
         for layer in self.layers:
             for name, layout in layer.layouts.items():
                 if layer.structure is not None and layout in ("auto", "permute"):

@@ -41,7 +41,8 @@ class S2FTConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Names of the projections to train, a regular expression, or 'all-linear'. "
-            "Default: o_proj and down_proj."
+            "Default: o_proj and down_proj. Tensors of experts are named in the same way, as "
+            "'down_proj' or 'experts.down_proj'; 'all-linear' is without them."
         },
     )
     heads: int | float = field(
@@ -53,8 +54,9 @@ class S2FTConfig(PeftConfig):
     channels: int | float = field(
         default=0.02,
         metadata={
-            "help": "Channels trained in each FFN block: a count (int) or a share (float). Of "
-            "other targets, which layout='gather' admits, so many input channels are trained."
+            "help": "Channels trained in each FFN block, and in each expert of a mixture: a count "
+            "(int) or a share (float). Of other targets, which layout='gather' admits, so many "
+            "input channels are trained."
         },
     )
     budget_pattern: dict[str, int | float] = field(
@@ -79,7 +81,7 @@ class S2FTConfig(PeftConfig):
         default="layer",
         metadata={
             "help": "'layer': the budget holds for each block. 'global': blocks compete, as in the "
-            "scripts of the paper, and one may get none."
+            "scripts of the paper, and one may get none; not for tensors of experts."
         },
     )
     coupled: bool = field(
@@ -88,11 +90,12 @@ class S2FTConfig(PeftConfig):
             "help": "Targets of one block share a random selection; else each draws its own."
         },
     )
-    indices: dict[str, list[int]] | None = field(
+    indices: dict[str, Any] | None = field(
         default=None,
         metadata={
             "help": "The trained channels themselves, by the name of the target, in the order of "
-            "the checkpoint. Decides over all of the above; targets that are not named stay frozen."
+            "the checkpoint: a list, of experts a list for each. Decides over all of the above; "
+            "targets that are not named stay frozen."
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random selection."})

@@ -1,27 +1,26 @@
-"""The layer that PEFT puts in the place of a Linear: its deltas, and how they reach the output."""
+"""What every S2FT layer is: the adapters of one base weight, their slices, and their life."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from s2kernels.adapter import Slice, check_fingerprint, fingerprint
 from s2kernels.architectures import Member
-from s2kernels.autograd.checks import check_index, version_of
-from s2kernels.autograd.linear import delta_linear, linear
-from s2kernels.coupling import is_conv1d, is_dense
-from s2kernels.reference import Index, take
+from s2kernels.autograd.checks import version_of
+from s2kernels.autograd.experts import check_positions
+from s2kernels.reference import Index
 
 if TYPE_CHECKING:
     from s2kernels.peft.base_weights import BaseWeights
 
 
-class S2FTLinear(nn.Module, BaseTunerLayer):
-    """A frozen base layer (N, K) with, per adapter, a trained slice on `dim`.
+class S2FTLayer(nn.Module, BaseTunerLayer):
+    """A frozen base weight (N, K) with, per adapter, a trained slice on `dim`.
 
     Saved per adapter, in the original basis:
 
@@ -31,18 +30,31 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         s2ft_fingerprint  int64 (R,), of W0 there: an adapter is refused on another base. Zeros, for
                      "not known", where the weight is not dense and floating
 
-    `structure` and `member` say where the layer sits in the coupling table, None if nowhere.
+    All but s2ft_dim have an axis of experts in front where the weight is (E, N, K).
+
+    `structure` and `member` say where the weight sits in the coupling table, None if nowhere.
+
+    Whoever inherits says what the base weight is, and brings a forward:
+
+        weight             the Parameter
+        take_base_slice    what it holds where an adapter's channels lie
+        entries            the same places as `slice_write` takes them
+        obstacle           why no slice can be written into it
     """
 
+    # (E,) of experts, () of a single matrix
+    num_experts: tuple[int, ...] = ()
+    in_features: int
+    out_features: int
+
     adapter_layer_names = ("s2ft_delta",)
-    other_param_names = (
+    other_param_names: tuple[str, ...] = (
         *("s2ft_index", "s2ft_dim", "s2ft_fingerprint"),
         *("modes", "layouts", "positions", "_seen"),
     )
 
     def __init__(
         self,
-        base_layer: nn.Module,
         base_weights: "BaseWeights",
         name: str,
         dim: str,
@@ -50,11 +62,8 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         member: Member | None = None,
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
         self.base_weights = base_weights
         self.name, self.dim, self.structure, self.member = name, dim, structure, member
-        self.in_features, self.out_features = features(base_layer)
-        self.quantization_backend = resolve_quantization_backend(base_layer)
         self.s2ft_delta = nn.ParameterDict()
         self.s2ft_index = BufferDict({}, persistent=True)
         self.s2ft_dim = BufferDict({}, persistent=True)
@@ -76,19 +85,20 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
     @torch.inference_mode(False)  # or they could never be trained
     def update_layer(self, adapter_name: str, index: Tensor, mode: str, layout: str) -> None:
-        """Add an adapter that trains the channels `index`, int32 (R,), in the original basis.
+        """Add an adapter that trains the channels `index`, int32 (R,) or (E, R), in the original
+        basis.
 
         Raises ValueError for mode="inplace" where the base layer does not admit it.
         """
         if mode == "inplace" and (reason := self.not_inplace()):
             raise ValueError(f"mode='inplace' needs a plain dense weight: {reason}")
         weight = self.weight
-        num = check_index("index", index, self.num_channels)
+        num = self._check_index("index", index)
         shape = (self.out_features, num) if self.dim == "in" else (num, self.in_features)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
         self.s2ft_delta[adapter_name] = nn.Parameter(
-            torch.zeros(shape, dtype=dtype, device=weight.device)
+            torch.zeros(*self.num_experts, *shape, dtype=dtype, device=weight.device)
         )
         self.s2ft_index[adapter_name] = index.to(weight.device)
         self.s2ft_dim[adapter_name] = torch.tensor(
@@ -109,16 +119,11 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         """Channels on that axis, trained or not."""
         return self.in_features if self.dim == "in" else self.out_features
 
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as (N, K), a view of it where the base layer stores the transpose."""
-        return self.weight.t() if is_conv1d(self.get_base_layer()) else self.weight
-
     def not_inplace(self) -> str | None:
         """Why no slice can be written into the base weight; None if it can."""
-        base, weight = self.get_base_layer(), self.weight
-        if not is_dense(base):
-            return f"the base layer is a {type(base).__name__}"
+        if reason := self.obstacle():
+            return reason
+        weight = self.weight
         if type(weight) is not nn.Parameter or weight.is_meta:
             return f"the weight is a {type(weight).__name__} on {weight.device}"
         if not weight.is_floating_point():
@@ -134,18 +139,27 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         for name, index in self.s2ft_index.items():
             if index.is_meta:
                 continue
-            check_index(f"s2ft_index of adapter {name!r}", index, self.num_channels)
+            self._check_index(f"s2ft_index of adapter {name!r}", index)
             if int(self.s2ft_dim[name]) != self.axis:
                 raise ValueError(
                     f"s2ft_dim of adapter {name!r} must be {self.axis}, that of {self.dim}put "
                     f"channels, got {int(self.s2ft_dim[name])}"
                 )
             working = self.base_weights.to_working(self, index)
-            start, stop = int(working[0]), int(working[0]) + len(working)
-            is_run = torch.equal(
-                working.cpu(), torch.arange(start, stop, dtype=torch.int32, device="cpu")
-            )
+            here = working.cpu()
+            start = int(here.flatten()[0])
+            stop = start + here.shape[-1]
+            run = torch.arange(start, stop, dtype=torch.int32, device="cpu")
+            is_run = bool((here == run).all())  # the same one in every expert
             self.positions[name] = slice(start, stop) if is_run else working
+
+    def _check_index(self, name: str, index: Tensor) -> int:
+        name = f"{self.name}: {name}"
+        if tuple(index.shape[:-1]) != self.num_experts:
+            raise ValueError(
+                f"{name} must have shape {(*self.num_experts, 'R')}, got {tuple(index.shape)}"
+            )
+        return check_positions(name, index, self.num_channels)
 
     @torch.inference_mode(False)
     def refresh(self, loaded: bool = False) -> None:
@@ -183,12 +197,11 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
     def _fingerprint(self, name: str) -> Tensor:
         if not self._is_dense():
-            index = self.s2ft_index[name]
-            return torch.zeros(index.numel(), dtype=torch.int64, device=index.device)
+            return torch.zeros_like(self.s2ft_index[name], dtype=torch.int64)
         return fingerprint(self.take_base_slice(name), self.dim).to(self.weight.device)
 
     def _is_dense(self) -> bool:
-        """Whether the weight can be read as the (N, K) floats that it stands for."""
+        """Whether the weight can be read as the floats that it stands for."""
         weight = self.weight
         return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
 
@@ -221,84 +234,47 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
             self.s2ft_fingerprint[adapter_name],
         )
 
-    def entry(self, adapter_name: str, delta: Tensor | None) -> tuple:
-        """Arguments of `slice_write` for this layer."""
-        return self.matrix, self.base_slice, delta, self.positions[adapter_name], self.dim
+    def obstacle(self) -> str | None:
+        """Why no slice can be written into the weight, as far as the kind of the layer decides."""
+        raise NotImplementedError
+
+    def entries(self, adapter_name: str, delta: Tensor | None) -> list[tuple]:
+        """Arguments of `slice_write` for this layer: matrices, their base slices, deltas, indices
+        and dims. A delta of None restores the base slice.
+        """
+        raise NotImplementedError
 
     def take_base_slice(self, adapter_name: str) -> Tensor:
         """A copy of what the weight holds where the adapter's channels lie, shaped like delta."""
-        weight = self.matrix.data
-        where = self.positions[adapter_name]
-        return take(weight, where) if self.dim == "in" else take(weight.t(), where).t().contiguous()
+        raise NotImplementedError
 
     def restore(self) -> None:
         """Put back, bit for bit, what an inplace adapter has taken the place of."""
         if self.written is not None:
             self.base_weights.restore([self])
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """The base layer's output with the active adapters: (..., N) for x (..., K)."""
-        self.refresh()
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.base_weights.adapter_names is not None and not self.disable_adapters:
-            return self._forward_mixed(x, self.base_weights.adapter_names, *args, **kwargs)
-        name = self.inplace_adapter()
-        if name is not None:
-            return self._forward_inplace(x, name)
-
-        self.restore()
-        names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
-        if names and is_dense(self.base_layer):
-            first, *names = names
-            delta, where = self.s2ft_delta[first], self.positions[first]
-            y = linear(x, self.matrix, delta, where, self.dim, self.bias, "additive")
-        else:
-            y = self.base_layer(x, *args, **kwargs)
-        for name in names:
-            y = delta_linear(y, x, self.s2ft_delta[name], self.positions[name], self.dim)
-        return y
-
-    def _forward_inplace(self, x: Tensor, name: str) -> Tensor:
-        # A forward of the whole model has written all slices by one launch. What comes from
-        # elsewhere (a recomputed checkpoint, a call of a submodule) writes its own.
-        if self.written != name or not self.base_weights.in_forward:
-            self.base_weights.write([(self, name)])
-        before_dx = None if torch.compiler.is_compiling() else partial(self._before_dx, name)
-        delta, where = self.s2ft_delta[name], self.positions[name]
-        return linear(
-            x, self.matrix, delta, where, self.dim, self.bias, "inplace", before_dx=before_dx
-        )
-
-    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
-        """Row i of the batch through adapter_names[i]; "__base__", or an adapter that this layer
-        lacks, leaves the row as the base layer has it.
+    def before_dx(self, name: str | None) -> Callable[[], None] | None:
+        """What a backward is to call before it reads the weight, so that it meets what the forward
+        saw there: the slice of the adapter `name`, or W0 for None.
         """
-        if self.merged:
-            raise ValueError("adapter_names does not go with merged adapters: call unmerge_adapter")
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                f"adapter_names must name an adapter for each of the {len(x)} rows of the batch, "
-                f"got {len(adapter_names)}"
-            )
-        self.restore()
-        y = self.base_layer(x, *args, **kwargs)
-        for name in self._present(sorted(set(adapter_names))):
-            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            index = torch.tensor(rows, device=x.device)
-            delta, where = self.s2ft_delta[name], self.positions[name]
-            part = delta_linear(y[index], x[index], delta, where, self.dim)
-            y = y.index_copy(0, index, part)
-        return y
+        if torch.compiler.is_compiling() or self.merged:
+            return None
+        if all(mode == "additive" for mode in self.modes.values()):  # nothing is ever written
+            return None
+        return partial(self._before_dx, name)
 
-    def _before_dx(self, name: str) -> None:
-        """What the forward saw in the weight is put back, if something else is there by now.
+    def put_back_before_backward_of(self, y: Tensor) -> None:
+        """The backward of the base layer's output y meets W0, whatever is written until then."""
+        if y.requires_grad and (before_dx := self.before_dx(None)):
+            y.register_hook(lambda dy: before_dx())
 
-        Raises RuntimeError where it cannot be: the weight is no longer ours to change.
-        """
-        if self.merged or not self.base_weights.attached:
+    def _before_dx(self, name: str | None) -> None:
+        """Raises RuntimeError where the weight is no longer ours to change."""
+        if self.merged or (name is not None and not self.base_weights.attached):
             raise RuntimeError("the adapter was merged or unloaded between forward and backward")
-        if self.written != name:
+        if name is None:
+            self.restore()
+        elif self.written != name:
             self.base_weights.engage()
             self.base_weights.write([(self, name)])
 
@@ -330,7 +306,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         for name in self.check_merge(safe_merge, adapter_names):
             self.base_slice = self.take_base_slice(name)
             self._merged_slices.append(self.base_slice)
-            self.base_weights.write_entries([self.entry(name, self.s2ft_delta[name])])
+            self.base_weights.write_entries(self.entries(name, self.s2ft_delta[name]))
             self.merged_adapters.append(name)
         self.base_slice = None
 
@@ -340,7 +316,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             self.base_slice = self._merged_slices.pop()
-            self.base_weights.write_entries([self.entry(name, None)])
+            self.base_weights.write_entries(self.entries(name, None))
         self.base_slice = None
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -368,15 +344,9 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         return self
 
     def extra_repr(self) -> str:
-        sizes = {name: index.numel() for name, index in self.s2ft_index.items()}
+        sizes = {name: index.shape[-1] for name, index in self.s2ft_index.items()}
         return f"dim={self.dim!r}, channels={sizes}"
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer, or of a Conv1D, which calls them otherwise."""
-    linear: Any = layer
-    return (linear.nx, linear.nf) if is_conv1d(layer) else (linear.in_features, linear.out_features)
-
-
-def _after_load(layer: S2FTLinear, incompatible_keys) -> None:
+def _after_load(layer: S2FTLayer, incompatible_keys) -> None:
     layer.refresh(loaded=True)

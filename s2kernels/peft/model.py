@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -17,7 +17,9 @@ from s2kernels.architectures import TABLE, Member, in_projections
 from s2kernels.coupling import Structure, find, is_conv1d, structures
 from s2kernels.peft.base_weights import BaseWeights
 from s2kernels.peft.config import S2FTConfig
-from s2kernels.peft.layer import S2FTLinear, features
+from s2kernels.peft.experts import S2FTExperts, S2FTExpertTensor, tensors_to_train
+from s2kernels.peft.layer import S2FTLayer
+from s2kernels.peft.linear import S2FTLinear, features
 from s2kernels.peft.selection import drawn_index, select_indices
 from s2kernels.select import budget, random_units
 
@@ -26,7 +28,7 @@ class S2FTModel(BaseTuner):
     """S2FT adapters in a transformers model; made by `get_peft_model` and its kin."""
 
     prefix: str = "s2ft_"
-    tuner_layer_cls = S2FTLinear
+    tuner_layer_cls = S2FTLayer
     target_module_mapping = {model_type: in_projections(model_type) for model_type in TABLE}
 
     def inject_adapter(
@@ -45,14 +47,13 @@ class S2FTModel(BaseTuner):
             if config.layout != "gather":
                 raise
             found = {}
-        existing = [module for module in model.modules() if isinstance(module, S2FTLinear)]
+        existing = [module for module in model.modules() if isinstance(module, S2FTLayer)]
         if any(layer.merged for layer in existing):
             raise ValueError("no adapter can be added to merged ones: call unmerge_adapter first")
         self.base_weights = existing[0].base_weights if existing else BaseWeights(model)
         self.base_weights.release()
         self.base_weights.inspect()
         self.base_weights.structures = found
-        _refuse_experts(config, found)
 
         if config.indices is None and (config.selection, config.scope) != ("random", "layer"):
             if config.selection not in ("random", "weight"):
@@ -64,9 +65,26 @@ class S2FTModel(BaseTuner):
 
         children = [(module, dict(module._modules)) for module in model.modules()]
         trainable = [(value, value.requires_grad) for value in model.parameters()]
+        state = kwargs.get("state_dict")
+        # PEFT looks for modules alone: those of the experts stand in for their tensors
+        self._expert_targets = tensors_to_train(config, found, state)
+        if state is not None:
+            marks = {f"{name}.{self.prefix}experts": None for name in self._expert_targets}
+            kwargs["state_dict"] = {**state, **marks}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._check_indices(config, adapter_name)
+            trained = {
+                module.name
+                for module in self.model.modules()
+                if isinstance(module, S2FTLayer) and adapter_name in module.modes
+            }
+            # PEFT shortens many names until they match no other *module*, and tensors are none.
+            if tensors_to_train(config, found, None) != self._expert_targets:
+                config.target_modules = trained
+            if lost := sorted(set(config.indices or ()) - trained):
+                raise ValueError(
+                    f"indices names what is not a target of the adapter: {', '.join(lost)}"
+                )
             self._attach(found)
         except BaseException:
             self.base_weights.detach()
@@ -81,20 +99,16 @@ class S2FTModel(BaseTuner):
                 self._attach(found)
             raise
 
-    def _check_indices(self, config: S2FTConfig, adapter_name: str) -> None:
-        trained = {
-            module.name
-            for module in self.model.modules()
-            if isinstance(module, S2FTLinear) and adapter_name in module.modes
-        }
-        if lost := sorted(set(config.indices or ()) - trained):
-            raise ValueError(
-                f"indices names what is not a target of the adapter: {', '.join(lost)}"
-            )
-
     def _attach(self, found: dict[str, Structure]) -> None:
-        layers = [module for module in self.model.modules() if isinstance(module, S2FTLinear)]
+        layers = [module for module in self.model.modules() if isinstance(module, S2FTLayer)]
         self.base_weights.attach(layers, found)
+
+    def _check_target_module_exists(  # type: ignore[override] # PEFT calls it on the instance
+        self, peft_config: Any, key: str
+    ) -> Any:
+        if key in self._expert_targets:
+            return True
+        return super()._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -107,11 +121,17 @@ class S2FTModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config: S2FTConfig = peft_config
+        if current_key in self._expert_targets:
+            self._replace_experts(config, adapter_name, target, target_name, parent, current_key)
+            return
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         is_linear = isinstance(base, nn.Linear) or is_conv1d(base)
         if not is_linear and resolve_quantization_backend(base) is None:
+            found = self.base_weights.structures.get(current_key)
+            tensors = found is not None and found.kind == "experts"
             raise TypeError(
                 f"target_modules must name linear layers, {current_key} is a {type(base).__name__}"
+                + ("; name its tensors, such as 'experts.down_proj'" if tensors else "")
             )
         if config.indices is not None and current_key not in config.indices:
             return
@@ -129,7 +149,7 @@ class S2FTModel(BaseTuner):
             structure, member = place
             name, dim = structure.name, member.dim
         if config.indices is not None:
-            index = torch.tensor(config.indices[current_key], dtype=torch.int32, device="cpu")
+            index = _given_index(config, current_key)
         elif place is None:
             in_features, _ = features(base)
             count = budget(config.channels, in_features, "channels")
@@ -145,6 +165,47 @@ class S2FTModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_experts(
+        self,
+        config: S2FTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        name: str,
+    ) -> None:
+        structure = self.base_weights.structures[name]
+        leaves = [
+            leaf
+            for leaf in self._expert_targets[name]
+            if config.indices is None or f"{name}.{leaf}" in config.indices
+        ]
+        if not leaves:
+            return
+        layer = (
+            target
+            if isinstance(target, S2FTExperts)
+            else S2FTExperts(target, self.base_weights, structure)
+        )
+        for leaf in leaves:
+            key = f"{name}.{leaf}"
+            drawn = config.indices is None
+            index = drawn_index(config, structure, leaf) if drawn else _given_index(config, key)
+            tensor = layer.tensor(leaf)
+            tensor.update_layer(adapter_name, index, config.mode, config.layout)
+            if adapter_name not in self.active_adapters:
+                tensor.s2ft_delta[adapter_name].requires_grad_(False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, S2FTExperts):  # PEFT would move its weight, and it has none
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -229,9 +290,11 @@ class S2FTModel(BaseTuner):
         if merge:
             self._check_merge(safe_merge, adapter_names)
         self.base_weights.detach()
-        if not merge:
-            for layer in self.base_weights.layers:
+        for layer in self.base_weights.layers:
+            if not merge:
                 layer.unmerge()
+            elif isinstance(layer, S2FTExpertTensor):  # PEFT goes no deeper than S2FTExperts
+                layer.merge(safe_merge, adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -240,19 +303,19 @@ class S2FTModel(BaseTuner):
             layer.check_merge(safe_merge, adapter_names)
 
 
-def _refuse_experts(config: S2FTConfig, found: dict[str, Structure]) -> None:
-    """PEFT looks for modules alone: a tensor of experts of a target's name would be passed over."""
-    if config.target_modules is None or config.target_modules == "all-linear":
-        return
-    for structure in found.values():
-        for member in structure.members if structure.kind == "experts" else ():
-            key = f"{structure.name}.{member.suffix}"
-            if check_target_module_exists(config, key):
-                raise ValueError(
-                    f"target_modules names {key}, a tensor of experts, of which no slices can be "
-                    "trained; name linear layers so that it does not match, such as 'o_proj' or "
-                    "'mlp.down_proj'"
-                )
+def _given_index(config: S2FTConfig, key: str) -> torch.Tensor:
+    """The channels that `config.indices` names for a target: int32 (R,), of experts (E, R)."""
+    assert config.indices is not None
+    try:
+        given = torch.tensor(config.indices[key], device="cpu")
+        if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+            raise TypeError(f"got {given.dtype}")
+        return torch.tensor(config.indices[key], dtype=torch.int32, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:  # the last one of too large numbers
+        raise ValueError(
+            f"indices[{key!r}] must be a list of whole numbers, of experts as many for each: "
+            f"{error}"
+        ) from None
 
 
 def _give_adapter_names(

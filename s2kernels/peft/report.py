@@ -2,18 +2,19 @@
 
 from torch import nn
 
-from s2kernels.peft.layer import S2FTLinear
+from s2kernels.peft.layer import S2FTLayer
 
 
 def report(model: nn.Module, adapter_name: str = "default") -> str:
     """A table of the adapter's layers: trained channels, parameters and equivalent LoRA ranks.
 
     `exact rank` is that of the LoRA which does the same (`s2kernels.lora.export_lora`): the number
-    of trained channels. `same size` is the rank at which a LoRA has as many parameters.
+    of trained channels. `same size` is the rank at which a LoRA has as many parameters. Channels
+    and ranks of a tensor of experts are those of each expert.
 
     Raises ValueError for an adapter that the model does not have.
     """
-    layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
+    layers = [module for module in model.modules() if isinstance(module, S2FTLayer)]
     layers = [layer for layer in layers if adapter_name in layer.modes]
     if not layers:
         raise ValueError(f"the model has no S2FT adapter named {adapter_name!r}")
@@ -21,8 +22,9 @@ def report(model: nn.Module, adapter_name: str = "default") -> str:
     rows = [head]
     total = 0
     for layer in layers:
-        num, size = layer.s2ft_index[adapter_name].numel(), layer.s2ft_delta[adapter_name].numel()
-        same = size / (layer.in_features + layer.out_features)
+        num, size = layer.s2ft_index[adapter_name].shape[-1], layer.s2ft_delta[adapter_name].numel()
+        num_experts = layer.num_experts[0] if layer.num_experts else 1
+        same = size / (num_experts * (layer.in_features + layer.out_features))
         total += size
         rows.append(
             (

@@ -4,13 +4,21 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from s2kernels.coupling import Structure, structures
 from s2kernels.peft.config import S2FTConfig
-from s2kernels.select import budget, random_scores, random_units, ranked_units, scores
+from s2kernels.select import (
+    budget,
+    check_scope,
+    random_scores,
+    random_units,
+    ranked_units,
+    scores,
+)
 
 BLOCK = 64  # channels in a run of layout="block": whole tiles of the kernels, whole NF4 groups
 
@@ -34,31 +42,40 @@ def select_indices(
     not admit, and batches that are missing.
     """
     found = structures(model)
-    by_projection: dict[str, dict[str, Structure]] = {}
+    # attention and FFN may each have a projection of one name
+    by_projection: dict[tuple[str, str], dict[str, Structure]] = {}
     for structure in found.values():
         for leaf in structure.projections:
-            if _is_target(config, structure, leaf):
-                by_projection.setdefault(leaf, {})[structure.name] = structure
+            if is_target(config, structure, leaf):
+                key = structure.kind, leaf
+                by_projection.setdefault(key, {})[structure.name] = structure
     if not by_projection:
         raise ValueError(f"target_modules={config.target_modules!r} names no projection")
 
+    owning = [structure for owners in by_projection.values() for structure in owners.values()]
+    num_experts = {structure.name: structure.num_experts for structure in owning}
+    check_scope(config.scope, num_experts)
+    counts = {
+        (kind, leaf): {
+            name: target_budget(config, structure, f"{name}.{leaf}")
+            for name, structure in owners.items()
+        }
+        for (kind, leaf), owners in by_projection.items()
+    }
     if config.selection == "random":
         sizes = {name: structure.count(structure.unit) for name, structure in found.items()}
         values = random_scores(config.seed, sizes)
-    else:
+    else:  # which may take long: all else was looked at before
         values = scores(model, config.selection, batches, progress=progress)
     indices = {}
-    for leaf, owners in by_projection.items():
-        counts, block = {}, 1
-        for name, structure in owners.items():
-            block = block_of(config, structure)
-            counts[name] = target_budget(config, structure, f"{name}.{leaf}")
+    for (kind, leaf), owners in by_projection.items():
         ranked = ranked_units(
             {name: values[name] for name in owners},
-            counts,
+            counts[kind, leaf],
             largest=config.largest,
             scope=config.scope,
-            block=block,
+            block=block_of(config, next(iter(owners.values()))),
+            num_experts=num_experts,
         )
         for name, units in ranked.items():
             positions = owners[name].channels(owners[name].role(leaf), units)
@@ -70,7 +87,7 @@ def select_indices(
 
 def indices_of(
     model: nn.Module, config: S2FTConfig, units: Mapping[str, Tensor]
-) -> dict[str, list[int]]:
+) -> dict[str, list]:
     """`S2FTConfig.indices` for selected units: those of every structure that `units` names.
 
     units  by structure, query heads or FFN channels, int32 (n,), as `ranked_units` gives them
@@ -91,46 +108,63 @@ def indices_of(
                 f"got {chosen.tolist()}"
             )
         for leaf in structure.projections:
-            if len(chosen) and _is_target(config, structure, leaf):
+            if len(chosen) and is_target(config, structure, leaf):
                 positions = structure.channels(structure.role(leaf), chosen)
                 indices[f"{name}.{leaf}"] = positions.tolist()
     return indices
 
 
 def drawn_index(config: S2FTConfig, structure: Structure, leaf: str) -> Tensor:
-    """The channels that the target `leaf` of a structure trains, drawn at random: int32 (R,).
+    """The channels that the target `leaf` of a structure trains, drawn at random: int32 (R,), of
+    experts (num_experts, R).
 
-    They are a function of (seed, name of the structure), or of the target for coupled=False.
+    They are a function of (seed, name of the structure), or of the target for coupled=False; those
+    of an expert, of its number, too.
     """
     key = f"{structure.name}.{leaf}"
-    units = random_units(
-        config.seed,
-        structure.name if config.coupled else key,
-        structure.count(structure.unit),
-        target_budget(config, structure, key),
-        block_of(config, structure),
-    )
-    return structure.channels(structure.role(leaf), units)
+    source = structure.name if config.coupled else key
+    is_mixture = structure.kind == "experts"
+    total, count = units_of_part(structure), target_budget(config, structure, key)
+    parts = [
+        part * total
+        + random_units(
+            config.seed,
+            f"{source}.{part}" if is_mixture else source,
+            total,
+            count,
+            block_of(config, structure),
+        )
+        for part in range(structure.num_experts)
+    ]
+    return structure.channels(structure.role(leaf), torch.cat(parts))
 
 
 def target_budget(config: S2FTConfig, structure: Structure, key: str) -> int:
-    """How many units of the structure the target `key` trains."""
-    name = "channels" if structure.kind == "ffn" else "heads"
+    """How many units of the structure, of experts: of each expert, the target `key` trains."""
+    name = "heads" if structure.kind == "attention" else "channels"
     value = getattr(config, name)
     pattern = get_pattern_key(list(config.budget_pattern), key)
     if pattern in config.budget_pattern:
         name, value = f"budget_pattern[{pattern!r}]", config.budget_pattern[pattern]
-    return budget(value, structure.count(structure.unit), name, block_of(config, structure))
+    return budget(value, units_of_part(structure), name, block_of(config, structure))
+
+
+def units_of_part(structure: Structure) -> int:
+    """How many units there are to choose from: those of the structure, or of one expert."""
+    return structure.count(structure.unit) // structure.num_experts
 
 
 def block_of(config: S2FTConfig, structure: Structure) -> int:
     """Units that are selected together: whole runs of channels where the layout wants them."""
-    return BLOCK if config.layout == "block" and structure.kind == "ffn" else 1
+    return BLOCK if config.layout == "block" and structure.unit == "channel" else 1
 
 
-def _is_target(config: S2FTConfig, structure: Structure, leaf: str) -> bool:
-    if config.target_modules is None:
-        return structure.role(leaf).dim == "in"
-    if config.target_modules == "all-linear":
-        return True
+def is_target(config: S2FTConfig, structure: Structure, leaf: str) -> bool:
+    """Whether the adapter trains the projection, or tensor of experts, `leaf` of a structure."""
+    if config.target_modules is None or config.target_modules == "all-linear":
+        is_default = structure.role(leaf).dim == "in"
+        if not (is_default if config.target_modules is None else structure.kind != "experts"):
+            return False
+        config = copy.copy(config)  # its other fields may still exclude it
+        config.target_modules = {leaf}
     return bool(check_target_module_exists(config, f"{structure.name}.{leaf}"))

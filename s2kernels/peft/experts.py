@@ -1,0 +1,260 @@
+"""What PEFT gets in the place of the experts of a mixture: slices within each expert's channels.
+
+transformers keeps all experts of a layer in two parameters, (E, 2 F, K) and (E, K, F). Each that is
+trained is an S2FT layer here, under the parameter's own name; the module that holds the parameters
+is wrapped once, and stays as it is.
+
+Where nothing is trained and nothing added, the wrapped module runs, in whatever way it was told to.
+Else its forward is the one of `s2kernels.autograd.experts`, which computes the same.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from s2kernels.architectures import Member
+from s2kernels.autograd.experts import Routing, expert_delta, expert_linear, experts_forward
+from s2kernels.coupling import Structure
+from s2kernels.peft.config import S2FTConfig
+from s2kernels.peft.layer import S2FTLayer
+from s2kernels.peft.selection import is_target
+
+if TYPE_CHECKING:
+    from s2kernels.peft.base_weights import BaseWeights
+
+
+class S2FTExpertTensor(S2FTLayer):
+    """A parameter (E, N, K) of `experts`, of which R channels of each expert are trained."""
+
+    other_param_names = (*S2FTLayer.other_param_names, "rows")
+
+    def __init__(
+        self, experts: nn.Module, base_weights: "BaseWeights", structure: Structure, member: Member
+    ) -> None:
+        name = f"{structure.name}.{member.suffix}"
+        super().__init__(base_weights, name, member.dim, structure.name, member)
+        # not registered here: it is a module of S2FTExperts, under one name alone
+        self._experts = (experts,)
+        self._leaf = member.suffix
+        num_experts, self.out_features, self.in_features = self.weight.shape
+        self.num_experts = (num_experts,)
+        # for dim="out": the positions of all experts in one matrix (E * N, K), int32 (E * R,)
+        self.rows: dict[str, Tensor] = {}
+
+    def update_layer(self, adapter_name: str, index: Tensor, mode: str, layout: str) -> None:
+        """See `S2FTLayer.update_layer`. Raises ValueError for parameters of which no slice can be
+        trained in any mode.
+        """
+        if not self.weight.is_floating_point():
+            raise ValueError(
+                f"{self.name} must be floating to be trained, it is {self.weight.dtype}"
+            )
+        if reason := self.obstacle():
+            raise ValueError(f"{self.name} cannot be trained: {reason}")
+        super().update_layer(adapter_name, index, mode, layout)
+
+    def get_base_layer(self) -> nn.Module:
+        return self._experts[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.get_base_layer().get_parameter(self._leaf)
+
+    def obstacle(self) -> str | None:
+        if getattr(self.get_base_layer(), "_is_expert_parallel", False):
+            return "the experts are spread over processes"
+        return None
+
+    @torch.inference_mode(False)
+    def locate(self) -> None:
+        super().locate()
+        if self.dim == "in":
+            return
+        for name, where in self.positions.items():
+            if isinstance(where, slice):
+                run = torch.arange(where.start, where.stop, dtype=torch.int32, device="cpu")
+                where = run.to(self.weight.device).expand(*self.num_experts, -1)
+            first = torch.arange(len(where), dtype=torch.int32, device=where.device)
+            self.rows[name] = (where + first.unsqueeze(1) * self.out_features).flatten()
+
+    def entries(self, adapter_name: str, delta: Tensor | None) -> list[tuple]:
+        weight, where = self.weight.data, self.positions[adapter_name]
+        base_slice = self.base_slice
+        assert base_slice is not None
+        if delta is not None:
+            delta = delta.detach()
+        if self.dim == "out" or isinstance(where, slice):  # all experts at once
+            place = self.rows[adapter_name] if self.dim == "out" else where
+            size = base_slice.shape[2]
+            flat = None if delta is None else delta.view(-1, size)
+            matrix = weight.view(-1, self.in_features)
+            return [(matrix, base_slice.view(-1, size), flat, place, self.dim)]
+        return [
+            (weight[e], base_slice[e], None if delta is None else delta[e], where[e], self.dim)
+            for e in range(len(weight))
+        ]
+
+    def take_base_slice(self, adapter_name: str) -> Tensor:
+        weight, where = self.weight.data, self.positions[adapter_name]
+        axis = 2 if self.dim == "in" else 1
+        if isinstance(where, slice):
+            part = weight.narrow(axis, where.start, where.stop - where.start)
+            return part.clone(memory_format=torch.contiguous_format)
+        index = where.long().unsqueeze(3 - axis)
+        return torch.take_along_dim(weight, index, axis)
+
+    def project(self, x: Tensor, routing: Routing, *, from_tokens: bool) -> Tensor:
+        """What the parameter makes of each pair of a token and an expert, with the active adapters:
+        (S, N); see `s2kernels.autograd.experts.expert_linear`.
+        """
+        name = self.inplace_adapter()
+        if name is not None:
+            return expert_linear(
+                x,
+                self.weight,
+                routing,
+                from_tokens=from_tokens,
+                delta=self.s2ft_delta[name],
+                index=self.positions[name],
+                dim=self.dim,
+                before_dx=self.before_dx(name),
+            )
+        before_dx = self.before_dx(None)
+        y = expert_linear(x, self.weight, routing, from_tokens=from_tokens, before_dx=before_dx)
+        for name in self.added():
+            delta, where = self.s2ft_delta[name], self.positions[name]
+            y = expert_delta(y, x, delta, where, self.dim, routing, from_tokens=from_tokens)
+        return y
+
+    def added(self) -> list[str]:
+        """The adapters whose part is added to the output now."""
+        if self.disable_adapters or self.merged or self.inplace_adapter() is not None:
+            return []
+        return self._present(self.active_adapters)
+
+    def bring_up_to_date(self) -> None:
+        """The parameter holds what the next forward wants: W0, or one adapter's slice in it.
+
+        Raises ValueError for a mixed batch.
+        """
+        self.refresh()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = self.base_weights.adapter_names
+        if names is not None and not self.disable_adapters and self._present(sorted(set(names))):
+            raise ValueError(
+                f"adapter_names: {self.name} is a tensor of experts, which a mixed batch cannot "
+                "have an adapter of for each row; use set_adapter"
+            )
+        name = self.inplace_adapter()
+        if name is None:
+            self.restore()
+        elif self.written != name or not self.base_weights.in_forward:
+            self.base_weights.write([(self, name)])
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.rows = {name: fn(rows) for name, rows in self.rows.items()}
+        return self
+
+
+class S2FTExperts(nn.Module, BaseTunerLayer):
+    """The experts of one mixture, `base_layer`, with an `S2FTExpertTensor` for each parameter that
+    an adapter trains, by the parameter's name. Those are tuner layers of their own, so that what
+    PEFT does to every tuner layer it does to them.
+    """
+
+    adapter_layer_names = ()
+    other_param_names = ()
+
+    def __init__(
+        self, base_layer: nn.Module, base_weights: "BaseWeights", structure: Structure
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.base_weights, self.structure = base_weights, structure
+
+    def tensor(self, leaf: str) -> S2FTExpertTensor:
+        """The layer of the parameter `leaf`; a new one without adapters where there was none."""
+        if leaf not in self._modules:
+            member = self.structure.role(leaf)
+            layer = S2FTExpertTensor(self.base_layer, self.base_weights, self.structure, member)
+            self.add_module(leaf, layer)
+        return self.get_submodule(leaf)  # type: ignore[return-value]
+
+    @property
+    def tensors(self) -> list[S2FTExpertTensor]:
+        return [layer for layer in self.children() if isinstance(layer, S2FTExpertTensor)]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Those of `tensors`, which all have the same; so too `merged_adapters`."""
+        return self.tensors[0].active_adapter if self.tensors else []
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override] # an attribute elsewhere
+        return self.tensors[0].merged_adapters if self.tensors else []
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """y (M, K) of tokens (M, K), their experts (M, T) and the weights of these (M, T)."""
+        for layer in self.tensors:
+            layer.bring_up_to_date()
+        if not self._is_ours(hidden_states):
+            y = self.base_layer(hidden_states, top_k_index, top_k_weights)
+            for layer in self.tensors:
+                layer.put_back_before_backward_of(y)
+            return y
+        return experts_forward(
+            self.base_layer,
+            *(hidden_states, top_k_index, top_k_weights),
+            gate_up=partial(self._project, "gate_up_proj", from_tokens=True),
+            down=partial(self._project, "down_proj", from_tokens=False),
+        )
+
+    def _is_ours(self, x: Tensor) -> bool:
+        """Whether there is something that the wrapped module does not do: gradients of slices that
+        are in its parameters, or slices that are not.
+        """
+        if any(layer.added() for layer in self.tensors):
+            return True
+        # x alone is reason enough: dx, too, is to be that of the slices in the parameters now
+        written = [(layer, name) for layer in self.tensors if (name := layer.inplace_adapter())]
+        return torch.is_grad_enabled() and any(
+            x.requires_grad or layer.s2ft_delta[name].requires_grad for layer, name in written
+        )
+
+    def _project(self, leaf: str, x: Tensor, routing: Routing, *, from_tokens: bool) -> Tensor:
+        if leaf in self._modules:
+            return self.tensor(leaf).project(x, routing, from_tokens=from_tokens)
+        weight = self.base_layer.get_parameter(leaf)
+        return expert_linear(x, weight, routing, from_tokens=from_tokens)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing: `tensors` are merged, each as a layer of its own."""
+
+    def unmerge(self) -> None:
+        """Nothing, as in `merge`."""
+
+
+def tensors_to_train(
+    config: S2FTConfig, structures: Mapping[str, Structure], saved: Iterable[str] | None
+) -> dict[str, list[str]]:
+    """The tensors of experts that an adapter trains, by the structure that has them: those whose
+    slices are among the names `saved`, where these are given, else those that the configuration
+    names.
+    """
+    found: dict[str, list[str]] = {}
+    for name, structure in structures.items():
+        for leaf in structure.projections if structure.kind == "experts" else ():
+            start = f"{name}.{leaf}.s2ft_"
+            if (
+                is_target(config, structure, leaf)
+                if saved is None
+                else any(key.startswith(start) for key in saved)
+            ):
+                found.setdefault(name, []).append(leaf)
+    return found
