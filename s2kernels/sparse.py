@@ -17,8 +17,11 @@ from torch import Tensor
 
 from s2kernels.plan import TilePlan, index_dtype, largest, rows_and_columns
 
-# Rows of the weight that are dense in memory at a time.
-_STRIP = 16
+# What is dense at a time: this many rows of the weight, or more where they are a sixteenth of all
+# and of no more elements than so many. Larger products are faster, until they leave the cache.
+_LEAST_ROWS = 16
+_SHARE = 16
+_ELEMENTS = 2**18
 
 
 def sparse_write(
@@ -58,16 +61,16 @@ def sparse_grad(
     """
     acc = _accumulator(dy)
     N, K = dy.shape[1], x.shape[1]
-    x = x.to(acc)
+    x, rows = x.to(acc), _rows_of_strip(N, K)
     values = torch.empty(index.shape, dtype=acc, device=dy.device)
-    starts = range(0, N, _STRIP)
+    starts = range(0, N, rows)
     bounds = torch.tensor([*(start * K for start in starts), N * K], device=index.device)
     first = torch.searchsorted(index, bounds.to(index.dtype)).tolist()
     for i, start in enumerate(starts):
         entries = slice(first[i], first[i + 1])
         if entries.start == entries.stop:
             continue
-        strip = dy[:, start : start + _STRIP].to(acc).t() @ x
+        strip = dy[:, start : start + rows].to(acc).t() @ x
         values[entries] = strip.view(-1)[index[entries] - start * K]
     if grad is None:
         return values
@@ -82,8 +85,8 @@ def growth_candidates(dy: Tensor, x: Tensor, k: int) -> Tensor:
     acc = _accumulator(dy)
     x = x.to(acc)
 
-    def score(start: int) -> tuple[Tensor, Tensor]:
-        strip = dy[:, start : start + _STRIP].to(acc).t() @ x
+    def score(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        strip = dy[:, start:stop].to(acc).t() @ x
         keys = _keys(strip.view(-1))
         return keys, torch.arange(len(keys), device=keys.device) + start * x.shape[1]
 
@@ -111,8 +114,8 @@ def sm3_growth(row: Tensor, col: Tensor, index: Tensor, k: int) -> Tensor:
     """
     N, K = row.shape[0], col.shape[0]
 
-    def score(start: int) -> tuple[Tensor, Tensor]:
-        keys = _keys((row[start : start + _STRIP, None] * col).view(-1))
+    def score(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        keys = _keys((row[start:stop, None] * col).view(-1))
         positions = torch.arange(len(keys), device=keys.device) + start * K
         bounds = torch.tensor([start * K, start * K + len(keys)], device=index.device)
         first, last = torch.searchsorted(index.long(), bounds).tolist()
@@ -130,20 +133,24 @@ def _keys(scores: Tensor) -> Tensor:
 
 
 def _largest_of_strips(
-    score: Callable[[int], tuple[Tensor, Tensor]], shape: tuple[int, int], k: int
+    score: Callable[[int, int], tuple[Tensor, Tensor]], shape: tuple[int, int], k: int
 ) -> Tensor:
-    """Positions of the k largest keys; score(row) gives keys and positions of the strip there."""
+    """Positions of the k largest keys; score(start, stop) gives those of these rows, and keys."""
     found: list[tuple[Tensor, Tensor]] = []
-    waiting = 0
-    for start in range(0, shape[0], _STRIP):
-        found.append(score(start))
+    waiting, rows = 0, _rows_of_strip(*shape)
+    for start in range(0, shape[0], rows):
+        found.append(score(start, start + rows))
         waiting += len(found[-1][0])
         # As many new ones as kept ones, and the time to select is linear in what was computed.
-        if waiting > 2 * k or start + _STRIP >= shape[0]:
+        if waiting > 2 * k or start + rows >= shape[0]:
             keys, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
             found = [largest(keys, positions, k)]
             waiting = len(found[0][0])
     return found[0][1].to(index_dtype(shape))
+
+
+def _rows_of_strip(N: int, K: int) -> int:
+    return max(_LEAST_ROWS, min(N // _SHARE, _ELEMENTS // K))
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

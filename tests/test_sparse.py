@@ -69,6 +69,20 @@ def test_growth_candidates(k, levels):
     assert found.equal(expected.int())
 
 
+@pytest.mark.parametrize("shape", [(1, 50), (15, 9), (333, 9), (1000, 5)])
+def test_strips_of_every_height_are_put_together(shape):
+    N, K = shape
+    x, dy, index = _random(M, K), _random(M, N), _index(20, N * K)
+    dense = dy.t() @ x
+    torch.testing.assert_close(reference.sparse_grad(dy, x, index), dense.view(-1)[index.long()])
+    best = _top(dense.abs().view(-1), 20)
+    assert reference.growth_candidates(dy, x, 20).equal(best.int())
+    scores = torch.outer(dy[0].abs(), x[0].abs()).view(-1)
+    scores[index.long()] = -1
+    found = reference.sm3_growth(dy[0].abs(), x[0].abs(), index, 20)
+    assert found.equal(_top(scores, 20).int())
+
+
 def test_growth_candidates_of_no_tokens_are_the_first_positions():
     assert reference.growth_candidates(_random(0, N), _random(0, K), 50).equal(
         torch.arange(50).int()

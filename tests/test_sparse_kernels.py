@@ -236,3 +236,11 @@ def test_nothing_of_the_size_of_the_weight_is_allocated(op, ops, monkeypatch, de
     tiles = target.num_sms(device) * TILE[0] * TILE[1] * 4
     assert 0 < largest.nbytes <= max(tiles, 8 * 4 * k)
     assert largest.nbytes < N * K * 4
+
+
+def test_a_strip_of_a_large_weight_is_a_small_part_of_it():
+    N, K = 4096, 1500
+    dy, x, index = torch.randn(2, N), torch.randn(2, K), _index(N * K, 500, "cpu")
+    with _Largest() as largest:
+        reference.sparse_grad(dy, x, index)
+    assert largest.nbytes <= 4 * 2**18 < 4 * N * K / 20

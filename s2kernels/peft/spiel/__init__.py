@@ -1,0 +1,1 @@
+"""SpIEL's host: see `s2kernels.peft`, which exports what users need."""

@@ -1,0 +1,140 @@
+"""What a user of SpIEL chooses, as PEFT configurations are written."""
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from s2kernels.autograd.checks import MODES, check_choice
+from s2kernels.peft.config import PEFT_TYPE as S2FT_TYPE
+from s2kernels.peft.spiel.schedule import DECAYS, Schedule
+
+SELECTIONS = ("accumulated_gradient", "momentum_approximation")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+PEFT_TYPE = type(S2FT_TYPE)("SPIEL")
+
+
+@dataclass
+class SpIELConfig(PeftConfig):
+    """Sparse fine-tuning of scattered entries that are dropped and grown (SpIEL, arXiv 2401.16405).
+
+    Of every target, as many entries of the weight are trained as its share of all targets' entries
+    comes to. They are drawn at random, as a function of (seed, name of the module); then, every
+    reselection_steps, those that have changed least give way to others: see
+    `s2kernels.peft.SpIELTuner` and, for a Trainer, `SpIELCallback`, without which they stay.
+
+    Choices that are out of range raise ValueError or TypeError here or, where the model decides,
+    in `get_peft_model`, which then leaves the model as it was.
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(
+        default="all-linear",
+        metadata={
+            "help": "Names of the linear layers to train, a regular expression, or 'all-linear', "
+            "which leaves out the output head."
+        },
+    )
+    density: float = field(
+        default=0.01,
+        metadata={
+            "help": "Entries trained, as a share of all parameters of the model, targets or not."
+        },
+    )
+    num_tunable_weights: int | None = field(
+        default=None,
+        metadata={
+            "help": "Entries trained, in the place of density; a layer's part is rounded down, but "
+            "to 1 at least. get_peft_model sets it to what density comes to."
+        },
+    )
+    selection: str = field(
+        default="accumulated_gradient",
+        metadata={
+            "help": "What grows: entries of large 'accumulated_gradient' (SpIEL-AG), or of large "
+            "'momentum_approximation' (SpIEL-MA), a product of the optimizer SM3's statistics."
+        },
+    )
+    reselection_steps: int = field(
+        default=20, metadata={"help": "Optimizer steps from one reselection to the next."}
+    )
+    accumulation_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Steps for which gradients are watched before a reselection. The first one "
+            "comes after so many."
+        },
+    )
+    initial_replacement_rate: float = field(
+        default=0.2,
+        metadata={"help": "Share of the entries that a reselection replaces, at the start."},
+    )
+    final_replacement_rate: float = field(
+        default=0.0, metadata={"help": "That share at the end of the training."}
+    )
+    replacement_schedule: str = field(
+        default="linear",
+        metadata={
+            "help": "How it goes from one to the other: 'linear', where the first reselection "
+            "replaces all entries, as these were drawn at random, or 'cosine'."
+        },
+    )
+    delta_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the trained deltas, such as 'bfloat16'. Default: float32, or float64 "
+            "where the base is float64."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random entries at the start."})
+    mode: str = field(
+        default="auto",
+        metadata={
+            "help": "'inplace': the entries are written into the dense weight. 'additive': into a "
+            "copy of it, made for each GEMM; the base may be quantized. 'auto': inplace where it "
+            "is legal, else additive."
+        },
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of modules, or a regular expression, that are not to be trained."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to train. Default: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list of layers, where layers_to_transform cannot guess it."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules that are trained and saved whole, such as a head."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        check_choice("mode", self.mode, MODES + ("auto",))
+        check_choice("selection", self.selection, SELECTIONS)
+        check_choice("replacement_schedule", self.replacement_schedule, DECAYS)
+        if self.delta_dtype is not None:
+            check_choice("delta_dtype", self.delta_dtype, DTYPES)
+        if not isinstance(self.density, float) or not 0 < self.density <= 1:
+            raise ValueError(f"density must be a float in (0, 1], got {self.density!r}")
+        num = self.num_tunable_weights
+        if num is not None and (not isinstance(num, int) or isinstance(num, bool) or num < 1):
+            raise ValueError(f"num_tunable_weights must be an int of at least 1, got {num!r}")
+        self.schedule(total_steps=1)  # raises where the rest is out of range
+
+    def schedule(self, total_steps: int) -> Schedule:
+        """When entries are replaced in a training of so many optimizer steps."""
+        return Schedule(
+            total_steps,
+            self.reselection_steps,
+            self.accumulation_steps,
+            self.initial_replacement_rate,
+            self.final_replacement_rate,
+            self.replacement_schedule,
+        )

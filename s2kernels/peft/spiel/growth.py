@@ -1,0 +1,167 @@
+"""SpIEL-AG's evidence: the gradients of entries that are not trained, while a window is open."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from s2kernels import backend
+from s2kernels.plan import TilePlan, tile_plan
+
+NUM_PROBES = 64
+
+
+class Watch:
+    """What is seen of one layer while a window is open.
+
+    The first backward names `candidates`, the k entries of largest gradient; one that tells no
+    entries apart, as all are 0, or has gradients that are not finite, leaves that to the next. From
+    then on the candidates' gradients, summed over the micro-batches of a step, are those that the
+    optimizer would get:
+
+        total    (k,) sum over steps of the candidates' gradients, fp32 or fp64
+        squares  (k,) sum over steps of their squares
+        steps    how many steps these are
+
+    agreed: whether the candidates are those of all processes, where there are several.
+    shape: (N, K) of the weight; index: (k,) the entries that are trained, of which some are watched
+    as `probes`, see `close_step`.
+    """
+
+    def __init__(self, shape: tuple[int, int], index: Tensor) -> None:
+        self.shape, self.num = shape, len(index)
+        self.agreed = False
+        self.probes = index[:NUM_PROBES].clone()
+        self.candidates: Tensor | None = None
+        self.total: Tensor | None = None
+        self.squares: Tensor | None = None
+        self.steps = 0
+        # of the step that is running
+        self.grad: Tensor | None = None
+        self.probe_grad: Tensor | None = None
+        self._plans: tuple[TilePlan, TilePlan] | None = None
+
+    def observe(self, dy: Tensor, x: Tensor) -> None:
+        """Called in backward with dy (M, N) and x (M, K)."""
+        ops = backend.select(dy)
+        if self.candidates is None:
+            candidates = ops.growth_candidates(dy, x, self.num)
+            # NaN counts as the largest
+            if not 0 < float(ops.sparse_grad(dy, x, candidates).abs().max()) < float("inf"):
+                return
+            self.candidates = candidates
+        if self._plans is None:
+            self._plans = tile_plan(self.candidates, self.shape), tile_plan(self.probes, self.shape)
+        plan, probe_plan = self._plans
+        self.grad = ops.sparse_grad(dy, x, self.candidates, plan, self.grad)
+        self.probe_grad = ops.sparse_grad(dy, x, self.probes, probe_plan, self.probe_grad)
+
+    def restart(self, candidates: Tensor | None) -> None:
+        """Watch these from now on; what was seen until now is dropped."""
+        self.candidates, self._plans = candidates, None
+        self.total = self.squares = self.grad = self.probe_grad = None
+        self.steps = 0
+
+    def count(self, scale: Tensor | None) -> None:
+        """Count the step that has ended, its gradients times scale, (); None leaves it out."""
+        if self.grad is not None and scale is not None:
+            grad = self.grad * scale.to(self.grad.device, self.grad.dtype)
+            if self.total is None or self.squares is None:
+                self.total, self.squares = grad, grad.square()
+            else:
+                self.total += grad
+                self.squares += grad.square()
+            self.steps += 1
+        self.grad = self.probe_grad = None
+
+
+# and the delta of that layer, with the gradient that the optimizer has got
+Watched = tuple[Watch, Tensor]
+
+
+def close_step(watched: Sequence[Watched], group: object) -> None:
+    """Count the step that has ended in these layers.
+
+    group: the processes of DDP, whose mean gradients are then counted; None for a single process.
+
+    What lies between backward and optimizer (GradScaler, clipping) is not seen in backward. It
+    scales all gradients alike: by the ratio of what the optimizer has got for the probes to what
+    was seen of them. A step of gradients that are not finite is left out.
+
+    Raises ValueError where the gradients are gone.
+    """
+    if group is not None:
+        _average(watched, group)
+    seen = torch.zeros((), dtype=torch.float64, device=watched[0][1].device)
+    got, finite = torch.zeros_like(seen), torch.ones_like(seen, dtype=torch.bool)
+    for watch, delta in watched:
+        for grad in (watch.grad, delta.grad):
+            if grad is not None:
+                finite &= grad.isfinite().all().to(finite.device)
+        if watch.probe_grad is None:
+            continue
+        if delta.grad is None:
+            raise ValueError(
+                "there is no gradient: tuner.step() goes after optimizer.step() and before "
+                "zero_grad()"
+            )
+        seen += watch.probe_grad.abs().sum(dtype=torch.float64).to(seen.device)
+        got += delta.grad[: len(watch.probes)].abs().sum(dtype=torch.float64).to(got.device)
+    ratio = torch.ones_like(seen) if float(seen) == 0 else got / seen
+    scale = ratio if bool(finite & ratio.isfinite()) else None
+    for watch, _ in watched:
+        watch.count(scale)
+
+
+def agree(watched: Sequence[Watched], group: object) -> None:
+    """Give all processes of `group` the same candidates, after the first step that names any.
+
+    Every process has named its own from what it has seen. Those of largest summed gradient are
+    taken, a process that has not named one counting as 0. The sums begin anew: no process knows the
+    gradients of what others have named.
+    """
+    for watch, delta in watched:
+        positions = torch.full((watch.num,), -1, dtype=torch.int64, device=delta.device)
+        values = torch.zeros(watch.num, dtype=torch.float64, device=delta.device)
+        if watch.candidates is not None and watch.grad is not None:
+            positions.copy_(watch.candidates)
+            values.copy_(watch.grad)
+        all_positions, all_values = _gathered(positions, group), _gathered(values, group)
+        union = torch.cat(all_positions).unique()
+        union = union[union >= 0]
+        sums = values.new_zeros(len(union))
+        # one process after the other: the same order of additions everywhere
+        for theirs, grads in zip(all_positions, all_values, strict=True):
+            if len(union) and theirs[0] >= 0:
+                sums[torch.searchsorted(union, theirs)] += grads
+        best = sums.abs().sort(descending=True, stable=True).indices[: watch.num]
+        agreed = union[best.sort().values].to(watch.probes.dtype)
+        watch.agreed = len(agreed) > 0  # else no process has named any: the next step may
+        watch.restart(agreed if watch.agreed else None)
+
+
+def _average(watched: Sequence[Watched], group: object) -> None:
+    """Replace the gradients of the running step by their means over the processes."""
+    parts = []
+    for watch, delta in watched:
+        if watch.candidates is None:
+            continue
+        if watch.grad is None or watch.probe_grad is None:  # this process did not use the layer
+            dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
+            watch.grad = torch.zeros(watch.num, dtype=dtype, device=delta.device)
+            watch.probe_grad = watch.grad.new_zeros(len(watch.probes))
+        parts += [watch.grad, watch.probe_grad]
+    if not parts:
+        return
+    flat = torch.cat(parts)
+    dist.all_reduce(flat, group=group)  # type: ignore[arg-type]
+    flat /= dist.get_world_size(group)  # type: ignore[arg-type]
+    for part, mean in zip(parts, flat.split([len(part) for part in parts]), strict=True):
+        part.copy_(mean)
+
+
+def _gathered(values: Tensor, group: object) -> list[Tensor]:
+    found = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]  # type: ignore[arg-type]
+    dist.all_gather(found, values, group=group)  # type: ignore[arg-type]
+    return found

@@ -1,0 +1,368 @@
+"""The layer that PEFT puts in the place of a Linear: its deltas, and how they reach the output."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from s2kernels.adapter import fingerprint
+from s2kernels.autograd.checks import version_of
+from s2kernels.autograd.sparse import Observer, check_entries, linear
+from s2kernels.peft.spiel.replace import Replacement
+from s2kernels.peft.spiel.weights import Entries, write_entries
+from s2kernels.plan import TilePlan, rows_and_columns, tile_plan
+
+if TYPE_CHECKING:
+    from s2kernels.peft.spiel.weights import EntryWeights
+
+_BITSANDBYTES = ("Params4bit", "Int8Params")
+
+
+class SpIELLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer, weight (N, K), with k trained entries per adapter.
+
+    Saved per adapter:
+
+        spiel_delta        Parameter (k,), fp32 by default
+        spiel_index        (k,) positions row * K + column, ascending: see `index_dtype`
+        spiel_fingerprint  int64 (1,), of W0 there: an adapter is refused on another base. 0, for
+                           "not known", where the weight is quantized
+
+    `name` is that of the layer in the model. `observers` are called in backward: see
+    `s2kernels.autograd.sparse_linear`.
+    """
+
+    adapter_layer_names = ("spiel_delta",)
+    other_param_names = (
+        *("spiel_index", "spiel_fingerprint", "modes", "observers"),
+        *("_plans", "_renew", "_seen"),
+    )
+
+    def __init__(self, base_layer: nn.Module, weights: "EntryWeights", name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.weights, self.name = weights, name
+        linear_layer: Any = base_layer
+        self.in_features: int = linear_layer.in_features
+        self.out_features: int = linear_layer.out_features
+        self.spiel_delta = nn.ParameterDict()
+        self.spiel_index = BufferDict({}, persistent=True)
+        self.spiel_fingerprint = BufferDict({}, persistent=True)
+        self.modes: dict[str, str] = {}
+        self.observers: dict[str, Observer] = {}
+        self._plans: dict[str, TilePlan] = {}
+        # adapters whose fingerprint is 0 until somebody asks for the state_dict
+        self._renew: dict[str, bool] = {}
+        # the buffers that were looked at, and their versions: loading replaces them
+        self._seen: dict[str, list[tuple[Tensor, int]]] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+        self._merged_entries: list[Entries] = []
+        # the adapter whose entries are in the weight (inplace), what they took the place of, and
+        # where: spiel_index may have been assigned anew since
+        self.written: str | None = None
+        self.base_entries: Tensor | None = None
+        self.written_index: Tensor | None = None
+        self.register_load_state_dict_post_hook(_after_load)
+
+    @torch.inference_mode(False)  # or they could never be trained
+    def update_layer(
+        self, adapter_name: str, index: Tensor, mode: str, dtype: torch.dtype | None
+    ) -> None:
+        """Add an adapter that trains the entries at `index` (k,), sorted, deltas in dtype.
+
+        Raises ValueError for mode="inplace" where the base layer does not admit it.
+        """
+        if mode == "inplace" and (reason := self.not_inplace()):
+            raise ValueError(f"mode='inplace' needs a plain dense weight: {reason}")
+        weight = self.weight
+        num = check_entries("index", index, self.shape)
+        if dtype is None:
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
+        self.spiel_delta[adapter_name] = nn.Parameter(
+            torch.zeros(num, dtype=dtype, device=weight.device)
+        )
+        self.spiel_index[adapter_name] = index.to(weight.device)
+        self.modes[adapter_name] = mode
+        self.spiel_fingerprint[adapter_name] = self._fingerprint(adapter_name)
+        self._seen[adapter_name] = self._sources(adapter_name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the weight, which a quantized one does not have."""
+        return self.out_features, self.in_features
+
+    def not_inplace(self) -> str | None:
+        """Why no entries can be written into the base weight; None if they can."""
+        base, weight = self.get_base_layer(), self.weight
+        if type(base) is not nn.Linear:
+            return f"the base layer is a {type(base).__name__}"
+        if type(weight) is not nn.Parameter or weight.is_meta:
+            return f"the weight is a {type(weight).__name__} on {weight.device}"
+        if not weight.is_floating_point():
+            return f"the weight is {weight.dtype}"
+        if not weight.is_contiguous():
+            return f"the weight is not contiguous, its stride is {weight.stride()}"
+        return self.weights.not_inplace(weight)
+
+    @torch.inference_mode(False)
+    def refresh(self, loaded: bool = False) -> None:
+        """Take note of adapters that were loaded since the last time.
+
+        loaded: the base may have been loaded, too. Adapters that did not come along are from then
+        on those of the new base.
+
+        Raises ValueError for one that does not fit the layer, or was trained on another base.
+        """
+        if torch.compiler.is_compiling():
+            return
+        changed = {}
+        for name in self.spiel_index:
+            pairs = zip(self._seen.get(name, ()), self._sources(name), strict=False)
+            same = [old[0] is new[0] and old[1] == new[1] for old, new in pairs]
+            if loaded or same != [True, True]:
+                changed[name] = same[1:] == [True]
+        if not changed:
+            return
+        self.restore()
+        for name, is_own in changed.items():
+            index = self.spiel_index[name]
+            if index.is_meta:
+                continue
+            num = check_entries(f"{self.name}: spiel_index of adapter {name!r}", index, self.shape)
+            if num != len(self.spiel_delta[name]):
+                raise ValueError(
+                    f"{self.name}: spiel_index of adapter {name!r} must have the "
+                    f"{len(self.spiel_delta[name])} entries of spiel_delta, got {num}"
+                )
+            self._plans.pop(name, None)
+            expected = self.spiel_fingerprint[name]
+            if is_own or not expected.any():  # the fingerprint did not come along
+                self.spiel_fingerprint[name] = torch.zeros_like(expected)
+                self._renew[name] = True
+            elif not self.merged and self._is_dense():
+                self._renew.pop(name, None)
+                if not torch.equal(self._fingerprint(name), expected):
+                    raise ValueError(
+                        f"{self.name}: the adapter was trained on another base: what the weight "
+                        f"holds at its {num} trained entries is not as it was; load the base that "
+                        "it was trained on"
+                    )
+            self._seen[name] = self._sources(name)
+
+    @torch.inference_mode(False)
+    def renew_fingerprints(self) -> None:
+        """Make the fingerprints those of the present indices; the weight must hold W0."""
+        if self.merged:
+            return
+        for name in list(self._renew):
+            self.spiel_fingerprint[name] = self._fingerprint(name)
+            del self._renew[name]
+            self._seen[name] = self._sources(name)
+
+    def _sources(self, name: str) -> list[tuple[Tensor, int]]:
+        buffers = self.spiel_index[name], self.spiel_fingerprint[name]
+        return [(buffer, version_of(buffer)) for buffer in buffers]
+
+    def _fingerprint(self, name: str) -> Tensor:
+        index = self.spiel_index[name]
+        if not self._is_dense() or index.is_meta:
+            return torch.zeros(1, dtype=torch.int64, device=index.device)
+        return fingerprint(self.take_base_entries(name)[None], "out").to(index.device)
+
+    def _is_dense(self) -> bool:
+        """Whether the weight can be read as the (N, K) floats that it stands for."""
+        weight = self.weight
+        return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+
+    def active(self) -> str | None:
+        """The adapter that the output is to have; None for the base alone.
+
+        Raises ValueError for several at once.
+        """
+        if self.disable_adapters or self.merged:
+            return None
+        names = [name for name in self.active_adapters if name in self.spiel_delta]
+        if len(names) > 1:
+            raise ValueError(f"one SpIEL adapter can be active at a time, got {names}")
+        return names[0] if names else None
+
+    def inplace_adapter(self) -> str | None:
+        """The adapter whose entries belong in the weight now; None where there is none."""
+        name = self.active()
+        if name is None or self.modes[name] == "additive":
+            return None
+        return name if self.modes[name] == "inplace" or self.not_inplace() is None else None
+
+    def take_base_entries(self, adapter_name: str) -> Tensor:
+        """A copy of what the weight holds at the adapter's entries, (k,)."""
+        return self.weight.data[rows_and_columns(self.spiel_index[adapter_name], self.in_features)]
+
+    def entries(self) -> Entries:
+        """Arguments of `sparse_write` for the adapter that is written."""
+        assert self.base_entries is not None and self.written_index is not None
+        return self.weight, self.base_entries, self.written_index
+
+    def restore(self) -> None:
+        """Put back, bit for bit, what an inplace adapter has taken the place of."""
+        if self.written is not None:
+            self.weights.restore([self])
+
+    @torch.no_grad()
+    def replace(self, adapter_name: str, replaced: Replacement) -> None:
+        """Train other entries from now on: the delta of grown ones is 0, gradients move along.
+
+        The weight must hold W0. States of an optimizer are the caller's.
+        """
+        delta = self.spiel_delta[adapter_name]
+        replaced.apply_(delta)
+        if delta.grad is not None:
+            replaced.apply_(delta.grad)
+        self.spiel_index[adapter_name].copy_(replaced.index)
+        check_entries(f"{self.name}: index", self.spiel_index[adapter_name], self.shape)
+        self._plans.pop(adapter_name, None)
+        self.spiel_fingerprint[adapter_name] = torch.zeros(
+            1, dtype=torch.int64, device=delta.device
+        )
+        self._renew[adapter_name] = True
+        self._seen[adapter_name] = self._sources(adapter_name)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The base layer's output with the active adapter: (..., N) for x (..., K)."""
+        self.refresh()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        name = self.active()
+        if name is None:
+            self.restore()
+            y = self.base_layer(x, *args, **kwargs)
+            before_dx = self.before_dx(None)
+            if y.requires_grad and before_dx is not None and not self.merged:
+                y.register_hook(lambda dy: before_dx())
+            return y
+        if self.inplace_adapter() is None:
+            self.restore()
+            return self._linear(x, name, self._dense(), "additive", self.before_dx(None))
+        # A forward of the whole model has written all entries by one launch. What comes from
+        # elsewhere (a recomputed checkpoint, a call of a submodule) writes its own.
+        if self.written != name or not self.weights.in_forward:
+            self.weights.write([(self, name)])
+        return self._linear(x, name, self.weight, "inplace", self.before_dx(name))
+
+    def _linear(
+        self,
+        x: Tensor,
+        name: str,
+        weight: Tensor | Callable[[], Tensor],
+        mode: str,
+        before_dx: Callable[[], None] | None,
+    ) -> Tensor:
+        delta, index = self.spiel_delta[name], self.spiel_index[name]
+        if name not in self._plans and torch.is_grad_enabled() and delta.requires_grad:
+            self._plans[name] = tile_plan(index, self.shape)
+        return linear(
+            *(x, weight, delta, index, self.bias, mode, self._plans.get(name), before_dx),
+            observe=self.observers.get(name),
+        )
+
+    def _dense(self) -> Tensor | Callable[[], Tensor]:
+        """The weight, or what makes a dense one of a quantized one."""
+        if not is_quantized(self.get_base_layer()):
+            return self.weight
+        return partial(dequantize_module_weight, self.get_base_layer())
+
+    def before_dx(self, name: str | None) -> Callable[[], None] | None:
+        """What a backward is to call before it reads the weight, so that it meets what the forward
+        saw there: the entries of the adapter `name`, or W0 alone for None.
+        """
+        return None if torch.compiler.is_compiling() else partial(self._before_dx, name)
+
+    def _before_dx(self, name: str | None) -> None:
+        """Raises RuntimeError where the weight is no longer ours to change."""
+        if self.merged or not (name is None or self.weights.attached):
+            raise RuntimeError("the adapter was merged or unloaded between forward and backward")
+        if name is None:
+            self.restore()
+        elif self.written != name:
+            self.weights.write([(self, name)])
+
+    def check_merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> list[str]:
+        """The adapters that `merge` would merge, in that order.
+
+        Raises ValueError for a base that is not a plain dense weight, and with safe_merge for a
+        result that is not finite.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.spiel_delta]
+        if names and (reason := self.not_inplace()):
+            raise ValueError(
+                f"an adapter can only be merged into a plain dense weight: {reason}; "
+                "load the base in a floating dtype to merge"
+            )
+        self.restore()
+        for name in names if safe_merge else []:
+            if not torch.isfinite(self.take_base_entries(name) + self.spiel_delta[name]).all():
+                raise ValueError(f"adapter {name!r} gives a merged weight that is not finite")
+        return names
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write base + delta into the weight, rounded once, until `unmerge` restores every bit.
+
+        Raises as `check_merge` does, before anything changes.
+        """
+        for name in self.check_merge(safe_merge, adapter_names):
+            before = self.weight, self.take_base_entries(name), self.spiel_index[name].clone()
+            write_entries([before], [self.spiel_delta[name]])
+            self._merged_entries.append(before)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Undo every `merge`, the last one first: the weight is what it was, bit for bit."""
+        self.restore()
+        while self.merged_adapters:
+            _, base, index = self._merged_entries.pop()
+            write_entries([(self.weight, base, index)], None)
+            self.merged_adapters.pop()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.restore()
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.restore()
+        super().delete_adapter(adapter_name)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self.base_entries is not None:
+            self.base_entries = fn(self.base_entries)
+            self.written_index = self.spiel_index[str(self.written)]
+        self._merged_entries = [
+            (self.weight, fn(base), fn(index)) for _, base, index in self._merged_entries
+        ]
+        self._plans = {}
+        self._seen = {name: self._sources(name) for name in self.spiel_index}
+        return self
+
+    def extra_repr(self) -> str:
+        return f"entries={ {name: len(index) for name, index in self.spiel_index.items()} }"
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether it is a linear layer whose weight bitsandbytes or torchao holds quantized."""
+    kind = type(layer.weight)
+    return kind.__name__ in _BITSANDBYTES or kind.__module__.startswith("torchao.")
+
+
+def _after_load(layer: SpIELLinear, incompatible_keys) -> None:
+    layer.refresh(loaded=True)

@@ -1,0 +1,198 @@
+"""SpIEL in PEFT: which layers are replaced, the entries they start with, the life cycle."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from torch import Tensor, nn
+
+from s2kernels.peft.spiel.config import SpIELConfig
+from s2kernels.peft.spiel.layer import SpIELLinear, is_quantized
+from s2kernels.peft.spiel.weights import EntryWeights
+from s2kernels.plan import index_dtype
+from s2kernels.select import _generator
+
+
+class SpIELModel(BaseTuner):
+    """SpIEL adapters in a model; made by `get_peft_model` and its kin."""
+
+    prefix: str = "spiel_"
+    tuner_layer_cls = SpIELLinear
+    target_module_mapping: dict = {}  # the default is all linear layers of any model
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter. If anything fails, the model is as it was before.
+
+        Raises ValueError for a budget that the targets do not admit, a mode that a base weight does
+        not; TypeError for a target that is no linear layer.
+        """
+        config: Any = self.peft_config[adapter_name]
+        existing = [module for module in model.modules() if isinstance(module, SpIELLinear)]
+        if any(layer.merged for layer in existing):
+            raise ValueError("no adapter can be added to merged ones: call unmerge_adapter first")
+        self.weights = existing[0].weights if existing else EntryWeights(model)
+        self.weights.restore(existing)
+        self.weights.inspect()
+        self._counts = budgets(model, config)
+
+        children = [(module, dict(module._modules)) for module in model.modules()]
+        trainable = [(value, value.requires_grad) for value in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._attach()
+        except BaseException:
+            self.weights.detach()
+            for module, modules in children:
+                module._modules.clear()
+                module._modules.update(modules)
+            for layer in existing:
+                layer.delete_adapter(adapter_name)
+            for value, requires_grad in trainable:
+                value.requires_grad_(requires_grad)
+            if existing:
+                self._attach()
+            raise
+
+    def _attach(self) -> None:
+        self.weights.attach(m for m in self.model.modules() if isinstance(m, SpIELLinear))
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config: SpIELConfig = peft_config
+        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        shape = base.out_features, base.in_features
+        index = random_entries(config.seed, current_key, shape, self._counts[current_key])
+        dtype = None if config.delta_dtype is None else getattr(torch, config.delta_dtype)
+        if isinstance(target, SpIELLinear):
+            target.update_layer(adapter_name, index, config.mode, dtype)
+            return
+        layer = SpIELLinear(base, self.weights, current_key)
+        layer.update_layer(adapter_name, index, config.mode, dtype)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The deltas have the dtype that the configuration says."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names, an adapter for each row of a batch, does not go with SpIEL"
+            )
+        yield
+
+    def disable_adapter_layers(self) -> None:
+        self.weights.restore(self.weights.layers)
+        super().disable_adapter_layers()
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        self._check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
+        self.weights.detach()
+        if not merge:
+            for layer in self.weights.layers:
+                layer.unmerge()
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Every layer is looked at before the first one is changed."""
+        for layer in self.weights.layers:
+            layer.check_merge(safe_merge, adapter_names)
+
+
+def budgets(model: nn.Module, config: SpIELConfig) -> dict[str, int]:
+    """How many entries each target trains, by its name.
+
+    The budget, which is noted in config.num_tunable_weights, is split in proportion to the targets'
+    entries and rounded down, but to 1 at least.
+
+    Raises TypeError for a target that is not a linear layer; ValueError for a budget above what the
+    targets have.
+    """
+    expanded: Any = _maybe_include_all_linear_layers(config, model)
+    layers = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    inside = tuple(f"{name}." for name in layers)
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside) or not check_target_module_exists(expanded, name):
+            continue
+        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if type(base) is not nn.Linear and not (isinstance(base, nn.Linear) and is_quantized(base)):
+            raise TypeError(
+                f"target_modules must name torch.nn.Linear layers, or those that bitsandbytes or "
+                f"torchao has quantized; {name} is a {type(base).__name__}"
+            )
+        sizes[name] = base.out_features * base.in_features
+    total = sum(sizes.values())
+    if config.num_tunable_weights is None:
+        config.num_tunable_weights = int(config.density * num_parameters(model))
+    num = config.num_tunable_weights
+    if sizes and num > total:
+        raise ValueError(
+            f"the budget must not exceed the {total} entries of the targets, got {num} "
+            f"(density={config.density})"
+        )
+    return {name: max(1, num * size // total) for name, size in sizes.items()}
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Of the base model, shared ones once; those of a quantized layer as many as it stands for."""
+    counts: dict[int, int] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            packed = key == "weight" and isinstance(module, nn.Linear) and is_quantized(module)
+            size = module.out_features * module.in_features if packed else parameter.numel()  # type: ignore[operator]
+            if "spiel_" not in f"{name}.{key}":
+                counts[id(parameter)] = int(size)  # type: ignore[call-overload]
+    return sum(counts.values())
+
+
+def random_entries(seed: int, name: str, shape: tuple[int, int], num: int) -> Tensor:
+    """num positions of a weight (N, K) at random, ascending, of `index_dtype`, on CPU.
+
+    The answer follows from the arguments alone. Memory is O(num).
+    """
+    size = shape[0] * shape[1]
+    generator = _generator(seed, name)
+    # the lesser of the entries and the others: drawn until there are as many different ones
+    wanted = min(num, size - num)
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
+    while len(drawn) < wanted:
+        more = torch.randint(size, (wanted - len(drawn),), generator=generator, device="cpu")
+        drawn = torch.cat([drawn, more]).unique()
+    if wanted < num:
+        others = torch.ones(size, dtype=torch.bool, device="cpu")
+        others[drawn] = False
+        drawn = others.nonzero().squeeze(1)
+    return drawn.to(index_dtype(shape))

@@ -1,0 +1,234 @@
+"""SpIEL at work: after every step of the optimizer, what the schedule wants done is done."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from s2kernels import backend
+from s2kernels.optim import SM3, AgedAdamW, Support
+from s2kernels.peft.spiel.config import SpIELConfig
+from s2kernels.peft.spiel.growth import Watch, agree, close_step
+from s2kernels.peft.spiel.layer import SpIELLinear
+from s2kernels.peft.spiel.replace import best_free, replacement, smallest
+from s2kernels.peft.spiel.states import bare_optimizer, move_states
+
+# what a window keeps of a layer from one step to the next
+WINDOW_FIELDS = ("candidates", "total", "squares")
+
+
+class SpIELTuner:
+    """Drops and grows the trained entries of a SpIEL model while it trains.
+
+        tuner = SpIELTuner(model, optimizer, total_steps)
+        for ...:
+            loss.backward()          # one or more micro-batches
+            optimizer.step()
+            tuner.step()
+            optimizer.zero_grad()
+
+    As `SpIELConfig` says, after some steps every layer drops the entries of least |delta|, whose
+    weights become W0 again, and grows as many: with selection="accumulated_gradient" those of
+    largest summed gradient among candidates, with "momentum_approximation" those of largest
+    row * col of SM3's statistics. The optimizer's states move with the entries; Adam's averages of
+    a grown entry begin at the means of its gradients in the window.
+
+    model: from `get_peft_model`, or wrapped in DistributedDataParallel. optimizer: that of its
+    deltas, see `make_optimizer`; one wrapped by accelerate is fine. group: the processes that train
+    replicas of the model, by default all there are; every process then selects the same.
+
+    Raises ValueError for a model without the adapter or with sharded deltas, and an optimizer that
+    does not hold them; TypeError for one whose states cannot be moved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        total_steps: int,
+        adapter_name: str = "default",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.adapter_name = adapter_name
+        self.layers = layers_of(model, adapter_name)
+        config = _config_of(model, adapter_name)
+        self.selection = config.selection
+        self.schedule = config.schedule(total_steps)
+        self.optimizer: Optimizer = bare_optimizer(optimizer, self.selection)
+        if any(isinstance(delta, DTensor) for delta in self.deltas):
+            raise ValueError("the deltas are sharded (FSDP2), and entries cannot be replaced then")
+        known = {id(p) for held in self.optimizer.param_groups for p in held["params"]}
+        if missing := [
+            layer.name
+            for layer, delta in zip(self.layers, self.deltas, strict=True)
+            if id(delta) not in known
+        ]:
+            raise ValueError(
+                f"optimizer must hold the deltas of all layers, got one without {len(missing)} of "
+                f"them, such as that of {missing[0]}"
+            )
+        self.group: Any = None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+            self.group = group or dist.group.WORLD
+            if config.accumulation_steps < 2 and self.selection == "accumulated_gradient":
+                raise ValueError(
+                    "accumulation_steps must be at least 2 for several processes, which agree on "
+                    f"candidates after the first step, got {config.accumulation_steps}"
+                )
+        self.steps = 0
+        self.watches: list[Watch] = []
+        self._watch()
+
+    @property
+    def deltas(self) -> list[Tensor]:
+        """The trained parameter of each layer."""
+        return [layer.spiel_delta[self.adapter_name] for layer in self.layers]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """To be called after every optimizer.step(), while the gradients are still there.
+
+        Raises ValueError where they are gone.
+        """
+        pairs = list(zip(self.watches, self.deltas, strict=False))
+        naming = [pair for pair in pairs if self.group is not None and not pair[0].agreed]
+        counting = [pair for pair in pairs if self.group is None or pair[0].agreed]
+        if counting:
+            close_step(counting, self.group)
+        if naming:
+            agree(naming, self.group)
+        self.steps += 1
+        if self.schedule.reselects(self.steps):
+            self._reselect()
+            self._close_window()
+        self._watch()
+
+    def close(self) -> None:
+        """Stop watching the gradients; the model stays as it is."""
+        self._close_window()
+
+    def resume(self, steps: int, window: dict[str, int], tensors: dict[str, Tensor]) -> None:
+        """Go on after so many steps. window: for each layer in which one is open, by name, the
+        steps that it has counted; tensors: NAME.candidates, NAME.total and NAME.squares of these.
+        """
+        self._close_window()
+        self.steps = steps
+        self._watch()
+        for layer, watch in zip(self.layers, self.watches, strict=False):
+            if layer.name in window:
+                found = {
+                    field: tensors[f"{layer.name}.{field}"].to(layer.weight.device)
+                    for field in WINDOW_FIELDS
+                    if f"{layer.name}.{field}" in tensors
+                }
+                watch.restart(found["candidates"])
+                watch.total, watch.squares = found.get("total"), found.get("squares")
+                watch.steps = window[layer.name]
+                watch.agreed = True
+
+    def _watch(self) -> None:
+        """Open a window where the next step needs one."""
+        if self.watches or self.selection != "accumulated_gradient":
+            return
+        if self.schedule.watches(self.steps + 1):
+            self._open([Watch(layer.shape, self.index_of(layer)) for layer in self.layers])
+
+    def _open(self, watches: list[Watch]) -> None:
+        self.watches = watches
+        for layer, watch in zip(self.layers, watches, strict=True):
+            layer.observers[self.adapter_name] = watch.observe
+
+    def _close_window(self) -> None:
+        self.watches = []
+        for layer in self.layers:
+            layer.observers.pop(self.adapter_name, None)
+
+    def index_of(self, layer: SpIELLinear) -> Tensor:
+        """The entries of a layer that are trained at present, (k,)."""
+        return layer.spiel_index[self.adapter_name]
+
+    def _reselect(self) -> None:
+        self.layers[0].weights.restore(self.layers)
+        for i, layer in enumerate(self.layers):
+            delta, index = layer.spiel_delta[self.adapter_name], self.index_of(layer)
+            num = self.schedule.count(self.steps, len(index))
+            if self.selection == "accumulated_gradient":
+                self._grow_by_gradient(layer, self.watches[i], num)
+            else:
+                self._grow_by_momentum(layer, delta, num)
+
+    def _grow_by_gradient(self, layer: SpIELLinear, watch: Watch, num: int) -> None:
+        if num == 0 or watch.candidates is None or watch.total is None or watch.squares is None:
+            return  # the layer has seen no gradient
+        delta, index = layer.spiel_delta[self.adapter_name], self.index_of(layer)
+        dropped = smallest(delta, num)
+        chosen = best_free(watch.candidates, watch.total.abs(), index[~dropped], num)
+        replaced = replacement(index, dropped, chosen)
+        where = torch.searchsorted(watch.candidates, replaced.grown)
+        mean, mean_square = watch.total[where] / watch.steps, watch.squares[where] / watch.steps
+        move_states(self.optimizer, delta, replaced, (mean, mean_square, watch.steps))
+        layer.replace(self.adapter_name, replaced)
+
+    def _grow_by_momentum(self, layer: SpIELLinear, delta: Tensor, num: int) -> None:
+        index, state = self.index_of(layer), self.optimizer.state.get(delta, {})
+        num = min(num, layer.in_features * layer.out_features - len(index))
+        if num == 0 or not state:
+            return
+        if "row" not in state:
+            raise TypeError(
+                f"SM3 does not know the weight of {layer.name}: make it by make_optimizer(model), "
+                "or with supports=support_of(model)"
+            )
+        chosen = backend.select(delta).sm3_growth(state["row"], state["col"], index, num)
+        replaced = replacement(index, smallest(delta, num), chosen)
+        move_states(self.optimizer, delta, replaced)
+        layer.replace(self.adapter_name, replaced)
+
+
+def make_optimizer(
+    model: nn.Module, lr: float, adapter_name: str = "default", **options: Any
+) -> Optimizer:
+    """The optimizer that goes with the adapter's selection, over all that is trained in the model.
+
+    `AgedAdamW` for selection="accumulated_gradient", `SM3` for "momentum_approximation"; options
+    are theirs. For a Trainer: `Trainer(..., optimizers=(make_optimizer(model, lr), None))`.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    if _config_of(model, adapter_name).selection == "accumulated_gradient":
+        return AgedAdamW(params, lr=lr, **options)
+    return SM3(params, lr=lr, supports=support_of(model), **options)
+
+
+def support_of(model: nn.Module):
+    """What SM3 asks of a parameter: for a delta, the shape of its weight and its present index."""
+    layers = [module for module in model.modules() if isinstance(module, SpIELLinear)]
+    owners = {id(p): (layer, name) for layer in layers for name, p in layer.spiel_delta.items()}
+
+    def support(parameter: Tensor) -> Support | None:
+        if id(parameter) not in owners:
+            return None
+        layer, name = owners[id(parameter)]
+        return layer.shape, layer.spiel_index[name]
+
+    return support
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> list[SpIELLinear]:
+    """The model's layers with that adapter, in the order of its modules.
+
+    Raises ValueError where there is none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SpIELLinear)]
+    layers = [layer for layer in layers if adapter_name in layer.modes]
+    if not layers:
+        raise ValueError(f"the model has no SpIEL adapter named {adapter_name!r}")
+    return layers
+
+
+def _config_of(model: nn.Module, adapter_name: str) -> SpIELConfig:
+    layers_of(model, adapter_name)
+    owner: Any = next(module for module in model.modules() if hasattr(module, "peft_config"))
+    return owner.peft_config[adapter_name]

@@ -1,0 +1,487 @@
+"""SpIEL at work: what is grown, what the optimizer is told of it, and that nothing is lost."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from s2kernels import backend, kernels, reference
+from s2kernels.optim import SM3, AgedAdamW
+from s2kernels.peft import SpIELConfig, SpIELTuner, make_optimizer, support_of
+from s2kernels.peft.spiel.checkpoint import load_tuner, save_tuner
+
+AG, MA = "accumulated_gradient", "momentum_approximation"
+
+
+def config(**fields):
+    fields = dict(num_tunable_weights=40, target_modules=["0"], seed=2) | fields
+    return SpIELConfig(**fields)
+
+
+def regression(shape=(24, 31), num=40, tokens=512, noise=0.0):
+    """A linear layer W0, data of W0 + delta, and the `num` positions and values of that delta."""
+    generator = torch.Generator().manual_seed(7)
+    N, K = shape
+    model = nn.Sequential(nn.Linear(K, N, bias=False, dtype=torch.float64))
+    true = torch.zeros(N * K, dtype=torch.float64)
+    support = torch.randperm(N * K, generator=generator)[:num].sort().values
+    signs = torch.randint(0, 2, (num,), generator=generator) * 2 - 1
+    true[support] = signs * (0.5 + torch.rand(num, generator=generator, dtype=torch.float64))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(N, K, generator=generator, dtype=torch.float64) * K**-0.5)
+        x = torch.randn(tokens, K, generator=generator, dtype=torch.float64)
+        y = x @ (model[0].weight + true.view(N, K)).T
+        y += noise * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    return model, x, y, support, true[support]
+
+
+def one_step(model, optimizer, tuner, x, y, micro_batches=1, scale=1.0):
+    optimizer.zero_grad()
+    for part_x, part_y in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
+        loss = (model(part_x) - part_y).square().sum() / len(x)
+        (loss * scale).backward()
+    optimizer.step()
+    tuner.step()
+    return loss
+
+
+def layer_of(model):
+    return next(m for m in model.modules() if hasattr(m, "spiel_delta"))
+
+
+def index_of(model):
+    return layer_of(model).spiel_index["default"]
+
+
+def delta_of(model):
+    return layer_of(model).spiel_delta["default"]
+
+
+@pytest.mark.parametrize("mode", ("inplace", "additive"))
+@pytest.mark.parametrize("make", (make_optimizer, "adamw"))
+def test_accumulated_gradients_find_the_support(make, mode):
+    base, x, y, support, true = regression(noise=0.1)
+    model = get_peft_model(base, config(mode=mode, reselection_steps=10, accumulation_steps=3))
+    if make == "adamw":
+        optimizer = torch.optim.AdamW([delta_of(model)], lr=0.05, weight_decay=0.0)
+    else:
+        optimizer = make(model, lr=0.05)
+    tuner = SpIELTuner(model, optimizer, total_steps=150)
+    batches = torch.Generator().manual_seed(0)
+    started = len(set(index_of(model).tolist()) & set(support.tolist()))
+    for _ in range(150):
+        rows = torch.randint(len(x), (64,), generator=batches)
+        one_step(model, optimizer, tuner, x[rows], y[rows])
+        index = index_of(model)
+        assert len(index.unique()) == 40 and torch.equal(index, index.sort().values)
+    found = torch.isin(support, index_of(model).long())
+    assert started < 10
+    assert found.float().mean() >= 0.95
+    values = delta_of(model).detach()[torch.isin(index_of(model).long(), support)]
+    assert (values - true[found]).abs().max() < 0.15
+
+
+def test_momentum_approximation_grows_by_the_product_of_statistics():
+    base, x, y, _, _ = regression()
+    model = get_peft_model(base, config(selection=MA, reselection_steps=6, accumulation_steps=2))
+    optimizer = make_optimizer(model, lr=0.1)
+    assert isinstance(optimizer, SM3)
+    tuner = SpIELTuner(model, optimizer, total_steps=60)
+    reselections = 0
+    for step in range(1, 31):
+        before = index_of(model).clone(), delta_of(model).detach().clone()
+        delta_before = before[1]
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        after_step = delta_of(model).detach().clone()
+        assert not torch.equal(after_step, delta_before)
+        tuner.step()
+        index = index_of(model)
+        assert len(index.unique()) == 40 and torch.equal(index, index.sort().values)
+        if step % 6 != 2:
+            assert torch.equal(index, before[0])
+            continue
+        reselections += 1
+        num = tuner.schedule.count(step, 40)
+        state = optimizer.state[delta_of(model)]
+        assert set(state) == {"row", "col"} and state["row"].shape == (24,)
+        scores = torch.outer(state["row"], state["col"]).flatten()
+        scores[before[0].long()] = -1
+        best = set(scores.sort(descending=True, stable=True).indices[:num].tolist())
+        dropped = after_step.abs().sort(stable=True).indices[:num]
+        stay = set(before[0].tolist()) - set(before[0][dropped].tolist())
+        assert set(index.tolist()) == stay | best
+        old = dict(zip(before[0].tolist(), after_step.tolist(), strict=True))
+        want = [old[p] if p in stay else 0.0 for p in index.tolist()]
+        assert delta_of(model).tolist() == want
+    assert reselections == 5
+
+
+@pytest.mark.parametrize("selection", (AG, MA))
+def test_the_triton_kernels_select_the_same(selection, device, monkeypatch):
+    results = []
+    for ops in (reference, kernels):
+        monkeypatch.setattr(backend, "select", lambda x, impl=None, ops=ops: ops)
+        base, x, y, _, _ = regression()
+        fields = dict(selection=selection, reselection_steps=4, accumulation_steps=2)
+        model = get_peft_model(base.float().to(device), config(**fields))
+        optimizer = make_optimizer(model, lr=0.05)
+        tuner = SpIELTuner(model, optimizer, total_steps=20)
+        x, y = x[:64].float().to(device), y[:64].float().to(device)
+        for _ in range(7):
+            one_step(model, optimizer, tuner, x, y)
+        results.append((index_of(model), delta_of(model).detach()))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
+
+
+def dense_gradients(x, y, weight):
+    return (2 * (x @ weight.T - y).T @ x / len(x)).flatten()
+
+
+@pytest.mark.parametrize("disturb", ("no", "micro-batches", "clipping", "loss scale"))
+@pytest.mark.parametrize("kind", ("aged", "adamw"))
+def test_grown_entries_begin_with_the_gradients_the_optimizer_would_have_got(kind, disturb):
+    """In the mean over the window's steps, however a step's gradient comes about."""
+    base, x, y, _, _ = regression()
+    dense = base[0].weight.detach().clone()
+    model = get_peft_model(base, config(reselection_steps=10, accumulation_steps=3))
+    kinds = dict(aged=AgedAdamW, adamw=torch.optim.AdamW)
+    optimizer = kinds[kind]([delta_of(model)], lr=0.01, betas=(0.8, 0.9))
+    tuner = SpIELTuner(model, optimizer, total_steps=50)
+    seen = []
+    for _ in range(3):
+        weight = dense.flatten().clone()
+        weight[index_of(model).long()] += delta_of(model).detach()
+        seen.append(dense_gradients(x, y, weight.view_as(dense)))
+        optimizer.zero_grad()
+        parts = 4 if disturb == "micro-batches" else 1
+        for part_x, part_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            loss = (model(part_x) - part_y).square().sum() / len(x)
+            (loss * (2.0**16 if disturb == "loss scale" else 1)).backward()
+        if disturb == "loss scale":
+            delta_of(model).grad.div_(2.0**16)
+        if disturb == "clipping":
+            norm = nn.utils.clip_grad_norm_([delta_of(model)], 1e-3)
+            seen[-1] *= 1e-3 / (norm + 1e-6)
+        optimizer.step()
+        tuner.step()
+
+    grads = torch.stack(seen)
+    state, index = optimizer.state[delta_of(model)], index_of(model).long()
+    grown = delta_of(model) == 0
+    assert grown.sum() >= 30  # the first reselection replaces nearly all
+    mean, mean_square = grads.mean(0)[index], grads.square().mean(0)[index]
+    # of equal age, 3 steps: bias correction gives the means back
+    tolerance = dict(rtol=1e-9, atol=1e-15)
+    corrected = state["exp_avg"] / (1 - 0.8**3), state["exp_avg_sq"] / (1 - 0.9**3)
+    torch.testing.assert_close(corrected[0][grown], mean[grown], **tolerance)
+    torch.testing.assert_close(corrected[1][grown], mean_square[grown], **tolerance)
+    if kind == "aged":
+        assert state["age"].tolist() == [3.0] * 40
+    # the first micro-batch names the candidates: here W is W0
+    num = len(x) // parts
+    first = dense_gradients(x[:num], y[:num], dense)
+    assert set(index.tolist()) == set(first.abs().topk(40).indices.tolist())
+
+
+@pytest.mark.parametrize("kind", ("aged", "adamw", "sgd"))
+def test_states_move_with_their_entries(kind):
+    base, x, y, _, _ = regression()
+    fields = dict(reselection_steps=10, accumulation_steps=2, replacement_schedule="cosine")
+    model = get_peft_model(base, config(initial_replacement_rate=0.5, **fields))
+    delta = delta_of(model)
+    optimizer = dict(
+        aged=lambda: AgedAdamW([delta], lr=0.01),
+        adamw=lambda: torch.optim.AdamW([delta], lr=0.01, amsgrad=True),
+        sgd=lambda: torch.optim.SGD([delta], lr=0.01, momentum=0.9),
+    )[kind]()
+    tuner = SpIELTuner(model, optimizer, total_steps=10**6)
+    names = dict(
+        aged=("exp_avg", "exp_avg_sq", "age"),
+        adamw=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        sgd=("momentum_buffer",),
+    )[kind]
+    for step in range(1, 13):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        tensors = dict(delta=delta.detach(), grad=delta.grad)
+        tensors |= {name: optimizer.state[delta][name] for name in names}
+        positions = index_of(model).tolist()
+        before = {k: dict(zip(positions, v.tolist(), strict=True)) for k, v in tensors.items()}
+        tuner.step()
+        now = index_of(model).tolist()
+        kept = [i for i, p in enumerate(now) if p in positions]
+        assert len(kept) == (40 if step not in (2, 12) else len(set(now) & set(positions)))
+        if step in (2, 12):
+            assert 20 <= len(kept) < 40
+        for name, values in before.items():
+            got = tensors[name].tolist()
+            assert [got[i] for i in kept] == [values[now[i]] for i in kept], name
+        grown = [i for i, p in enumerate(now) if p not in positions]
+        assert all(delta[i] == 0 and delta.grad[i] == 0 for i in grown)
+        if kind == "aged" and grown:
+            ages = {optimizer.state[delta]["age"][i].item() for i in grown}
+            assert ages == {2.0 if step == 2 else 3.0}
+
+
+def test_a_step_with_gradients_that_are_not_finite_is_left_out():
+    base, x, y, _, _ = regression()
+    model = get_peft_model(base, config(reselection_steps=10, accumulation_steps=3))
+    optimizer = make_optimizer(model, lr=0.01)
+    tuner = SpIELTuner(model, optimizer, total_steps=50)
+    for step in range(2):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().mul(float("inf") if step else 1.0).backward()
+        if not step:  # GradScaler leaves the other one out
+            optimizer.step()
+        tuner.step()
+    (watch,) = tuner.watches
+    assert watch.steps == 1 and watch.total.isfinite().all()
+
+
+@pytest.mark.parametrize("disturb", ("overflow", "no gradient", "no tokens"))
+@pytest.mark.parametrize("distributed", (False, True))
+def test_gradients_that_tell_no_entries_apart_name_no_candidates(disturb, distributed, tmp_path):
+    """The next step does: the loss scale of fp16 overflows at the very start as a rule."""
+    base, x, y, _, _ = regression()
+    model = get_peft_model(base, config(reselection_steps=10, accumulation_steps=3))
+    optimizer = make_optimizer(model, lr=0.01)
+    tuner = SpIELTuner(model, optimizer, total_steps=50)
+    if distributed:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        )
+        tuner.group = dist.group.WORLD
+    try:
+        rows = slice(0 if disturb == "no tokens" else None)
+        factor = float("inf") if disturb == "overflow" else 0.0
+        (model(x[rows]) - y[rows]).square().sum().mul(factor).backward()
+        tuner.step()
+        (watch,) = tuner.watches
+        assert watch.candidates is None and watch.steps == 0
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        tuner.step()
+        want = dense_gradients(x, y, base[0].base_layer.weight.detach()).abs().topk(40).indices
+        assert watch.candidates.tolist() == sorted(want.tolist())
+        assert watch.steps == (0 if distributed else 1)
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        tuner.step()  # selects
+        assert not tuner.watches and set(index_of(model).tolist()) == set(want.tolist())
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+
+
+def test_a_step_is_left_out_for_one_gradient_that_is_not_finite():
+    """As GradScaler does, wherever that gradient is: here far from the entries that are probed."""
+    base, x, y, _, _ = regression()
+    model = get_peft_model(base, config(num_tunable_weights=300, accumulation_steps=3))
+    optimizer = make_optimizer(model, lr=0.01)
+    tuner = SpIELTuner(model, optimizer, total_steps=50)
+    (watch,) = tuner.watches
+    for step in range(2):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean(0)
+        (loss[:-1].sum() + loss[-1] * (float("inf") if step else 1.0)).backward()
+        tuner.step()
+    assert delta_of(model).grad[:64].isfinite().all()
+    assert watch.steps == 1 and watch.total.isfinite().all()
+
+
+def test_tuner_step_wants_the_gradients():
+    base, x, y, _, _ = regression()
+    model = get_peft_model(base, config())
+    optimizer = make_optimizer(model, lr=0.01)
+    tuner = SpIELTuner(model, optimizer, total_steps=50)
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="after optimizer.step.. and before zero_grad"):
+        tuner.step()
+
+
+def test_refusals():
+    model = get_peft_model(regression()[0], config())
+    params = [delta_of(model)]
+    with pytest.raises(TypeError, match="needs AgedAdamW, .* got RMSprop"):
+        SpIELTuner(model, torch.optim.RMSprop(params), 10)
+    with pytest.raises(ValueError, match="without 1 of them, such as that of 0"):
+        SpIELTuner(model, AgedAdamW([params[0].detach().clone()]), 10)
+    with pytest.raises(ValueError, match="no SpIEL adapter named 'other'"):
+        SpIELTuner(model, AgedAdamW(params), 10, adapter_name="other")
+    base, x, y, _, _ = regression()
+    model = get_peft_model(base, config(selection=MA, accumulation_steps=1))
+    with pytest.raises(TypeError, match="needs SM3 as its optimizer, got AgedAdamW"):
+        SpIELTuner(model, AgedAdamW([delta_of(model)]), 10)
+    optimizer = SM3([delta_of(model)])
+    tuner = SpIELTuner(model, optimizer, 10)
+    with pytest.raises(TypeError, match="SM3 does not know the weight of 0: make it by"):
+        one_step(model, optimizer, tuner, x, y)
+    tuner = SpIELTuner(model, SM3([delta_of(model)], supports=support_of(model)), 10)
+    one_step(model, tuner.optimizer, tuner, x, y)
+
+
+@pytest.mark.parametrize("selection", (AG, MA))
+@pytest.mark.parametrize("at", (2, 3, 7, 13))
+def test_training_resumes_in_the_middle_of_a_window(selection, at, tmp_path):
+    """Bit for bit; 2 and 13 lie inside of windows."""
+    base, x, y, _, _ = regression()
+    fields = dict(selection=selection, reselection_steps=10, accumulation_steps=4)
+    model = get_peft_model(base, config(**fields))
+    optimizer = make_optimizer(model, lr=0.02)
+    tuner = SpIELTuner(model, optimizer, total_steps=30)
+    for step in range(1, 20):
+        one_step(model, optimizer, tuner, x, y, micro_batches=2)
+        if step == at:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            save_tuner(tmp_path, tuner)
+
+    resumed = get_peft_model(regression()[0], config(**fields))
+    resumed.load_state_dict(saved[0])
+    twin = make_optimizer(resumed, lr=0.02)
+    twin.load_state_dict(saved[1])
+    other = SpIELTuner(resumed, twin, total_steps=30)
+    load_tuner(tmp_path, other)
+    assert other.steps == at
+    for _ in range(at, 19):
+        one_step(resumed, twin, other, x, y, micro_batches=2)
+    assert torch.equal(index_of(resumed), index_of(model))
+    assert torch.equal(delta_of(resumed), delta_of(model))
+
+    wrong = get_peft_model(regression()[0], config(num_tunable_weights=30, **fields))
+    small = SpIELTuner(wrong, make_optimizer(wrong, lr=0.1), total_steps=30)
+    if selection == AG and at in (2, 13):
+        with pytest.raises(ValueError, match=r"0\.\w+ has 40 entries, the layer 30"):
+            load_tuner(tmp_path, small)
+    small.selection = MA if selection == AG else AG
+    with pytest.raises(ValueError, match=f"is of selection='{selection}'"):
+        load_tuner(tmp_path, small)
+    with pytest.raises(ValueError, match="there is no spiel_tuner.json"):
+        load_tuner(tmp_path / "none", small)
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that an operator has returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            if tensor.untyped_storage()._cdata not in inputs:
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def _tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("selection", (AG, MA))
+def test_memory_beyond_the_base_grows_with_the_entries_alone(selection):
+    """Nothing as large as a weight is made, in no phase; and what stays is a few numbers an entry,
+    and for MA one a row and one a column.
+    """
+    N, K, k, tokens = 512, 384, 300, 8
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(K, N, bias=False))
+    fields = dict(selection=selection, reselection_steps=4, accumulation_steps=2)
+    with Largest() as making:
+        model = get_peft_model(base, config(num_tunable_weights=k, mode="inplace", **fields))
+        optimizer = make_optimizer(model, lr=0.01)
+        tuner = SpIELTuner(model, optimizer, total_steps=20)
+    x = torch.randn(tokens, K)
+    with Largest() as working:
+        for _ in range(7):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            tuner.step()
+    assert tuner.steps == 7
+    bound = N * K // 16 + 2 * k + tokens * N  # a strip of the gradient, entries, activations
+    assert bound < N * K / 6
+    assert making.numel <= bound and working.numel <= bound
+
+    layer = layer_of(model)
+    plans = [*layer._plans.values()]
+    plans += [plan for watch in tuner.watches for plan in watch._plans or ()]
+    held = [layer.base_entries, *layer.buffers(), *layer.spiel_delta.parameters()]
+    held += [p.grad for p in layer.spiel_delta.parameters()]
+    held += [vars(owner) for owner in (*plans, *tuner.watches)] + [dict(optimizer.state)]
+    seen = {tensor.untyped_storage()._cdata: tensor.numel() for tensor in _tensors(held)}
+    assert sum(seen.values()) <= 16 * k + (N + K if selection == MA else 0)
+
+
+def spawned(rank, folder, results):
+    """One of two processes that train replicas on different data."""
+    from s2kernels.peft.spiel import tuner as tuner_module
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    try:
+        base, x, y, _, _ = regression()
+        model = get_peft_model(base, config(reselection_steps=8, accumulation_steps=3))
+        parallel = nn.parallel.DistributedDataParallel(model)
+        index = index_of(model)
+        optimizer = make_optimizer(parallel, lr=0.05)
+        tuner = SpIELTuner(parallel, optimizer, total_steps=40)
+        chosen, seeds = [], []
+        move = tuner_module.move_states
+
+        def noting(optimizer, delta, replaced, seed):
+            seeds.append([part.tolist() for part in seed[:2]] + [seed[2]])
+            chosen.append(replaced.grown.tolist())
+            move(optimizer, delta, replaced, seed)
+
+        tuner_module.move_states = noting
+        own_x, own_y = x[rank::2], y[rank::2]
+        for _ in range(20):
+            optimizer.zero_grad()
+            for part in range(2):
+                with parallel.no_sync() if part == 0 else SimpleContext():
+                    rows = slice(part * 128, part * 128 + 128)
+                    loss = (parallel(own_x[rows]) - own_y[rows]).square().sum() / 256
+                    loss.backward()
+            nn.utils.clip_grad_norm_(parallel.parameters(), 0.5)
+            optimizer.step()
+            tuner.step()
+        assert len(chosen) == 3
+        assert index is index_of(model) and index._version == 3  # a forward does not broadcast it
+        torch.save((index_of(model), delta_of(model).detach(), chosen, seeds), results[rank])
+    finally:
+        dist.destroy_process_group()
+
+
+class SimpleContext:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return None
+
+
+def test_two_processes_select_the_same(tmp_path):
+    """From different data; the seeds are of the mean gradient, and the states stay the same."""
+    results = [str(tmp_path / f"{rank}.pt") for rank in range(2)]
+    mp.spawn(spawned, args=(str(tmp_path), results), nprocs=2)
+    first, second = (torch.load(path) for path in results)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert first[2:] == second[2:]
+    assert [seed[2] for seed in first[3]] == [2, 3, 3]  # the first step of a window only names
+    support = regression()[3]
+    assert torch.isin(support, first[0].long()).float().mean() > 0.9
