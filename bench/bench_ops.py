@@ -4,6 +4,7 @@ Each case states in extra_info the bytes and the FLOPs that the op cannot do wit
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
@@ -44,9 +45,16 @@ class Operands:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         torch.manual_seed(0)
         self.index = torch.randperm(shape.k)[: shape.r].sort().values.to(device, torch.int32)
-        # as many entries as LoRA of rank 16 has parameters
-        size, k = shape.n * shape.k, 16 * (shape.n + shape.k)
-        self.entries = torch.randperm(size)[:k].sort().values.to(device, index_dtype((size, 1)))
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """Positions in the weight, sorted: about as many as LoRA of rank 16 has parameters.
+
+        A little fewer, for those that are drawn twice: a permutation of all takes seconds.
+        """
+        size, k = self.shape.n * self.shape.k, 16 * (self.shape.n + self.shape.k)
+        drawn = torch.randint(size, (k,), device=self.device).unique()
+        return drawn.to(index_dtype((size, 1)))
 
     def randn(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(*sizes, device=self.device, dtype=dtype or self.dtype)

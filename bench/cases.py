@@ -103,6 +103,7 @@ def core_first(methods: Iterable[str]) -> tuple[str, ...]:
 SHARES = (0.001, 0.005, 0.02, 0.1)
 CHECKPOINTING = Options(checkpointing=True)
 FULL_DEPTH = Options(full_depth=True)
+DENSITIES = (0.001, 0.01, 0.1, 0.5)
 # Whose backward may stop above the embedding; and full, whose cannot.
 DEEP = ("s2ft_inplace", "lora", "full", "s2ft_additive")
 # From cuts of one and two layers, beside the whole model.
@@ -112,7 +113,7 @@ EXTRAPOLATED = (FLOOR, "full", "lora", "s2ft_inplace")
 def cpu() -> list[Case]:
     """Two cores, a quarter of an hour: a small model in full, one layer of a large one."""
     small, large = TABLE["small"], TABLE["llama-2-7b"]
-    size = [(1, 128)]
+    size, few = [(1, 128)], [(1, 16)]
     return [
         *grid("figure5", small, size, "float32", core_first(METHODS)),
         *grid("real-width", large.cut(1), [(1, 64)], "float32", CORE[:-1]),
@@ -123,8 +124,10 @@ def cpu() -> list[Case]:
         *grid("extrapolation", small, size, "float32", EXTRAPOLATED),
         *grid("share", small, size, "float32", (FLOOR,)),
         *grid("share", small, size, "float32", ("s2ft_inplace", "lora"), shares=SHARES),
+        *grid("density", small.cut(2), few, "float32", (FLOOR, "full")),
+        *grid("density", small.cut(2), few, "float32", ("spiel",), shares=DENSITIES),
         *grid("checkpointing", small, size, "float32", CORE[:-1], [PLAIN, CHECKPOINTING]),
-        *grid("figure5", small, [(2, 64)], "float32", core_first(METHODS)),
+        *grid("figure5", small, [(2, 64)], "float32", (*CORE, "spiel")),
     ]
 
 
@@ -173,6 +176,8 @@ def toy() -> list[Case]:
         *grid("extrapolation", model.cut(1), size, "float32", methods),
         *grid("share", model, size, "float32", (FLOOR,)),
         *grid("share", model, size, "float32", methods, shares=(0.01,)),
+        *grid("density", model, size, "float32", (FLOOR,)),
+        *grid("density", model, size, "float32", ("spiel",), shares=(0.01, 0.1)),
         *grid("checkpointing", model, size, "float32", methods, [PLAIN, CHECKPOINTING]),
     ]
 

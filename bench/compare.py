@@ -4,27 +4,33 @@
     python -m bench.compare --candidate FILE     compares a file that is there already
 
 Times are compared as ratios to the frozen floor of their own run, never as they are; bytes and
-trained parameters as they are. Prints what moved beyond the spread, and exits with 1 if any of it
-is a loss. Both files must be of one class of devices: the same GPU, or CPUs.
+trained parameters as they are, and operators too where both files are of the same versions of
+torch and the like. Prints what moved beyond the spread. Both files must be of one class of devices:
+the same GPU, or CPUs.
+
+Exits with 1 if anything is a loss, a case of the short suite that could not be measured included;
+else with 3 if times were too noisy to judge by; else with 0.
 """
 
 import argparse
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bench import laboratory, report, timing
+from bench import cases, laboratory, report, timing
 
 # How far two runs of the same code may lie apart, beside what their spread explains: where the
 # models happen to lie in memory stays the same for all rounds of a run.
 BETWEEN_RUNS = 0.02
 STANDARD_ERRORS = 3.0  # of the two medians together, that count as spread
+MAX_SPREAD = 0.05  # beyond which a change within the spread says nothing
 PEAK = 0.01  # of the bytes at the peak: other versions of torch take other temporaries
+LOSS, NOISE = 1, 3  # exit codes; 2 is argparse's
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         return compare(reference, read(args.candidate))
     with tempfile.TemporaryDirectory() as folder:
         failed = laboratory.main(["--suite", "short", "--device", device.type, "--results", folder])
-        return compare(reference, read(Path(folder) / name)) or failed
+        wanted = {case.id for case in cases.short(device.type)}
+        return compare(reference, read(Path(folder) / name), wanted) or failed
 
 
 def read(path: Path) -> dict:
@@ -69,8 +76,10 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def compare(reference: dict, candidate: dict) -> int:
-    """Prints what moved; 1 if there is a loss.
+def compare(reference: dict, candidate: dict, wanted: Collection[str] = ()) -> int:
+    """Prints what moved; LOSS, NOISE or 0.
+
+    wanted: names of cases that the candidate must have where the reference has them.
 
     Raises ValueError for devices of two classes, and where no case is in both.
     """
@@ -87,24 +96,36 @@ def compare(reference: dict, candidate: dict) -> int:
     if not report.same_machine(before, after):
         print("note: another processor, or other versions of torch and the like, than before")
 
-    changes = []
+    changes, noisy = [], []
     for name in both:
         ratios = [entry["extra_info"].get("ratio_to_floor") for entry in (old[name], new[name])]
         if None not in ratios:
             change = ratios[1]["median"] / ratios[0]["median"] - 1
             changes.append(change)
+            if abs(change) <= spread(*ratios) > MAX_SPREAD:
+                noisy.append(name)
             print(
                 f"{name}: step / floor {ratios[0]['median']:.3f} -> {ratios[1]['median']:.3f}, "
                 f"{change:+.1%} (spread {spread(*ratios):.1%})"
             )
-    moves = [move for name in both for move in moves_of(old[name], new[name])]
+    same_versions = all(before.get(name) == after.get(name) for name in report.PACKAGES)
+    moves = [move for name in both for move in moves_of(old[name], new[name], same_versions)]
+    moves += [
+        Move(name, "status", old[name]["extra_info"]["status"], "not measured", True)
+        for name in old
+        if name in wanted and name not in new
+    ]
     print(f"\n{len(both)} cases in both", end="")
     print(f"; largest change of a ratio {max(map(abs, changes)):.1%}" if changes else "")
     for move in moves:
         print(move)
+    for name in noisy:
+        print(f"noise {name}: too noisy to judge: the spread is beyond {MAX_SPREAD:.0%}")
     losses = sum(move.loss for move in moves)
     print("no loss" if not losses else f"{losses} losses")
-    return 1 if losses else 0
+    if losses:
+        return LOSS
+    return NOISE if noisy else 0
 
 
 def device_class(machine: dict) -> str:
@@ -122,8 +143,11 @@ def spread(before: dict, after: dict) -> float:
     return BETWEEN_RUNS + STANDARD_ERRORS * math.hypot(*errors)
 
 
-def moves_of(before: dict, after: dict) -> Iterator[Move]:
-    """What moved beyond the spread between two entries of one case."""
+def moves_of(before: dict, after: dict, same_versions: bool) -> Iterator[Move]:
+    """What moved beyond the spread between two entries of one case.
+
+    same_versions: of torch and the like, each of which has other operators.
+    """
     name = after["name"]
     old, new = before["extra_info"], after["extra_info"]
     if old["status"] != new["status"]:
@@ -141,11 +165,22 @@ def moves_of(before: dict, after: dict) -> Iterator[Move]:
     if trained[0] != trained[1]:  # more or fewer: it is not the same work
         yield Move(name, "trained parameters", *map(str, trained), True)
 
-    for what, tolerance in (("saved", 0.0), ("unseen", 0.0), ("peak", PEAK)):
+    exact, peaks = ("saved", "unseen"), ("peak", "first_step_peak")
+    for what, tolerance in (*((one, 0.0) for one in exact), *((one, PEAK) for one in peaks)):
         sizes = [extra["bytes"][what] for extra in (old, new)]
-        if None not in sizes and abs(sizes[1] - sizes[0]) > tolerance * sizes[0]:
+        if _moved(*sizes, tolerance):
             words = (f"{size:,} bytes" for size in sizes)
             yield Move(name, what, *words, sizes[1] > sizes[0])
+
+    for what, tolerance in (("ops", 0.0), ("launches", PEAK)) if same_versions else ():
+        numbers = [extra.get(what) for extra in (old, new)]
+        if _moved(*numbers, tolerance):
+            yield Move(name, what, *map(str, numbers), numbers[1] > numbers[0])
+
+
+def _moved(before: int | None, after: int | None, tolerance: float) -> bool:
+    """By more than `tolerance`, as a share; not where either is unknown."""
+    return None not in (before, after) and abs(after - before) > tolerance * before
 
 
 if __name__ == "__main__":

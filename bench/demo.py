@@ -1,4 +1,4 @@
-"""The main job: one small Llama, fine-tuned by four methods side by side, and what each costs.
+"""The main job: one small Llama, fine-tuned by five methods side by side, and what each costs.
 
     python -m bench.demo [--help]
 
@@ -132,7 +132,7 @@ def choose_job(args: argparse.Namespace) -> Job:
         job = replace(job, pretrain_seconds=args.pretrain_seconds)
     if args.steps is not None:
         job = replace(job, steps=args.steps)
-    return replace(job, budget=replace(job.budget, seed=args.seed))
+    return replace(job, budget=replace(job.budget, seed=args.seed, spiel_steps=job.steps))
 
 
 def make_base(job: Job, code: Tensor, device: torch.device) -> tuple[LlamaForCausalLM, dict]:

@@ -3,9 +3,10 @@
     python -m bench.laboratory --suite cpu [--budget-s 600] [--only SUBSTRING] [--list]
 
 Writes bench/results/<device>/steps.json after every case, and goes on where it was stopped: a case
-that the file has already, from the same machine and versions, is not measured again. Cases come in
-the order of their value; one that would not fit into what is left of --budget-s is left for the
-next run. Prints a table at the end.
+that the file has already, from the same machine and versions, is not measured again. Nor is one
+that is equal to such a case but for its suite: its entry is a copy. Cases come in the order of
+their value; one that would not fit into what is left of --budget-s is left for the next run. Prints
+a table at the end.
 
 Exits with 1 if a case failed. Too little memory and a missing package are results, not failures.
 """
@@ -29,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from bench import cases, ceilings, extrapolation, measure, report, timing
 from bench.cases import Case
+from bench.methods import METHODS, Unavailable
 from bench.record import Record
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
@@ -44,6 +46,8 @@ PRECISION = {
     "short": timing.Precision(error=0.003, min_rounds=10, seconds=15.0),
 }
 FILE = "steps.json"
+# methods that compute dW of every weight, SpIEL to read out its entries
+DENSE_GRADIENTS = ("full", "spiel", "spiel_ma")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,15 +64,17 @@ def main(argv: list[str] | None = None) -> int:
 
     machine = {"ceilings": ceilings.measure(device), "clocks": report.gpu_clocks(device)}
     record = Record(args.results / report.device_name(device) / FILE, device, machine)
+    known = {} if args.again else record.entries
     if args.again:
         for case in chosen:
             record.entries.pop(case.fullname, None)
-    setup = measure.Setup(device, PRECISION[args.suite], machine["ceilings"])
+    setup = measure.Setup(device, PRECISION[args.suite], record.machine["ceilings"])
     deadline = None if args.budget_s is None else began + args.budget_s
     gc.collect()
     gc.freeze()  # what the imports made stays, and need not be looked at after every case
+    prepare(device)
     with within_free_memory(device):
-        run(missing(chosen, record), record, setup, deadline)
+        run(missing(chosen, record), record, setup, deadline, known)
 
     entries = [record.entries[case.fullname] for case in chosen if case.fullname in record.entries]
     if entries:
@@ -121,10 +127,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def missing(chosen: list[Case], record: Record) -> list[Case]:
-    """What is not measured yet; last what failed, which may fail again."""
-    new = [case for case in chosen if case.fullname not in record.entries]
-    found = [case for case in chosen if case.fullname in record.entries]
-    return new + [case for case in found if is_failure(record.entries[case.fullname])]
+    """What is not measured yet; last what failed or is equal to what did, which may fail again."""
+    failures = {name: entry for name, entry in record.entries.items() if is_failure(entry)}
+    failed = [entry["params"] for entry in failures.values()]
+    known = record.entries.keys() - failures.keys()
+    todo = [case for case in chosen if case.fullname not in known]
+    return sorted(todo, key=lambda case: case.params() in failed)
 
 
 def unexpected(entries: list[dict]) -> Iterator[str]:
@@ -143,28 +151,69 @@ def is_failure(entry: dict) -> bool:
     return entry["extra_info"]["status"].startswith("failed")
 
 
-def run(todo: list[Case], record: Record, setup: measure.Setup, deadline: float | None) -> None:
+def prepare(device: torch.device) -> None:
+    """Has cuBLAS take its workspaces, of this thread and of autograd's, before a peak is read."""
+    if device.type == "cuda":
+        x = torch.ones(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        (x @ x).sum().backward()
+
+
+def equal(case: Case, known: dict[str, dict]) -> dict | None:
+    """The entry of `case` as a copy of one in `known` that is equal but for its suite, if any."""
+    params = case.params()
+    for entry in known.values():
+        if entry["params"] == params and not is_failure(entry):
+            names = {"group": case.suite, "name": case.id, "fullname": case.fullname}
+            return entry | names | {"extra_info": entry["extra_info"] | {"copy_of": entry["name"]}}
+    return None
+
+
+def is_available(case: Case, device: torch.device) -> bool:
+    try:
+        METHODS[case.method].check(device, case.options)
+    except Unavailable:
+        return False
+    return True
+
+
+def run(
+    todo: list[Case],
+    record: Record,
+    setup: measure.Setup,
+    deadline: float | None,
+    known: dict[str, dict],
+) -> None:
     """Measures `todo` in order, and writes each; leaves out what would end after `deadline`.
 
-    A case that fails is noted and the next one begun, unless the GPU is lost to this process.
+    A case equal to one in `known` but for its suite is a copy of that; what is measured joins them.
+    A case that fails is noted and the next one begun, unless the GPU is lost to this process. One
+    that does not return, because the process is killed, is noted too: the next run begins with the
+    others.
     """
     clock = Estimate(setup)
     left_out = 0
     with tqdm(todo, unit="case", disable=None if todo else True) as bar:
         for case in bar:
             bar.set_postfix_str(case.id)
-            if deadline is not None and time.perf_counter() + clock.seconds(case) > deadline:
+            if (copy := equal(case, known)) is not None:
+                record.add(copy)
+                continue
+            needed = clock.seconds(case) if is_available(case, setup.device) else 0.0
+            if deadline is not None and time.perf_counter() + needed > deadline:
                 left_out += 1
                 continue
             start = time.perf_counter()
+            record.add(not_finished(case))
             try:
                 entry = measure.measure(case, setup)
             except Exception as error:
                 traceback.print_exc()
                 entry = failure(case, error)
             record.add(entry)
+            known[case.fullname] = entry
             seconds = time.perf_counter() - start
-            clock.took(case, seconds)
+            if entry["stats"] is not None:
+                clock.took(case, seconds)
             tqdm.write(f"{case.id}: {in_short(entry)}, {seconds:.1f} s", file=sys.stdout)
             if is_failure(entry):
                 timing.synchronize(setup.device)  # raises again what a kernel has broken for good
@@ -181,8 +230,17 @@ def in_short(entry: dict) -> str:
 
 def failure(case: Case, error: Exception) -> dict:
     first_line = (str(error).splitlines() or [""])[0]
-    status = f"failed: {type(error).__name__}: {first_line}"
-    return measure.entry(case, None, {"status": status})
+    return _failed(case, f"{type(error).__name__}: {first_line}")
+
+
+def not_finished(case: Case) -> dict:
+    """What the file says of a case while it is measured, and ever after if nothing follows."""
+    return _failed(case, "not finished")
+
+
+def _failed(case: Case, why: str) -> dict:
+    known = {"status": f"failed: {why}", "total_parameters": case.shape.parameters()}
+    return measure.entry(case, None, known)
 
 
 @dataclass
@@ -210,7 +268,7 @@ class Estimate:
         products = case.shape.linear_parameters() + case.shape.vocab * case.shape.hidden
         passes = 1.5 if case.options.checkpointing else 1.0
         floor = 4 * products * case.tokens * passes / rate
-        step = floor * (1.5 if case.method == "full" else 1.0)
+        step = floor * (1.5 if case.method in DENSE_GRADIENTS else 1.0)
         precision = self.setup.precision
         rounds = self.quiet * precision.seconds / (step + floor)
         rounds = min(max(rounds, precision.min_rounds), precision.max_rounds)

@@ -8,7 +8,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ WARM_UP = 2  # steps before the clock: compilation, first allocations, the optim
 COUNTING_LR, TIMING_LR = 1e-2, 1e-6
 PERIODIC_STEPS, PERIODIC_SECONDS = 3, 5.0  # of periodic work: so many, but none after so long
 PARTS = ("forward", "backward", "optimizer")
+# A reason of activations.not_covered.
+NOT_CHECKED = "what attention keeps on CUDA was not checked"
+# In RuntimeErrors: of torch's allocator on a CPU, and of what takes memory past that on a GPU.
+NO_MEMORY = (
+    *("DefaultCPUAllocator", "CUDA error: out of memory"),
+    *("Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
 
 
 class WrongMethod(RuntimeError):
@@ -33,15 +40,11 @@ class WrongMethod(RuntimeError):
 
 @dataclass
 class Setup:
-    """Where and how exactly to measure.
-
-    floors: seconds of the frozen floor by the id of its case, of all cases measured so far.
-    """
+    """Where and how exactly to measure."""
 
     device: torch.device
     precision: timing.Precision
     ceilings: dict | None = None  # of bench.ceilings; None: no prediction
-    floors: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def measure(case: Case, setup: Setup) -> dict:
     try:
         METHODS[case.method].check(setup.device, case.options)
         extra |= count(case, budget, setup.device)
+        extra["model"] = checked(extra["model"], extra["bytes"]["saved"])
         release(setup.device)
         times = time_beside_floor(case, budget, setup)
     except Unavailable as reason:
@@ -117,6 +121,14 @@ def predict(case: Case, budget: Budget, setup: Setup) -> dict | None:
     )
     names = ("seconds", "seconds_parts", "peak", "saved", "fits")
     return {name: getattr(expected, name) for name in names}
+
+
+def checked(model: dict | None, saved: int | None) -> dict | None:
+    """`model`, without the doubt of what attention keeps where it says what was measured."""
+    if model is None or model["saved"] != saved:
+        return model
+    reasons = [reason for reason in (model["fits"] or "").split("; ") if reason != NOT_CHECKED]
+    return model | {"fits": "; ".join(reasons) or None}
 
 
 def build(case: Case, budget: Budget, device: torch.device, lr: float) -> Method:
@@ -219,16 +231,14 @@ def time_beside_floor(case: Case, budget: Budget, setup: Setup) -> Times:
             raise
         paired = False
     if paired:
-        setup.floors[case.floor().id] = floor.seconds
         ratios = timing.paired_ratios(times.seconds, floor.seconds)
         return Times(times.seconds, ratios, times.parts, paired)
     release(setup.device)  # not in the handler: its traceback keeps the two models alive
-    if case.floor().id not in setup.floors:
-        (floor,) = time_rounds([case.floor()], budget, setup)
-        setup.floors[case.floor().id] = floor.seconds
-        release(setup.device)
+    # Right before, each time: the clocks of a device are not what they were some cases ago.
+    (floor,) = time_rounds([case.floor()], budget, setup)
+    release(setup.device)
     (times,) = time_rounds([case], budget, setup)
-    reference = statistics.median(setup.floors[case.floor().id])
+    reference = statistics.median(floor.seconds)
     return Times(times.seconds, [s / reference for s in times.seconds], times.parts, paired)
 
 
@@ -241,7 +251,8 @@ class _Run:
 def time_rounds(cases: list[Case], budget: Budget, setup: Setup) -> list[_Run]:
     """Fresh models of `cases` take a step each a round, on one batch, until setup.precision.
 
-    What decides is the ratio of the first to the last, or the seconds of one alone.
+    What decides is the ratio of the first to the last, or the seconds of one alone. Steps with
+    periodic work are made and not timed: `periodic_share` has it.
     """
     device = setup.device
     methods = [build(case, budget, device, TIMING_LR) for case in cases]
@@ -257,6 +268,10 @@ def time_rounds(cases: list[Case], budget: Budget, setup: Setup) -> list[_Run]:
     decisive: list[float] = []
     while not setup.precision.reached(decisive, time.perf_counter() - began):
         batch = next(batches)
+        if due := [method for method in methods if method.is_due()]:
+            for method in due:
+                method.step(batch)
+            continue
         for place in map(int, timing.order(places, len(decisive))):
             laps[place].append(step_laps(methods[place], batch, device))
         first, last = sum(laps[0][-1]), sum(laps[-1][-1])
@@ -306,7 +321,7 @@ def out_of_memory(error: Exception) -> bool:
     """Whether `error` says that the memory of the device is too small."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def release(device: torch.device) -> None:

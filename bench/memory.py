@@ -7,7 +7,7 @@ keeps a big activation alive therefore counts as the big activation. Peaks are t
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,16 @@ def model_tensors(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         for name, value in vars(module).items():
             if name not in ("_parameters", "_buffers", "_modules"):
-                yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+                yield from tensors_in(value)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors of containers and, within these, of dataclasses."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
 
 
 def gradients(model: nn.Module) -> Iterator[Tensor]:

@@ -12,7 +12,8 @@ class Record:
     """The entries of one file, by their fullname; the file is written after every one.
 
     Entries of another machine, or of other versions of what they were measured with, must not stand
-    beside new ones: such a file is begun anew.
+    beside new ones: such a file is begun anew. Of the same machine, what the file says beyond
+    `report.machine_info` (ceilings, clocks) stays: it is what its entries were measured beside.
     """
 
     def __init__(self, path: Path, device: torch.device, machine: dict):
@@ -24,6 +25,8 @@ class Record:
         document = json.loads(path.read_text())
         if report.same_machine(document["machine_info"], self.machine):
             self.entries = {entry["fullname"]: entry for entry in document["benchmarks"]}
+            before = document["machine_info"]
+            self.machine |= {name: before[name] for name in machine if before.get(name) is not None}
         else:
             print(f"{path} is of another machine or of other versions: begun anew")
 

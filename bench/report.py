@@ -47,12 +47,14 @@ def machine_info(device: torch.device) -> dict:
 
 
 def commit_info() -> dict:
-    """The commit measured; id None where there is none, or no git."""
+    """The commit measured; id and dirty None where there is none, or no git."""
+    commit = _output("git", "rev-parse", "--verify", "--quiet", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
-        "id": _output("git", "rev-parse", "--verify", "--quiet", "HEAD"),
+        "id": commit,
         "branch": _output("git", "branch", "--show-current"),
         "time": _output("git", "log", "-1", "--format=%cI"),
-        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "dirty": None if commit is None else bool(changed),
     }
 
 

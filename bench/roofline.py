@@ -19,6 +19,7 @@ A measured step above the prediction has room; a step below it had its operands 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bench import entries
 from bench.activations import not_covered, walk
 from bench.ledger import Kernel, Ledger
 from bench.methods import Budget, Options
@@ -26,6 +27,14 @@ from bench.shapes import Shape
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OWN_WEIGHTS = ("frozen", "full", "lisa", "galore")  # methods that add no parameters
+SPARSE = ("spiel", "spiel_ma")  # methods that train scattered entries
+# What the seconds of a method leave out.
+NOT_COUNTED = {
+    "galore": "the singular value decompositions are not counted",
+    "loreft": "the small kernels of the orthogonal map are not counted",
+    "spiel": "watching gradients and replacing entries is not counted",
+    "spiel_ma": "replacing entries is not counted",
+}
 # Launching a kernel from eager PyTorch, seconds: an assumption, used only to say where a step is
 # bound by that.
 LAUNCH = {"cpu": 3e-6, "cuda": 5e-6}
@@ -132,11 +141,13 @@ def optimizer_kernels(book: Ledger, method: str, budget: Budget) -> list[Kernel]
     """A step of the optimizer.
 
     Fused AdamW reads parameter, gradient and two states, and writes all but the gradient: 7 numbers
-    in the parameter's dtype. GaLore's projects the gradient (N, K) to its rank and back, moves the
-    states of that size in single operators (about 12 numbers each), and adds a scaled (N, K).
+    in the parameter's dtype; SpIEL's work in single operators. GaLore's projects the gradient
+    (N, K) to its rank and back, moves the states of that size in single operators (about 12 numbers
+    each), and adds a scaled (N, K).
     """
     if method != "galore":
-        return [Kernel("pointwise", "optimizer", 0, 7 * value.nbytes) for value in book.trained]
+        moves = entries.MOVES.get(method, 7)
+        return [Kernel("pointwise", "optimizer", 0, moves * value.nbytes) for value in book.trained]
     kernels = []
     for weight in book.trained:
         n, k = weight.shape
@@ -149,12 +160,14 @@ def optimizer_kernels(book: Ledger, method: str, budget: Budget) -> list[Kernel]
     return kernels
 
 
-def optimizer_bytes(book: Ledger, method: str, budget: Budget) -> int:
+def optimizer_bytes(book: Ledger, shape: Shape, method: str, budget: Budget) -> int:
     """What the optimizer holds between steps.
 
     AdamW: two states in each parameter's dtype and a count of steps, fp32. GaLore's states are of
-    the low rank; it holds the projection, rank * min(N, K), as well.
+    the low rank; it holds the projection, rank * min(N, K), as well. SpIEL's: `bench.entries`.
     """
+    if method in SPARSE:
+        return sum(entries.state_bytes(*layer, method) for layer in _trained_entries(book, shape))
     if method != "galore":
         return sum(2 * value.nbytes + 4 for value in book.trained)
     ranks = [(min(budget.galore_rank, *value.shape), value) for value in book.trained]
@@ -181,20 +194,28 @@ def _memory(
     - in the backward of each layer: what this and the layers below saved (what all of this one
       saved, if it is checkpointed), the gradients of those above, and what the backward of a layer
       works with;
-    - in the optimizer's step: all gradients.
+    - in the optimizer's step: all gradients; SpIEL's also has what was watched in the backward, as
+      it has in the backward of each layer, and what it works with.
     """
     gradients, saved, unseen = book.gradient_bytes(), book.saved_bytes(), book.unseen_bytes()
-    optimizer = optimizer_bytes(book, method, budget)
+    optimizer = optimizer_bytes(book, shape, method, budget)
     adapters = 0 if method in OWN_WEIGHTS else gradients
     weights = shape.parameters() * itemsize + adapters + _buffers(book, shape, itemsize, method)
 
     logits = 4 * tokens * shape.vocab
     last = book.marks[-1][0] + book.recomputed + book.making
     moments = [unseen + last, unseen + saved + 2 * logits, gradients]
+    watched = 0.0  # bytes beside each byte of a gradient
+    if method in SPARSE:
+        counts = [count for _, count in _trained_entries(book, shape)]
+        beside = sum(entries.watched_bytes(count, method) for count in counts)
+        watched = beside / gradients
+        moments.append(gradients + beside + entries.working_bytes(counts, method))
     for (below, _), (through, done) in zip(book.marks, book.marks[1:], strict=False):
         layer = max(through - below, book.recomputed)
         within = max(book.working, book.making if book.recomputed else 0)
-        moments.append(unseen + below + layer + gradients - done + within)
+        made = int((gradients - done) * (1 + watched))
+        moments.append(unseen + below + layer + made + within)
     highest = max(moments)
     parts = {
         "weights": weights,
@@ -214,6 +235,9 @@ def _buffers(book: Ledger, shape: Shape, itemsize: int, method: str) -> int:
         size += 8 * sum(value.numel for value in book.trained)
     if method == "loreft":  # the rotation that the orthogonal map starts from
         size += 4 * shape.hidden**2 * shape.layers
+    if method in SPARSE:
+        layers = _trained_entries(book, shape)
+        size += sum(entries.held_bytes(*layer, itemsize) for layer in layers)
     if method.startswith("s2ft"):  # index int32 and fingerprint int64, dim int32
         size += sum(12 * value.shape[1] + 4 for value in book.trained)
     if method == "s2ft_inplace":
@@ -221,11 +245,16 @@ def _buffers(book: Ledger, shape: Shape, itemsize: int, method: str) -> int:
     return size
 
 
+def _trained_entries(book: Ledger, shape: Shape) -> list[tuple[tuple[int, int], int]]:
+    """(N, K) and the number of SpIEL's entries of every weight."""
+    weights = list(shape.linears().values()) * shape.layers
+    return list(zip(weights, (value.numel for value in book.trained), strict=True))
+
+
 def _fits(left_out: str | None, method: str, seconds: float, launches: float) -> str | None:
     reasons: Iterable[str | None] = (
         left_out,
-        "the singular value decompositions are not counted" if method == "galore" else None,
-        "the small kernels of the orthogonal map are not counted" if method == "loreft" else None,
+        NOT_COUNTED.get(method),
         f"launches alone take about {launches * 1e3:.1f} ms" if launches > seconds / 2 else None,
     )
     return "; ".join(reason for reason in reasons if reason) or None

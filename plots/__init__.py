@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from plots import demo, extrapolation, figure5, kernels, options, peak, share, tokens
+from plots import demo, density, extrapolation, figure5, kernels, options, peak, share, tokens
 
 # A results file results/<device>/<suite>.json is drawn by these, into figures/<device>/.
 SUITES = {
     "demo": (demo.draw,),
     "ops": (kernels.draw,),
     "steps": (
-        *(figure5.draw, peak.draw, tokens.draw, share.draw, options.draw),
+        *(figure5.draw, peak.draw, tokens.draw, share.draw, density.draw, options.draw),
         extrapolation.draw,
     ),
 }

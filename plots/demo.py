@@ -10,7 +10,7 @@ FLOOR = style.METHODS["frozen"].label
 # By their names in the results, from the top.
 LOOK = {
     style.METHODS[name].label: style.METHODS[name]
-    for name in ("full", "lora", "s2ft_inplace", "s2ft_additive", "frozen")
+    for name in ("full", "lora", "spiel", "s2ft_inplace", "s2ft_additive", "frozen")
 }
 PARTS = ("weights", "saved", "gradients", "optimizer")
 

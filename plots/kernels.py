@@ -21,7 +21,8 @@ def draw(document: dict, folder: Path) -> list[Path]:
     caption = (
         "Ceiling: the op's bytes at the speed of a copy, or its FLOPs at that of a GEMM, whichever "
         "takes longer; both measured.\n"
-        "More than 100 %: operands in a cache, or a product faster than the measured one. "
+        "More than 100 %: operands in a cache, or a product faster than the measured one.\n"
+        "Each launched from Python, ten times in a row: of a short op, the host's time. "
         f"{style.machine(document)}."
     )
     return [style.save(figure(document), folder / "kernels.svg", caption)]

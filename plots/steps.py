@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from plots import style
 
 # What is drawn of a step, by how its status begins.
-MARKS = {"measured": "", "out of memory": "OOM", "unavailable": "n/a"}
-MARKS_MEANING = "OOM: out of memory; n/a: not available there."
+MARKS = {"measured": "", "out of memory": "OOM", "unavailable": "n/a", "failed": "failed"}
+MARKS_MEANING = "OOM: out of memory; n/a: not available there; failed: not measured, by an error."
 
 
 @dataclass(frozen=True)

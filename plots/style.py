@@ -71,9 +71,10 @@ METHODS = {
     "lisa": Look("lisa", PINK, "--", "h", "-."),
     "loreft": Look("loreft", YELLOW, "oo", "*"),
     "shira": Look("shira", YELLOW, "++", "P", "-."),
+    "spiel": Look("spiel", NAVY, "//", "X", "-."),
+    "spiel_ma": Look("spiel ma", NAVY, "..", "d", (0, (1, 1))),
     "s2ft_inplace": Look("s2ft inplace", BLUE, "", "o"),
     "s2ft_additive": Look("s2ft additive", GREEN, "..", "x", (0, (4, 3))),
-    "spiel": Look("spiel", NAVY, "//", "X", "-."),
 }
 
 # Parts of a step's memory.

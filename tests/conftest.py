@@ -14,8 +14,8 @@ from numerics import DTYPES
 
 try:
     from hypothesis import settings
-except ImportError:  # a bare GPU machine: what is measured there needs no more than pytest
-    collect_ignore = ["test_kernel_properties.py", "test_permute.py"]
+except ImportError:  # a bare GPU machine: the files that need it are skipped
+    pass
 else:
     # An interpreted kernel is slow without being wrong, and a red test should stay red when run
     # again.

@@ -2,11 +2,15 @@
 
 METHODS = (
     *("frozen", "full", "lora", "lora_fp32", "lora_fused", "dora", "galore", "lisa", "loreft"),
-    *("shira", "s2ft_inplace", "s2ft_additive", "spiel"),
+    *("shira", "spiel", "spiel_ma", "s2ft_inplace", "s2ft_additive"),
 )
 CORE = ("frozen", "full", "lora", "lora_fused", "s2ft_inplace", "s2ft_additive")
 SLOWNESS = dict(
-    zip(METHODS, (1, 1.6, 1.15, 1.3, 1.08, 1.7, 2.4, 1.1, 1.2, 1.25, 1.01, 1.03, 1.4), strict=True)
+    zip(
+        METHODS,
+        (1, 1.6, 1.15, 1.3, 1.08, 1.7, 2.4, 1.1, 1.2, 1.25, 1.4, 1.35, 1.01, 1.03),
+        strict=True,
+    )
 )
 PARAMETERS = {"small": 25_000_000, "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320}
 LAYERS = {"small": 8, "llama-2-7b": 32, "llama-2-13b": 40}
@@ -104,6 +108,8 @@ def cpu_steps() -> dict:
             for share in (0.001, 0.01, 0.1)
             for checkpointing in (False, True)
         ),
+        *(step("density", name, length=16) for name in ("frozen", "full")),
+        *(step("density", "spiel", length=16, share=share) for share in (0.001, 0.01, 0.1, 0.5)),
         *(step("checkpointing", name, batch=2, checkpointing=True) for name in CORE),
         *(
             step("extrapolation", name, layers=layers)

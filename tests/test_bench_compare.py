@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from toy_cases import CEILINGS, fake_entry, measure_at_once, toy_case
 
-from bench import cases, ceilings, compare, report
+from bench import bench_ops, cases, ceilings, compare, report, timing
 from bench.record import Record
 
 CPU = torch.device("cpu")
@@ -31,13 +32,18 @@ def document(*entries: dict, **machine) -> dict:
         ({"unseen": 8}, 1, "unseen 0 bytes -> 8 bytes"),
         ({"peak": 10_050}, 0, "no loss"),
         ({"peak": 10_200}, 1, "peak 10,000 bytes -> 10,200 bytes"),
+        ({"first_step_peak": 9_050}, 0, "no loss"),
+        ({"first_step_peak": 9_100}, 1, "first_step_peak 9,000 bytes -> 9,100 bytes"),
+        ({"ops": 10}, 1, "ops 9 -> 10"),
+        ({"launches": 101}, 0, "no loss"),
+        ({"launches": 102}, 1, "launches 100 -> 102"),
         ({"trained_parameters": 6}, 1, "trained parameters 7 -> 6"),
         ({"status": "out of memory"}, 1, "status measured -> out of memory"),
     ],
 )
 def test_compare(after, code, words, capsys):
-    before = fake_entry(toy_case("lora"))
-    changed = fake_entry(toy_case("lora"), after.pop("ratio", 1.2))
+    before = fake_entry(toy_case("lora"), launches=100)
+    changed = fake_entry(toy_case("lora"), after.pop("ratio", 1.2), launches=100)
     extra = changed["extra_info"]
     for name, value in after.items():
         (extra["bytes"] if name in extra["bytes"] else extra)[name] = value
@@ -52,6 +58,30 @@ def test_compare_takes_the_spread_of_noisy_runs_into_account():
     quiet = {"data": [1.19, 1.2, 1.21]}
     noisy = {"data": [0.9, 1.2, 1.5]}
     assert compare.spread(quiet, quiet) < 0.05 < compare.spread(quiet, noisy)
+
+
+def test_operators_of_other_versions_are_not_compared():
+    before, after = fake_entry(toy_case("lora")), fake_entry(toy_case("lora"), ops=10)
+    assert compare.compare(document(before), document(after, torch="0.1")) == 0
+
+
+def test_noise_is_no_excuse(capsys):
+    before, after = fake_entry(toy_case("lora")), fake_entry(toy_case("lora"))
+    after["extra_info"]["ratio_to_floor"] = timing.quartiles([0.9, 1.25, 1.6])
+    assert compare.compare(document(before), document(after)) == compare.NOISE == 3
+    assert "figure5/toy/2x8/float32/lora: too noisy to judge" in capsys.readouterr().out
+    after["extra_info"]["bytes"] |= {"saved": 1001}
+    assert compare.compare(document(before), document(after)) == compare.LOSS == 1
+
+
+def test_a_case_that_is_not_measured_is_a_loss(capsys):
+    before = [fake_entry(toy_case(name)) for name in ("lora", "full", "lisa")]
+    wanted = {entry["name"] for entry in before[:2]} | {"new"}
+    assert compare.compare(document(*before), document(*before[:2]), wanted) == 0
+    assert compare.compare(document(*before), document(before[0]), wanted) == 1
+    assert "LOSS  figure5/toy/2x8/float32/full: status measured -> not measured" in (
+        capsys.readouterr().out
+    )
 
 
 def test_compare_refuses_what_cannot_be_compared(tmp_path):
@@ -131,20 +161,75 @@ def test_gpu_sh_runs_tests_ops_and_steps_and_goes_on(tmp_path, stand_in):
     assert gpu_sh(out, "--rehearse", PYTHON=python).returncode == 1
     kinds = ["tests/test_swiglu_kernel.py", "bench/bench_ops.py", "bench.laboratory --suite toy"]
     lines = calls.read_text().splitlines()
-    assert len(lines) == 3 and all(k in line for k, line in zip(kinds, lines, strict=True))
+    assert all(k in line for k, line in zip(kinds, lines, strict=True))
     assert f"--results {out} --budget-s" in lines[1] and f"--results {out} --budget-s" in lines[2]
     assert "FAILED" in (tmp_path / "out" / "tests.txt").read_text()
 
     (tmp_path / "fails").write_text("bench_ops\n")
+    calls.unlink()
     assert gpu_sh(out, "--rehearse", PYTHON=python).returncode == 1
+    lines = calls.read_text().splitlines()  # what was red comes last
+    assert all(k in line for k, line in zip(kinds[1:] + kinds[:1], lines, strict=True))
     assert (tmp_path / "out" / "tests.txt").read_text().endswith("kernel.py passed\n")
 
     calls.unlink()
     (tmp_path / "fails").write_text("")
-    assert gpu_sh(out, "--rehearse", "--budget-s", "100", PYTHON=python).returncode == 0
+    done = gpu_sh(out, "--rehearse", "--budget-s", "100", PYTHON=python)
+    assert done.returncode == 0 and done.stdout.endswith("== nothing is left\n")
     assert "test_swiglu" not in (text := calls.read_text())  # passed already
     budgets = [int(line.split("--budget-s ")[1]) for line in text.splitlines()]
     assert len(budgets) == 2 and all(70 <= budget <= 80 for budget in budgets)
+
+
+def test_gpu_sh_ends_in_time_and_says_what_is_left(tmp_path):
+    python, out = tmp_path / "python3", tmp_path / "out"
+    python.write_text("#!/usr/bin/env bash\necho begun\nexec sleep 60\n")
+    python.chmod(0o755)
+    start = time.monotonic()
+    done = gpu_sh(str(out), "--rehearse", "--budget-s", "5", PYTHON=str(python))
+    assert time.monotonic() - start < 10  # the tests take two of the five seconds
+    assert (out / "tests.txt").read_text() == "tests/test_swiglu_kernel.py not finished\n"
+    assert (out / "logs" / "test_swiglu_kernel.py.log").read_text() == "begun\n"
+    assert "== ops: skipped" in done.stdout and "== steps: skipped" in done.stdout
+    left = "ops steps tests/test_swiglu_kernel.py"
+    assert done.stdout.splitlines()[-1].strip() == f"== run again; not finished: {left}"
+    (tmp_path / "timeout").write_text("#!/usr/bin/env bash\nexit 124\n")  # all are stopped
+    (tmp_path / "timeout").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = gpu_sh(str(out), "--rehearse", PYTHON=str(python), PATH=path)
+    assert "== ops: stopped after" in done.stdout and "== steps: stopped after" in done.stdout
+    assert done.stdout.splitlines()[-1].strip() == f"== run again; not finished: {left}"
+
+
+def test_gpu_sh_takes_nothing_to_run_for_no_failure(tmp_path):
+    """pytest exits with 5 for a file that a missing package has it skip."""
+    python, out = tmp_path / "python3", tmp_path / "out"
+    python.write_text('#!/usr/bin/env bash\n[[ "$*" != *pytest* ]] || exit 5\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        done = gpu_sh(str(out), "--rehearse", PYTHON=str(python))
+        assert done.returncode == 0 and done.stdout.endswith("== nothing is left\n")
+        assert (out / "tests.txt").read_text() == "tests/test_swiglu_kernel.py skipped\n"
+
+
+def test_entries_of_ops_are_drawn_where_they_are_wanted(monkeypatch):
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(check_size(n)))
+    operands = bench_ops.Operands(bench_ops.Shape("o", 4, 1000, 3000, 8), CPU)
+    assert "entries" not in vars(operands)
+    entries = operands.entries
+    assert entries is operands.entries and entries.dtype == torch.int32
+    assert torch.equal(entries, entries.unique()) and 0 <= entries[0] and entries[-1] < 3_000_000
+    assert 0.95 * 64_000 < len(entries) <= 64_000
+
+
+def check_size(n: int) -> int:
+    assert n <= 1000, "a permutation of all entries of the weight"
+    return n
+
+
+def test_without_git_nobody_knows_of_changes(monkeypatch):
+    monkeypatch.setattr(report, "_output", lambda *command: None)
+    assert report.commit_info()["dirty"] is None
 
 
 @pytest.mark.parametrize(

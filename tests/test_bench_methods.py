@@ -22,7 +22,7 @@ from bench.methods import (
     comparable,
     counts,
 )
-from bench.methods.adapters import LINEARS
+from bench.methods.adapters import LINEARS, random_mask
 from bench.methods.lora_fused import SCALE, LoRAFused
 from bench.methods.loreft import Edit, edited_positions
 from bench.shapes import TABLE
@@ -90,7 +90,7 @@ def test_step_changes_what_is_trained_and_nothing_else(name, base, batch):
     assert {name for name, _ in method.named_trained()} == names
     after = dict(method.model.named_parameters())
     assert after.keys() == before.keys()
-    if name.startswith("s2ft"):  # W0 comes back when it is unloaded; till then it is permuted
+    if name.startswith(("s2ft", "spiel")):  # W0 comes back when it is unloaded
         assert not any(torch.equal(after[name], before[name]) for name in names)
         unloaded = method.model.unload().state_dict()
         assert all(torch.equal(unloaded[key], value) for key, value in base.state_dict().items())
@@ -102,7 +102,7 @@ def test_step_changes_what_is_trained_and_nothing_else(name, base, batch):
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_of_a_fixed_batch_falls(name, base, batch):
     method = start(name, base)
-    losses = [float(method.step(batch)) for _ in range(6)]
+    losses = [float(method.step(batch)) for _ in range(5)]  # then SpIEL drops all of its entries
     if name == "frozen":
         assert len(set(losses)) == 1
     else:
@@ -335,6 +335,29 @@ def test_lisa_draws_when_it_is_made_due(base, batch):
     assert len(draws) > 1
 
 
+def test_lisa_is_due_at_a_draw_and_right_after(base, batch):
+    method = start("lisa", base, budget=BUDGET)
+    due = []
+    for _ in range(8):
+        due.append(method.is_due())
+        method.step(batch)
+    assert method.period == 3 and due == [True, False, True, True, False, True, True, False]
+
+
+def test_shira_draws_its_entries_where_the_weight_is(base, batch, monkeypatch):
+    """A permutation of all entries of each weight takes minutes for a large model."""
+    monkeypatch.setattr("peft.tuners.shira.mask_functions.torch.randperm", None)
+    layer = torch.nn.Linear(40, 30)
+    for r in (2, 17):  # 17 * 70 of the 1200 entries: nearly all
+        mask = random_mask(layer, r, 3)
+        assert mask.shape == (30, 40) and mask.dtype == torch.bool and mask.sum() == 70 * r
+        assert torch.equal(mask, random_mask(layer, r, 3))
+        assert not torch.equal(mask, random_mask(layer, r, 4))
+    rows = random_mask(torch.nn.Linear(300, 300), 15, 0).sum(1).double()
+    assert rows.mean() == 30 and 3 < rows.std() < 8  # sqrt(27) if every entry is as likely
+    start("shira", base).step(batch)
+
+
 def test_galore_moves_weights_in_a_subspace(base, batch):
     method = start("galore", base, budget=Budget(1, 1, 1, 0, galore_rank=3, galore_gap=3))
     before = {name: value.detach().clone() for name, value in method.named_trained()}
@@ -359,10 +382,11 @@ def test_galore_decomposes_when_it_is_due(base, batch):
     for step in range(1, 8):
         if step == 5:
             method.make_due()
+        due = method.is_due()
         method.step(batch)
         now = projections()
         changed = {a is not b for a, b in zip(now, last, strict=True)}
-        assert len(changed) == 1  # all or none
+        assert changed == {due}  # all or none
         decompositions.append(changed.pop())
         last = now
     assert decompositions == [False, False, True, False, True, True, False]

@@ -58,7 +58,7 @@ def test_results_have_the_shape_of_pytest_benchmark(toy):
         document["machine_info"].keys()
     )
     entries = {entry["name"]: entry for entry in document["benchmarks"]}
-    assert set(entries) == {"pre-training", "full", "lora", *S2FT, FLOOR}
+    assert set(entries) == {"pre-training", "full", "lora", "spiel", *S2FT, FLOOR}
     for entry in entries.values():
         assert {"median", "iqr", "data"} <= entry["stats"].keys()
         assert entry["stats"]["rounds"] == len(entry["stats"]["data"])
@@ -75,7 +75,7 @@ def test_results_tell_the_methods_apart(toy):
     floor = extras[FLOOR]
     assert floor["trained_parameters"] == 0 and floor["bytes"]["gradients"] == 0
     assert len(set(floor["held_out"]["losses"])) == 1
-    for name in ("full", "lora", *S2FT):
+    for name in ("full", "lora", "spiel", *S2FT):
         extra = extras[name]
         itemsize = extra["bytes"]["gradients"] / extra["trained_parameters"]
         assert itemsize in (2, 4)

@@ -1,6 +1,9 @@
 """Every kernel against plain torch over drawn shapes, strides, index sets and dtypes."""
 
 import pytest
+
+pytest.importorskip("hypothesis")
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -9,6 +9,7 @@ import torch
 from toy_cases import CEILINGS, fake_entry, measure_at_once, toy_case
 
 from bench import cases, ceilings, compare, laboratory, measure, timing
+from bench.activations import not_covered
 from bench.cases import PLAIN
 from bench.methods import METHODS, Unavailable
 from bench.methods.adapters import LoRA
@@ -124,6 +125,43 @@ def test_periodic_work_is_a_share_of_every_step(monkeypatch):
     assert min(run.seconds) > run.parts["periodic"]
 
 
+@pytest.mark.parametrize("name, each", [("lisa", 0.1), ("spiel", 0.3)])
+def test_steps_with_periodic_work_are_not_timed(monkeypatch, name, each):
+    """In 60 steps LISA draws thrice, and SpIEL watches gradients in 6 steps of 20."""
+    if name not in METHODS:
+        pytest.skip(f"{name} is not registered")
+    due, timed, real = [], [], measure.step_laps
+
+    def step_laps(method, batch, device):
+        timed.append(method.is_due())
+        return real(method, batch, device)
+
+    class Noted(METHODS[name]):
+        def step(self, batch):
+            due.append(self.is_due())
+            return super().step(batch)
+
+    monkeypatch.setattr(measure, "step_laps", step_laps)
+    monkeypatch.setitem(METHODS, name, Noted)
+    case = toy_case(name)
+    (run,) = measure.time_rounds([case], budget(case), setup(40))
+    rounds = timed[measure.WARM_UP : measure.WARM_UP + 40]
+    assert not any(rounds) and len(run.seconds) == 40
+    assert all(due) and each * 40 <= len(due) <= 2 * each * 40
+    assert timed[measure.WARM_UP + 40 :] == [True] * measure.PERIODIC_STEPS
+
+
+@pytest.mark.parametrize("saved, doubts", [(8, None), (9, measure.NOT_CHECKED)])
+def test_what_the_model_says_of_cuda_is_checked_by_measuring(saved, doubts):
+    case = toy_case("lora", dtype="bfloat16")
+    known = not_covered(case.shape, 2, PLAIN, "cuda")
+    assert known == measure.NOT_CHECKED
+    assert measure.checked({"saved": 8, "fits": known}, saved)["fits"] == doubts
+    other = {"saved": 8, "fits": f"{known}; another"}
+    assert measure.checked(other, 8)["fits"] == "another"
+    assert measure.checked(other, None) == other and measure.checked(None, 8) is None
+
+
 # What must be caught
 
 
@@ -225,18 +263,18 @@ def test_two_models_that_do_not_fit_are_timed_apart(monkeypatch):
     def time_rounds(chosen, *others):
         if len(chosen) > 1:
             raise torch.OutOfMemoryError("no room for two")
-        alone.append(chosen[0].method)
-        return rounds(chosen, *others)
+        (run,) = rounds(chosen, *others)
+        alone.append((chosen[0].method, run))
+        return [run]
 
     monkeypatch.setattr(measure, "time_rounds", time_rounds)
     shared = setup()
     entries = [measure.measure(toy_case(name), shared) for name in ("lora", "full")]
-    assert alone == ["frozen", "lora", "full"]  # the floor once in a process
-    (floor,) = shared.floors.values()
-    for entry in entries:
+    assert [name for name, _ in alone] == ["frozen", "lora", "frozen", "full"]
+    for entry, (_, floor) in zip(entries, alone[::2], strict=True):  # the floor right before it
         extra = entry["extra_info"]
         assert extra["status"] == "measured" and extra["paired"] is False
-        expected = entry["stats"]["median"] / timing.quartiles(floor)["median"]
+        expected = entry["stats"]["median"] / timing.quartiles(floor.seconds)["median"]
         assert extra["ratio_to_floor"]["median"] == pytest.approx(expected)
 
 
@@ -250,6 +288,10 @@ def test_an_allocation_beyond_free_memory_is_out_of_memory(monkeypatch):
     with laboratory.within_free_memory(CPU), pytest.raises(RuntimeError) as error:
         torch.ones(2**30)
     assert measure.out_of_memory(error.value)
+    for words in ("CUDA error", "Triton Error [CUDA]"):
+        assert measure.out_of_memory(RuntimeError(f"{words}: out of memory"))
+    words = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    assert measure.out_of_memory(RuntimeError(words))
     assert not measure.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert torch.ones(2**26).sum() == 2**26  # the limit is gone
 
@@ -263,7 +305,8 @@ def quick(monkeypatch):
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, quick):
-    listed = [case.id for case in cases.toy() if "tokens" in case.id or "share" in case.id]
+    listed = [case.id for case in cases.toy() if "tokens" in case.id]
+    listed += ["share/toy/2x8/float32/s2ft_inplace/1.00%", "share/toy/2x8/float32/lora/1.00%"]
     measured = measure.measure
 
     def stopped(case, setup):
@@ -274,15 +317,57 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(measure, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_main(tmp_path)
-    first = [case.id for case in cases.toy()][:2]
-    assert list(written(tmp_path)) == quick == first
+    *first, killed = [case.id for case in cases.toy()][:3]
+    assert list(written(tmp_path)) == [*first, killed] and quick == first
+    extra = written(tmp_path)[killed]["extra_info"]
+    assert extra["status"] == "failed: not finished" and extra["total_parameters"] > 0
 
     monkeypatch.setattr(measure, "measure", measured)
     assert run_main(tmp_path, "--only", "tokens") == run_main(tmp_path, "--only", "share") == 0
-    assert quick == first + listed and list(written(tmp_path)) == quick
-    assert run_main(tmp_path) == 0 and len(quick) == len(set(quick)) == len(cases.toy())
+    assert quick == first + listed
+    unlike = {replace(case, suite="") for case in cases.toy()}
+    assert run_main(tmp_path) == 0 and quick[-1] == killed  # last, what did not return
+    assert written(tmp_path).keys() == {case.id for case in cases.toy()}
+    assert len(quick) == len(set(quick)) == len(unlike) < len(cases.toy())
     assert run_main(tmp_path, "--again", "--only", "share/toy/2x8/float32/frozen") == 0
-    assert quick[-1] == "share/toy/2x8/float32/frozen" and len(quick) == len(cases.toy()) + 1
+    assert quick[-1] == "share/toy/2x8/float32/frozen" and len(quick) == len(unlike) + 1
+
+
+def test_a_case_of_two_suites_is_measured_once(tmp_path, quick):
+    names = [
+        f"{suite}/toy/2x8/float32/s2ft_inplace" for suite in ("figure5", "depth", "checkpointing")
+    ]
+    for name in names:
+        assert run_main(tmp_path, "--only", name) == 0
+    entries = written(tmp_path)
+    assert quick == [names[0], f"{names[1]}+full_depth", f"{names[2]}+checkpointing"]
+    for name in names[1:]:
+        copy, first = entries[name], entries[names[0]]
+        assert (copy["group"], copy["name"]) == (name.partition("/")[0], name)
+        assert copy["fullname"].endswith(name) and copy["stats"] == first["stats"]
+        assert copy["extra_info"] == first["extra_info"] | {"copy_of": names[0]}
+
+
+def test_estimates_learn_from_what_was_measured_alone(tmp_path, monkeypatch, quick):
+    learned = []
+    monkeypatch.setattr(laboratory.Estimate, "took", lambda self, case, s: learned.append(case.id))
+    monkeypatch.setattr(laboratory.Estimate, "seconds", lambda self, case: 100.0)
+
+    def check(device, options):
+        raise Unavailable("nowhere-torch is not installed")
+
+    def measured(case, setup):
+        if case.method == "lora":
+            return measure.entry(case, None, {"status": "unavailable: nowhere-torch"})
+        return fake_entry(case)
+
+    monkeypatch.setattr(METHODS["lora"], "check", check)
+    monkeypatch.setattr(measure, "measure", measured)
+    # What is unavailable takes no time, whatever the estimate says of its steps.
+    assert run_main(tmp_path, "--only", "tokens", "--budget-s", "60") == 0
+    assert list(written(tmp_path)) == ["tokens/toy/1x8/float32/lora"]
+    assert run_main(tmp_path, "--only", "tokens") == 0
+    assert learned == ["tokens/toy/1x8/float32/s2ft_inplace"]
 
 
 def test_a_case_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys, quick):
@@ -341,11 +426,15 @@ def test_estimates_follow_what_cases_took():
 def test_results_of_another_machine_are_not_mixed_in(tmp_path, capsys):
     record = Record(tmp_path / "steps.json", CPU, {})
     record.add(fake_entry(toy_case("lora")))
-    assert len(Record(record.path, CPU, {"ceilings": 1}).entries) == 1
+    again = Record(record.path, CPU, {"ceilings": 1})
+    assert len(again.entries) == again.machine["ceilings"] == 1
+    again.add(fake_entry(toy_case("full")))
+    assert Record(record.path, CPU, {"ceilings": 2}).machine["ceilings"] == 1  # of the entries
     document = json.loads(record.path.read_text())
     document["machine_info"]["torch"] = "1.0"
     record.path.write_text(json.dumps(document))
-    assert Record(record.path, CPU, {}).entries == {}
+    begun = Record(record.path, CPU, {"ceilings": 2})
+    assert begun.entries == {} and begun.machine["ceilings"] == 2
     assert "another machine or of other versions" in capsys.readouterr().out
 
 

@@ -2,6 +2,9 @@ import itertools
 from dataclasses import replace
 
 import pytest
+
+pytest.importorskip("hypothesis")
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -23,6 +23,7 @@ def document() -> dict:
     methods = [
         ("full", 1.4, 1000, 2),
         ("lora", 1.3, 100, 3),
+        ("spiel", 1.5, 100, 3),
         ("s2ft inplace", 1.01, 10, 1),
         ("s2ft additive", 1.02, 10, 1),
         ("frozen floor", 1.0, 0, 0),
@@ -64,7 +65,7 @@ def results(tmp_path) -> Path:
 
 LABORATORY = {
     "cpu": [
-        *("checkpointing-small", "depth-small"),
+        *("checkpointing-small", "density-small", "depth-small"),
         *("extrapolation-memory-small", "extrapolation-time-small"),
         *("figure5-small", "kernels", "peak-small", "real-width-llama-2-7b"),
         *("share-memory-small", "share-time-small", "tokens-memory-small", "tokens-time-small"),
@@ -129,6 +130,7 @@ UNITS = {
     "tokens-memory": ["peak memory, ", "tokens of a step", "modelled (roofline)"],
     "share-time": ["step time / frozen floor", "trained share of all parameters of small, %"],
     "share-memory": ["peak memory, MiB", "measured, checkpointing"],
+    "density": ["peak above the frozen floor, MiB", "of small", "spiel, modelled (O(k)"],
     "checkpointing": ["time of a step, ms", "peak memory of a step, MiB", "checkpointing", "plain"],
     "depth": ["time of a step, ms", "full depth", "plain"],
     "extrapolation-time": ["time of a step, ms", "layers of small", "extrapolated from two cuts"],

@@ -250,3 +250,18 @@ def test_more_options_than_can_be_told_apart_are_refused(cpu):
     many = [dataclasses.replace(step, options=str(place)) for place, step in enumerate(found)]
     with pytest.raises(ValueError, match="shorter"):
         share.time(many, {})
+
+
+def test_a_case_that_failed_is_marked_and_the_others_are_drawn(tmp_path):
+    names = {"frozen": "measured", "lora": "failed: not finished", "full": "measured"}
+    document = synthetic.document(
+        [synthetic.step("figure5", name, status=status) for name, status in names.items()]
+    )
+    found = steps.read(document, "figure5")
+    assert {step.method: step.mark for step in found} == {
+        "frozen": "",
+        "lora": "failed",
+        "full": "",
+    }
+    assert any("failed" in text for text in written(panels(figure5.figure(found))[0]))
+    assert "failed: not measured" in steps.caption(document, found)

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
@@ -65,4 +65,20 @@ class SHiRA(Method):
             target_modules=list(LINEARS),
             task_type="CAUSAL_LM",
         )
+        config.mask_fn = random_mask
         return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def random_mask(layer: nn.Linear, r: int, random_seed: int, **others: object) -> Tensor:
+    """PEFT's mask of r (N + K) random entries, bool (N, K), drawn where the weight is.
+
+    PEFT's own permutes all N K entries on the CPU, which takes minutes for a model of 7B.
+    """
+    weight = layer.weight
+    wanted = min(r * sum(weight.shape), weight.numel())
+    generator = torch.Generator(weight.device).manual_seed(random_seed)
+    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    while missing := wanted - int(mask.sum()):  # as many as were drawn twice
+        drawn = torch.randint(len(mask), (missing,), generator=generator, device=weight.device)
+        mask[drawn] = True
+    return mask.view(weight.shape)

@@ -113,6 +113,10 @@ class Method(ABC):
         """
         raise ValueError(f"{self.name} has no periodic work")
 
+    def is_due(self) -> bool:
+        """Whether the next step does periodic work, or some of it."""
+        return False
+
     def stop_full_depth(self) -> None:
         """From here on without Options.full_depth: no dx below the first trained layer."""
         self._full_depth = False

@@ -15,7 +15,7 @@ TOLERANCE = 0.05
 ALIGNED = 8  # S2FT's channels come in so many, where that is little: GEMMs like rows of 16 bytes
 COMPARABLE = (
     *("lora", "lora_fp32", "lora_fused", "dora", "galore", "shira"),
-    *("s2ft_inplace", "s2ft_additive"),
+    *("spiel", "spiel_ma", "s2ft_inplace", "s2ft_additive"),
 )
 
 
@@ -35,6 +35,9 @@ class Budget:
     reft_positions: int = 7  # the first and the last so many
     lisa_layers: int = 2  # LISA: trained at a time, beside the embedding and the head
     lisa_interval: int = 20  # steps from one draw to the next
+    # SpIEL: trained entries as a share of all parameters; None for as many as LoRA trains
+    spiel_density: float | None = None
+    spiel_steps: int = 1000  # of the whole training, towards whose end fewer entries are replaced
 
 
 class Sizes:
@@ -94,6 +97,9 @@ def counts(config: PreTrainedConfig, budget: Budget) -> dict[str, int]:
     """
     sizes = Sizes(config)
     lora = sizes.of_linears(lambda n, k: budget.rank * (n + k))
+    linears = list(sizes.layer_linears.values()) * sizes.layers
+    entries = entries_in_all(budget, sizes.parameters, linears)
+    spiel = sum(entries_of_layers(entries, linears))
     s2ft = budget.heads * sizes.per_head + budget.channels * sizes.per_channel
     lisa_layers = min(budget.lisa_layers, sizes.layers)
     return {
@@ -107,9 +113,26 @@ def counts(config: PreTrainedConfig, budget: Budget) -> dict[str, int]:
         "lisa": sizes.embedding_and_head + lisa_layers * sizes.layer_parameters,
         "loreft": sizes.layers * (2 * budget.reft_rank * sizes.hidden + budget.reft_rank),
         "shira": sizes.of_linears(lambda n, k: budget.shira_rank * (n + k)),
+        "spiel": spiel,
+        "spiel_ma": spiel,
         "s2ft_inplace": s2ft,
         "s2ft_additive": s2ft,
     }
+
+
+def entries_in_all(budget: Budget, parameters: int, linears: list[tuple[int, int]]) -> int:
+    """Entries that SpIEL is to train in a model of so many parameters and of these linear layers,
+    (N, K) each: no more than these have."""
+    wanted = budget.rank * sum(n + k for n, k in linears)
+    if budget.spiel_density is not None:
+        wanted = max(1, int(budget.spiel_density * parameters))
+    return min(wanted, sum(n * k for n, k in linears))
+
+
+def entries_of_layers(entries: int, linears: list[tuple[int, int]]) -> list[int]:
+    """How many of the entries fall to each layer: in proportion to its size, 1 at least."""
+    total = sum(n * k for n, k in linears)
+    return [max(1, entries * n * k // total) for n, k in linears]
 
 
 def comparable(
@@ -154,6 +177,7 @@ def comparable(
         channels=channels,
         rank=rank,
         seed=seed,
+        spiel_density=share,
         shira_rank=min(rank, *(n * k // (n + k) for n, k in sizes.layer_linears.values())),
         galore_rank=max(
             1, min(narrowest, round(target / sizes.of_linears(lambda n, k: max(n, k))))

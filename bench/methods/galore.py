@@ -65,6 +65,13 @@ class GaLore(Method):
         for projector in self._projectors():
             projector.ortho_matrix = None
 
+    def is_due(self) -> bool:
+        states = [state for state in self.optimizer.state.values() if "projector" in state]
+        return not states or any(
+            state["projector"].ortho_matrix is None or state["step"] % self.period == 0
+            for state in states
+        )
+
     def _projectors(self) -> Iterator:
         states = self.optimizer.state.values()
         return (state["projector"] for state in states if "projector" in state)

@@ -42,6 +42,10 @@ class LISA(Method):
     def make_due(self) -> None:
         self._due = True
 
+    def is_due(self) -> bool:
+        """The redraw, and the states that the step after it makes."""
+        return self._due or self._steps % self.period in (self.period - 1, 0)
+
     def _redraw(self) -> None:
         self._due = False
         before = self._active_parameters()

@@ -1,0 +1,96 @@
+"""SpIEL (arXiv 2401.16405), as its users run it: s2kernels.peft on all linear layers."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bench import memory
+from bench.methods.base import Method
+from bench.methods.budget import entries_in_all
+from bench.methods.options import Options, Unavailable
+from s2kernels.peft import SpIELConfig, SpIELTuner, make_optimizer
+from s2kernels.peft.spiel.growth import Watch
+
+
+class SpIEL(Method):
+    """SpIEL-AG: scattered entries of all linear layers, as many as `Budget.spiel_density` says.
+
+    The entries lie in the dense weights; some are replaced after every `period` steps, for which
+    gradients are watched in a part of these. A step that is made due does all of this work at once.
+    """
+
+    name = "spiel"
+    periodic = "watches gradients for a few steps, then replaces entries"
+    selection: ClassVar[str] = "accumulated_gradient"
+    optimizer_options: ClassVar[dict] = {"betas": (0.9, 0.95)}  # those of `adamw`
+
+    @classmethod
+    def check(cls, device: torch.device, options: Options) -> None:
+        super().check(device, options)
+        if options.compile:
+            raise Unavailable("compiled, a step does not let SpIEL see gradients and move entries")
+
+    def attach(self, model: PreTrainedModel) -> nn.Module:
+        layers = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+        self.config = SpIELConfig(
+            num_tunable_weights=entries_in_all(
+                self.budget, model.num_parameters(), [tuple(m.weight.shape) for m in layers]
+            ),
+            selection=self.selection,
+            seed=self.budget.seed,
+            mode="inplace",
+            task_type="CAUSAL_LM",
+        )
+        self.period = self.config.reselection_steps
+        return get_peft_model(model, self.config)
+
+    def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(self.model, lr, **self.optimizer_options)
+        self.tuner = SpIELTuner(self.model, optimizer, self.budget.spiel_steps)
+        return optimizer
+
+    def update(self) -> None:
+        super().update()
+        self.tuner.step()
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        yield from super().state_tensors()
+        for watch in self.tuner.watches:
+            yield from memory.tensors_in(vars(watch))
+
+    def make_due(self) -> None:
+        last = self.period + self.config.accumulation_steps
+        self.tuner.resume(last - 1, {}, {})  # the last step of a window, which begins here
+        for layer, watch in zip(self.tuner.layers, self.tuner.watches, strict=True):
+            layer.observers["default"] = self._whole_window(watch)
+
+    def is_due(self) -> bool:
+        return bool(self.tuner.watches) or self.tuner.schedule.reselects(self.tuner.steps + 1)
+
+    def _whole_window(self, watch: Watch):
+        """What is observed in all steps of a window, observed in one."""
+
+        def observe(dy: Tensor, x: Tensor) -> None:
+            for _ in range(self.config.accumulation_steps + 1):
+                watch.observe(dy, x)
+
+        return observe
+
+
+class SpIELMA(SpIEL):
+    """SpIEL-MA: SM3 in the place of AdamW; what grows is read from its statistics.
+
+    No gradients are watched. A step that is made due replaces entries.
+    """
+
+    name = "spiel_ma"
+    periodic = "replaces entries"
+    selection = "momentum_approximation"
+    optimizer_options: ClassVar[dict] = {}
+
+    def make_due(self) -> None:
+        self.tuner.resume(self.period + self.config.accumulation_steps - 1, {}, {})
