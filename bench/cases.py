@@ -107,6 +107,7 @@ DENSITIES = (0.001, 0.01, 0.1, 0.5)
 # Whose backward may stop above the embedding; and full, whose cannot.
 DEEP = ("s2ft_inplace", "lora", "full", "s2ft_additive")
 # From cuts of one and two layers, beside the whole model.
+DEEP_S2FT = ("s2ft_inplace", "s2ft_additive")
 EXTRAPOLATED = (FLOOR, "full", "lora", "s2ft_inplace")
 
 
@@ -117,7 +118,8 @@ def cpu() -> list[Case]:
     return [
         *grid("figure5", small, size, "float32", core_first(METHODS)),
         *grid("real-width", large.cut(1), [(1, 64)], "float32", CORE[:-1]),
-        *grid("tokens", small, [(1, 64), (1, 256), (1, 384)], "float32", CORE),
+        *grid("depth", large.cut(1), [(1, 64)], "float32", DEEP_S2FT, [FULL_DEPTH]),
+        *grid("tokens", small, [(1, 256), (1, 384)], "float32", CORE),
         *grid("depth", small, size, "float32", DEEP, [PLAIN, FULL_DEPTH]),
         *grid("extrapolation", small.cut(1), size, "float32", EXTRAPOLATED),
         *grid("extrapolation", small.cut(2), size, "float32", EXTRAPOLATED),
@@ -127,7 +129,6 @@ def cpu() -> list[Case]:
         *grid("density", small.cut(2), few, "float32", (FLOOR, "full")),
         *grid("density", small.cut(2), few, "float32", ("spiel",), shares=DENSITIES),
         *grid("checkpointing", small, size, "float32", CORE[:-1], [PLAIN, CHECKPOINTING]),
-        *grid("figure5", small, [(2, 64)], "float32", (*CORE, "spiel")),
     ]
 
 

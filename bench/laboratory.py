@@ -40,7 +40,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "short": cases.short,
 }
 PRECISION = {
-    "cpu": timing.Precision(error=0.008, max_rounds=60, seconds=10.0),
+    "cpu": timing.Precision(error=0.008, min_rounds=10, max_rounds=40, seconds=7.0),
     "gpu": timing.Precision(min_rounds=10, seconds=5.0),
     "toy": timing.Precision(error=1.0, min_rounds=2, max_rounds=2),
     "short": timing.Precision(error=0.003, min_rounds=10, seconds=15.0),
