@@ -434,8 +434,9 @@ def test_a_mixture_goes_through_every_command(data, tmp_path, capsys):
     name = "model.layers.1.mlp.experts.down_proj"
     part = read_adapter(tmp_path / "adapter")[name]
     assert part.index.tolist() == (torch.tensor(units).view(4, 3) % 24).tolist()
+    capsys.readouterr()
     cli.main(["inspect", str(tmp_path / "adapter"), "--json"])
-    shown = json.loads(capsys.readouterr().out.split("\n", 2)[2])
+    shown = json.loads(capsys.readouterr().out)
     row = next(layer for layer in shown["layers"] if layer["module"] == name)
     assert (row["channels"], row["lora_rank"], row["parameters"]) == (12, 3, 4 * 32 * 3)
     cli.main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])

@@ -226,10 +226,11 @@ def test_the_ways_to_load(tmp_path):
     cheap = PeftModel.from_pretrained(
         tiny_model("mixtral", torch.float32, **WIDE), tmp_path, low_cpu_mem_usage=True
     )
-    assert torch.equal(cheap(IDS).logits, want)
+    # without gradients the module's own forward runs, which adds in another order
+    torch.testing.assert_close(cheap(IDS).logits, want, rtol=1e-5, atol=1e-5)
     plain = tiny_model("mixtral", torch.float32, **WIDE)
     plain.load_adapter(tmp_path)
-    assert torch.equal(plain(IDS).logits, want)
+    torch.testing.assert_close(plain(IDS).logits, want, rtol=1e-5, atol=1e-5)
     other = tiny_model("mixtral", torch.float32, **WIDE)
     with torch.no_grad():
         other.get_submodule(EXPERTS).down_proj[2] *= 1.01

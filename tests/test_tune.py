@@ -44,10 +44,13 @@ def test_rehearsal(tmp_path, monkeypatch, capsys):
         tried = problems.candidates(Problem(info["op"], (64, 48), info["tokens"], None), toy=True)
         assert list(info["screened"]) == [trials.words(launch) for launch in tried]
         assert info["launch"] in tried
-        assert not info["wins"]  # an interpreter is no match for a BLAS
+        assert info["wins"] == trials.below_one(info["ratio_to_torch"])
     written = (tmp_path / "tuned.py").read_text()
     assert written == tables.source(tables.measurements(tmp_path))
-    assert _import(tmp_path / "tuned.py")["FASTER"] == {}
+    # As a rule none: an interpreter is no match for a BLAS, but for one that was kept waiting.
+    wins = [entry["extra_info"] for entry in entries if entry["extra_info"]["wins"]]
+    faster = _import(tmp_path / "tuned.py")["FASTER"]
+    assert bool(faster) == any(info["op"] == "linear" for info in wins)
     assert "linear float16 N=64 K=48 M=32" in capsys.readouterr().out
 
     # Again: nothing is left to measure.
