@@ -115,9 +115,12 @@ def test_a_deep_copy_knows_which_weights_are_shared():
     assert torch.equal(copy.deepcopy(model)(IDS).logits, want)
 
 
-@pytest.mark.parametrize("how", ("unload", "merge_adapter"))
-def test_a_backward_after_merge_or_unload_changes_nothing(how):
-    model = wrapped(layout="gather", mode="inplace")
+@pytest.mark.parametrize(
+    "how, mode",
+    (("unload", "inplace"), ("merge_adapter", "inplace"), ("merge_adapter", "additive")),
+)
+def test_a_backward_after_merge_or_unload_changes_nothing(how, mode):
+    model = wrapped(layout="gather", mode=mode)
     original = base_state(tiny_model("llama", **WIDE))
     loss = model(input_ids=IDS, labels=IDS).loss
     base = getattr(model, how)()

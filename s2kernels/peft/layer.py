@@ -259,8 +259,6 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
         """
         if torch.compiler.is_compiling() or self.merged:
             return None
-        if all(mode == "additive" for mode in self.modes.values()):  # nothing is ever written
-            return None
         return partial(self._before_dx, name)
 
     def put_back_before_backward_of(self, y: Tensor) -> None:
