@@ -61,12 +61,7 @@ def check_index(name: str, index: Index, size: int) -> int:
         return stop - start
     if not isinstance(index, Tensor):
         raise TypeError(f"{name} must be an int32 tensor or a slice, got {type(index).__name__}")
-    if index.dtype != torch.int32:
-        raise TypeError(f"{name} must be of dtype torch.int32, got {index.dtype}")
-    if index.dim() != 1 or index.numel() == 0:
-        raise ValueError(f"{name} must be non-empty and of one dimension, got {tuple(index.shape)}")
-    if not index.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got stride {index.stride(0)}")
+    check_list(name, index, torch.int32)
     if torch.compiler.is_compiling() or index.is_meta:
         return index.numel()
     if _checked.get(index) != (version_of(index), size):
@@ -78,6 +73,18 @@ def check_index(name: str, index: Index, size: int) -> int:
             raise ValueError(f"{name} must not repeat a position, got {repeated} repeated")
         _checked[index] = (version_of(index), size)
     return index.numel()
+
+
+def check_list(name: str, index: Tensor, dtype: torch.dtype) -> None:
+    """Raises TypeError unless index is of dtype, and ValueError unless it is a list of positions:
+    not empty, of one dimension, contiguous.
+    """
+    if index.dtype != dtype:
+        raise TypeError(f"{name} must be of dtype {dtype}, got {index.dtype}")
+    if index.dim() != 1 or index.numel() == 0:
+        raise ValueError(f"{name} must be non-empty and of one dimension, got {tuple(index.shape)}")
+    if not index.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got stride {index.stride(0)}")
 
 
 def version_of(tensor: Tensor) -> int:

@@ -24,6 +24,7 @@ from s2kernels.autograd.checks import (
     check_choice,
     check_device,
     check_floating,
+    check_list,
     check_shape,
     check_weight,
     version_of,
@@ -204,12 +205,7 @@ def check_entries(name: str, index: Tensor, shape: tuple[int, int]) -> int:
     size = shape[0] * shape[1]
     if not isinstance(index, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(index).__name__}")
-    if index.dtype != index_dtype(shape):
-        raise TypeError(f"{name} must be of dtype {index_dtype(shape)}, got {index.dtype}")
-    if index.dim() != 1 or index.numel() == 0:
-        raise ValueError(f"{name} must be non-empty and of one dimension, got {tuple(index.shape)}")
-    if not index.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got stride {index.stride(0)}")
+    check_list(name, index, index_dtype(shape))
     if torch.compiler.is_compiling() or index.is_meta:
         return index.numel()
     if _checked.get(index) != (version_of(index), shape):

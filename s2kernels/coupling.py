@@ -209,6 +209,15 @@ def is_dense(layer: nn.Module) -> bool:
     return kind is nn.Parameter or not kind.__module__.startswith("torchao.")
 
 
+def not_plain(weight: Tensor) -> str | None:
+    """Why `weight` cannot be read as the floats that it stands for; None if it can."""
+    if type(weight) is not nn.Parameter or weight.is_meta:
+        return f"the weight is a {type(weight).__name__} on {weight.device}"
+    if not weight.is_floating_point():
+        return f"the weight is {weight.dtype}"
+    return None
+
+
 def obstacle(model: nn.Module, structure: Structure) -> str | None:
     """Why the heads or channels of `structure` cannot be permuted in place; None if they can.
 

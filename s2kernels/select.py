@@ -67,7 +67,7 @@ def random_units(seed: int, name: str, total: int, count: int, block: int = 1) -
     Raises ValueError if count is no multiple of block or exceeds the units in whole blocks.
     """
     num_blocks = _check_count(name, total, count, block)
-    order = torch.randperm(num_blocks, generator=_generator(seed, name), device="cpu")
+    order = torch.randperm(num_blocks, generator=seeded_generator(seed, name), device="cpu")
     blocks = order[: count // block]
     return channels_of_heads(blocks.sort().values, block)
 
@@ -77,8 +77,9 @@ def random_scores(seed: int, sizes: Mapping[str, int]) -> dict[str, Tensor]:
 
     Those of a name follow from it, the seed and the size alone; see `random_units`.
     """
+    generators = {name: seeded_generator(seed, name) for name in sizes}
     return {
-        name: torch.rand(size, dtype=torch.float64, generator=_generator(seed, name), device="cpu")
+        name: torch.rand(size, dtype=torch.float64, generator=generators[name], device="cpu")
         for name, size in sizes.items()
     }
 
@@ -253,7 +254,8 @@ def _roots(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.sqrt() for name, value in squares.items()}
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU whose draws depend on `seed` and `name` alone."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from s2kernels import backend
 from s2kernels.coupling import Structure, obstacle
+from s2kernels.peft.frames import is_running
 from s2kernels.permute import Permutation, apply_, plan, undo_
 
 if TYPE_CHECKING:
@@ -135,14 +136,8 @@ class BaseWeights:
 
     @property
     def in_forward(self) -> bool:
-        """Whether a forward of the model is running that has written the slices.
-
-        The call stack is asked, since no hook is called after a forward that Ctrl-C has ended.
-        """
-        frame: FrameType | None = None if self._forward_frame is None else sys._getframe(1)
-        while frame is not None and frame is not self._forward_frame:
-            frame = frame.f_back
-        return frame is not None
+        """Whether a forward of the model is running that has written the slices."""
+        return is_running(self._forward_frame)
 
     def _owners(self) -> list[nn.Module]:
         """The model and all of its parts that hold a weight which is written or permuted."""

@@ -13,6 +13,7 @@ from s2kernels.adapter import Slice, check_fingerprint, fingerprint
 from s2kernels.architectures import Member
 from s2kernels.autograd.checks import version_of
 from s2kernels.autograd.experts import check_positions
+from s2kernels.coupling import not_plain
 from s2kernels.reference import Index
 
 if TYPE_CHECKING:
@@ -123,12 +124,7 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
         """Why no slice can be written into the base weight; None if it can."""
         if reason := self.obstacle():
             return reason
-        weight = self.weight
-        if type(weight) is not nn.Parameter or weight.is_meta:
-            return f"the weight is a {type(weight).__name__} on {weight.device}"
-        if not weight.is_floating_point():
-            return f"the weight is {weight.dtype}"
-        return self.base_weights.not_inplace(weight)
+        return not_plain(self.weight) or self.base_weights.not_inplace(self.weight)
 
     @torch.inference_mode(False)  # autograd saves positions, which it would not of such a tensor
     def locate(self) -> None:
@@ -187,7 +183,7 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
             if is_own or not expected.any():  # the fingerprint did not come along
                 if not self.merged:
                     self.s2ft_fingerprint[name] = self._fingerprint(name)
-            elif not self.merged and self._is_dense():
+            elif not self.merged and not_plain(self.weight) is None:
                 check_fingerprint(self.name, expected, self.take_base_slice(name), self.dim)
             self._seen[name] = self._sources(name)
 
@@ -196,14 +192,9 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
         return [(buffer, version_of(buffer)) for buffer in buffers]
 
     def _fingerprint(self, name: str) -> Tensor:
-        if not self._is_dense():
+        if not_plain(self.weight):
             return torch.zeros_like(self.s2ft_index[name], dtype=torch.int64)
         return fingerprint(self.take_base_slice(name), self.dim).to(self.weight.device)
-
-    def _is_dense(self) -> bool:
-        """Whether the weight can be read as the floats that it stands for."""
-        weight = self.weight
-        return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
 
     def inplace_adapter(self) -> str | None:
         """The adapter whose slice belongs in the weight now; None where there is none.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from s2kernels.adapter import fingerprint
 from s2kernels.autograd.checks import version_of
 from s2kernels.autograd.sparse import Observer, check_entries, linear
+from s2kernels.coupling import not_plain
 from s2kernels.peft.spiel.replace import Replacement
 from s2kernels.peft.spiel.weights import Entries, write_entries
 from s2kernels.plan import TilePlan, rows_and_columns, tile_plan
@@ -104,10 +105,8 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
         base, weight = self.get_base_layer(), self.weight
         if type(base) is not nn.Linear:
             return f"the base layer is a {type(base).__name__}"
-        if type(weight) is not nn.Parameter or weight.is_meta:
-            return f"the weight is a {type(weight).__name__} on {weight.device}"
-        if not weight.is_floating_point():
-            return f"the weight is {weight.dtype}"
+        if reason := not_plain(weight):
+            return reason
         if not weight.is_contiguous():
             return f"the weight is not contiguous, its stride is {weight.stride()}"
         return self.weights.not_inplace(weight)
@@ -147,7 +146,7 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
             if is_own or not expected.any():  # the fingerprint did not come along
                 self.spiel_fingerprint[name] = torch.zeros_like(expected)
                 self._renew[name] = True
-            elif not self.merged and self._is_dense():
+            elif not self.merged and not_plain(self.weight) is None:
                 self._renew.pop(name, None)
                 if not torch.equal(self._fingerprint(name), expected):
                     raise ValueError(
@@ -173,14 +172,9 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
 
     def _fingerprint(self, name: str) -> Tensor:
         index = self.spiel_index[name]
-        if not self._is_dense() or index.is_meta:
+        if not_plain(self.weight) or index.is_meta:
             return torch.zeros(1, dtype=torch.int64, device=index.device)
         return fingerprint(self.take_base_entries(name)[None], "out").to(index.device)
-
-    def _is_dense(self) -> bool:
-        """Whether the weight can be read as the (N, K) floats that it stands for."""
-        weight = self.weight
-        return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
 
     def active(self) -> str | None:
         """The adapter that the output is to have; None for the base alone.

@@ -17,7 +17,7 @@ from s2kernels.peft.spiel.config import SpIELConfig
 from s2kernels.peft.spiel.layer import SpIELLinear, is_quantized
 from s2kernels.peft.spiel.weights import EntryWeights
 from s2kernels.plan import index_dtype
-from s2kernels.select import _generator
+from s2kernels.select import seeded_generator
 
 
 class SpIELModel(BaseTuner):
@@ -184,7 +184,7 @@ def random_entries(seed: int, name: str, shape: tuple[int, int], num: int) -> Te
     The answer follows from the arguments alone. Memory is O(num).
     """
     size = shape[0] * shape[1]
-    generator = _generator(seed, name)
+    generator = seeded_generator(seed, name)
     # the lesser of the entries and the others: drawn until there are as many different ones
     wanted = min(num, size - num)
     drawn = torch.empty(0, dtype=torch.int64, device="cpu")

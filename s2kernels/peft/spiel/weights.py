@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from s2kernels import backend
+from s2kernels.peft.frames import is_running
 
 if TYPE_CHECKING:
     from s2kernels.peft.spiel.layer import SpIELLinear
@@ -92,14 +93,8 @@ class EntryWeights:
 
     @property
     def in_forward(self) -> bool:
-        """Whether a forward of the model is running that has written the entries.
-
-        The call stack is asked, since no hook is called after a forward that Ctrl-C has ended.
-        """
-        frame: FrameType | None = None if self._forward_frame is None else sys._getframe(1)
-        while frame is not None and frame is not self._forward_frame:
-            frame = frame.f_back
-        return frame is not None
+        """Whether a forward of the model is running that has written the entries."""
+        return is_running(self._forward_frame)
 
     def write(self, adapters: Iterable[tuple["SpIELLinear", str]]) -> None:
         """Write W0 + delta of one adapter a layer into the weights, by one launch a device."""
