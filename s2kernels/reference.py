@@ -128,18 +128,16 @@ def slice_write(
     for weight, base_slice, delta, index, dim in zip(
         weights, base_slices, deltas, indices, dims, strict=True
     ):
-        if delta is None:
-            value = base_slice
-        else:
-            acc = torch.promote_types(
-                torch.promote_types(base_slice.dtype, delta.dtype), torch.float32
-            )
-            value = (base_slice.to(acc) + delta.detach().to(acc)).to(weight.dtype)
         axis = 1 if dim == "in" else 0
-        if isinstance(index, slice):
-            weight.data.narrow(axis, index.start, index.stop - index.start).copy_(value)
-        else:
-            weight.data.index_copy_(axis, index.long(), value)
+        if not isinstance(index, slice):
+            value = base_slice if delta is None else base_slice + delta.detach()
+            weight.data.index_copy_(axis, index.long(), value.to(weight.dtype))
+            continue
+        target = weight.data.narrow(axis, index.start, index.stop - index.start)
+        if delta is None:
+            target.copy_(base_slice)
+        else:  # one pass; torch adds half types in fp32 and rounds the sum once, too
+            torch.add(base_slice, delta.detach(), out=target)
 
 
 def slice_linear_(y: Tensor, x: Tensor, delta: Tensor, index: Index | None, dim: str) -> Tensor:
