@@ -135,7 +135,7 @@ def _sparse_grad(kernels: ModuleType, dtype: torch.dtype, s: Sizes) -> None:
 
 
 def _growth_passes(look, programs: int) -> None:
-    from s2kernels.kernels.sparse_growth import BINS, Bounds, Buffers
+    from s2kernels.kernels.score_search import BINS, Bounds, Buffers
 
     counts, found = (
         torch.empty((programs, BINS), dtype=torch.int32),

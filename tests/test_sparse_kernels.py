@@ -16,7 +16,7 @@ from s2kernels.plan import TILE, tile_plan
 # Not the attributes of the package: those are the launchers of the same names.
 grad_module = importlib.import_module("s2kernels.kernels.sparse_grad")
 tile_module = importlib.import_module("s2kernels.kernels.sparse_tile")
-growth_module = importlib.import_module("s2kernels.kernels.sparse_growth")
+search_module = importlib.import_module("s2kernels.kernels.score_search")
 
 # (M, N, K, k): aligned, as the copy engine wants it; past one tile and odd in every dimension; all
 # entries of more than one tile; one of everything; no tokens.
@@ -149,15 +149,15 @@ def test_growth_candidates_take_nan_first(device):
 def no_slack(monkeypatch):
     """Let nothing be collected but what is asked for, twice; returns the passes over the tiles."""
     passes = []
-    find = growth_module._find
-    monkeypatch.setattr(growth_module, "SLACK", 0)
-    monkeypatch.setattr(growth_module, "_find", lambda *args: passes.append(args) or find(*args))
+    find = search_module._find
+    monkeypatch.setattr(search_module, "SLACK", 0)
+    monkeypatch.setattr(search_module, "_find", lambda *args: passes.append(args) or find(*args))
     return passes
 
 
 def test_growth_candidates_among_many_equal_ones(no_slack, monkeypatch, device):
     """All scores are 0 or 1, and there are more rows than one digit counts."""
-    monkeypatch.setattr(growth_module, "DIGIT_BITS", 5)
+    monkeypatch.setattr(search_module, "DIGIT_BITS", 5)
     dy, x = torch.zeros(1, 90, device=device), torch.ones(1, 3, device=device)
     dy[:, 5:85] = 1
     found = kernels.growth_candidates(dy, x, 100)
@@ -221,7 +221,7 @@ def test_nothing_of_the_size_of_the_weight_is_allocated(op, ops, monkeypatch, de
     """The workspace of the kernels is one tile a multiprocessor: on CPU, of the one it is given."""
     if device.type == "cpu":
         monkeypatch.setattr(target, "WITHOUT_GPU", target.Chip("none", "sm_90", 1))
-    monkeypatch.setattr(growth_module, "SLACK", 0)
+    monkeypatch.setattr(search_module, "SLACK", 0)
     N, K = (132, 260) if device.type == "cpu" else (4096, 8192)
     k = N * K // 50
     dy, x = torch.randn(4, N, device=device), torch.randn(4, K, device=device)
