@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s2kernels import backend
+from s2kernels.autograd.accumulate import slot_of, with_owner
 from s2kernels.autograd.checks import check_index, compute_dtype
 from s2kernels.autograd.linear import split_index
 from s2kernels.reference import Index, take
@@ -193,7 +194,7 @@ class S2ExpertLinearFunction(torch.autograd.Function):
             *(index, order, inverse, offsets),
         )
         ctx.start, ctx.dim, ctx.ends, ctx.per_token = start, dim, ends, per_token
-        ctx.before_dx, ctx.impl = before_dx, impl
+        ctx.before_dx, ctx.impl, ctx.owned = before_dx, impl, with_owner(delta)
         return _grouped(ops.linear, pairs, weight.to(x.dtype).mT, offsets, ends)
 
     @staticmethod
@@ -234,6 +235,7 @@ class S2ExpertDeltaFunction(torch.autograd.Function):
         ctx.save_for_backward(kept if needs_delta else None, delta, index, order, inverse)
         ctx.needs_dx, ctx.in_features = needs_dx, x.shape[1]
         ctx.start, ctx.dim, ctx.ends, ctx.per_token, ctx.impl = start, dim, ends, per_token, impl
+        ctx.owned = with_owner(delta)
         return y
 
     @staticmethod
@@ -257,13 +259,16 @@ class S2ExpertDeltaFunction(torch.autograd.Function):
         return dy, dx, d_delta, *[None] * 8
 
 
-def _delta_grad(ops: Ops, dy: Tensor, operand: Tensor, delta: Tensor, index, ctx) -> Tensor:
-    """d_delta; zero for experts that no token went to. An in-slice's operand is compact already."""
-    grad = torch.zeros_like(delta)
+def _delta_grad(ops: Ops, dy: Tensor, operand: Tensor, delta: Tensor, index, ctx) -> Tensor | None:
+    """d_delta, or None where it was added to delta.grad; see autograd.accumulate. Zero for experts
+    that no token went to. An in-slice's operand is compact already.
+    """
+    slot = slot_of(delta if ctx.owned is None else ctx.owned)
+    grad = torch.zeros_like(delta) if slot is None else slot
     for expert, rows in _groups(ctx.ends):
         where = None if ctx.dim == "in" else _where(index, ctx.start, delta, ctx.dim, expert)
         ops.slice_grad(dy[rows], operand[rows], where, ctx.dim, out=grad[expert])
-    return grad
+    return grad if slot is None else None
 
 
 def _grouped(

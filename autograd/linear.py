@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s2kernels import backend
+from s2kernels.autograd.accumulate import slot_of, with_owner
 from s2kernels.autograd.checks import (
     MODES,
     check_choice,
@@ -169,7 +170,7 @@ class S2LinearFunction(torch.autograd.Function):
             base_slice,
         )
         ctx.start, ctx.dim, ctx.mode, ctx.impl = start, dim, mode, impl
-        ctx.before_dx = before_dx
+        ctx.before_dx, ctx.owned = before_dx, with_owner(delta)
         return y
 
     @staticmethod
@@ -189,7 +190,7 @@ class S2LinearFunction(torch.autograd.Function):
                 if ctx.mode == "additive":
                     ops.slice_linear_dx_(dx, dy, delta, where, dim)
             if operand is not None:
-                d_delta = delta_grad(ops, dy, operand, where, dim, delta)
+                d_delta = delta_grad(ops, dy, operand, where, dim, delta, ctx.owned)
             if ctx.needs_dbias:
                 dbias = dy.sum(0)
         return dx, None, dbias, d_delta, None, None, None, None, None, None, None
@@ -208,7 +209,7 @@ class S2DeltaFunction(torch.autograd.Function):
         out = ops.slice_linear_(y.clone(), operand, delta, None if compact else where, dim)
         ctx.save_for_backward(operand if needs_delta else None, delta, index)
         ctx.in_features, ctx.needs_dx = x.shape[1], needs_dx
-        ctx.start, ctx.dim, ctx.impl = start, dim, impl
+        ctx.start, ctx.dim, ctx.impl, ctx.owned = start, dim, impl, with_owner(delta)
         return out
 
     @staticmethod
@@ -223,14 +224,22 @@ class S2DeltaFunction(torch.autograd.Function):
                 dx = dy.new_zeros(dy.shape[0], ctx.in_features)
                 ops.slice_linear_dx_(dx, dy, delta, where, dim)
             if operand is not None:
-                d_delta = delta_grad(ops, dy, operand, where, dim, delta)
+                d_delta = delta_grad(ops, dy, operand, where, dim, delta, ctx.owned)
         return dy, dx, d_delta, None, None, None, None
 
 
-def delta_grad(ops, dy, operand, where, dim, delta):
-    """d_delta in delta.dtype; an in-slice's operand is already compact."""
-    grad = ops.slice_grad(dy, operand, None if dim == "in" else where, dim)
-    return grad.to(delta.dtype)
+def delta_grad(ops, dy, operand, where, dim, delta, owned=None):
+    """d_delta in delta.dtype, or None where it was added to delta.grad; see autograd.accumulate.
+
+    An in-slice's operand is already compact. owned: the parameter, from `with_owner` in forward,
+    if `delta` may be a copy of it.
+    """
+    where = None if dim == "in" else where
+    slot = slot_of(delta if owned is None else owned)
+    if slot is not None:
+        ops.slice_grad(dy, operand, where, dim, out=slot)
+        return None
+    return ops.slice_grad(dy, operand, where, dim).to(delta.dtype)
 
 
 def as_tokens(x: Tensor) -> Tensor:
