@@ -2,9 +2,11 @@
 
 from s2kernels.autograd.linear import S2DeltaFunction, S2LinearFunction, s2_delta, s2_linear
 from s2kernels.autograd.mlp import S2MLPFunction, s2_mlp
+from s2kernels.autograd.panels import Panels
 from s2kernels.autograd.sparse import SparseLinearFunction, sparse_linear
 
 __all__ = [
+    "Panels",
     "S2DeltaFunction",
     "S2LinearFunction",
     "S2MLPFunction",

@@ -7,8 +7,8 @@ With W = W0 + scatter(delta, index):
 It saves x and nothing else of the size of an activation or of the weight.
 
 mode="inplace": the entries lie in the dense weight, so y and dx are one dense GEMM each.
-mode="additive": delta is scattered into a copy of the weight, or into the dense weight that a
-callable makes of a quantized one, in forward and again in backward. Neither is kept between them.
+mode="additive": delta is scattered into copies of the weight's panels, see
+`s2kernels.autograd.panels`, in forward and again in backward. One of them is in memory at a time.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
-from s2kernels import backend, reference
+from s2kernels import backend
 from s2kernels.autograd.checks import (
     MODES,
     check_choice,
@@ -30,9 +30,9 @@ from s2kernels.autograd.checks import (
     version_of,
 )
 from s2kernels.autograd.linear import as_tokens
-from s2kernels.plan import TilePlan, index_dtype, rows_and_columns
+from s2kernels.autograd.panels import Panels, Weight, linear_by_panels, linear_dx_by_panels
+from s2kernels.plan import TilePlan, index_dtype
 
-Weight = Tensor | Callable[[], Tensor]
 Observer = Callable[[Tensor, Tensor], None]
 
 # index tensor -> (version, shape) for which its content was found good, as in checks.check_index.
@@ -55,9 +55,8 @@ def sparse_linear(
     """Linear layer with trained entries: y = x (W0 + scatter(delta, index))ᵀ + bias.
 
     x:       (..., K), any number of tokens, none included
-    weight:  (N, K), frozen, in the dtype of x (autocast casts both). In additive mode also a
-             callable that returns such a weight, a new one at every call: it is called in forward
-             and again in backward, and delta is written into what it returns.
+    weight:  (N, K), frozen, in the dtype of x (autocast casts both). In additive mode also
+             `Panels` of any floating dtype, which are cast to that of x, once delta is added.
     delta:   (k,), zero at the start, fp32 by default
     index:   (k,) flat positions row * K + column, ascending, without repeats; contiguous, int32
              where N * K < 2**31, else int64
@@ -80,11 +79,10 @@ def sparse_linear(
     check_choice("mode", mode, MODES)
     if mode == "inplace" and not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor for mode='inplace', got {type(weight).__name__}")
-    dense, rebuild = _dense(weight)
-    check_weight("weight", dense, x)
+    _check_weight(weight, x)
     check_floating(delta=delta, bias=bias, base=base)
     check_device(x.device, delta=delta, bias=bias, base=base)
-    shape = (dense.shape[0], dense.shape[1])
+    shape = (weight.shape[0], weight.shape[1])
     num = check_entries("index", index, shape)
     check_device(x.device, index=index)
     check_shape("delta", delta, num, why="one value for each entry of index")
@@ -94,14 +92,17 @@ def sparse_linear(
         if mode == "additive":
             raise ValueError("base goes with mode='inplace'; mode='additive' writes no weight")
         check_shape("base", base, num, why="one value for each entry of index")
-        if base.dtype != dense.dtype:
-            raise TypeError(f"base must be of the dtype of weight, {dense.dtype}, got {base.dtype}")
+        assert isinstance(weight, Tensor)
+        if base.dtype != weight.dtype:
+            raise TypeError(
+                f"base must be of the dtype of weight, {weight.dtype}, got {base.dtype}"
+            )
     if plan is not None and (plan.shape != shape or len(plan.order) != num):
         raise ValueError(
             f"plan must be of {num} entries of a weight {shape}, "
             f"got one of {len(plan.order)} entries of {plan.shape}"
         )
-    return _apply(x, dense, rebuild, delta, index, bias, base, plan, mode, None, impl, observe)
+    return _apply(x, weight, delta, index, bias, base, plan, mode, None, impl, observe)
 
 
 def linear(
@@ -121,23 +122,22 @@ def linear(
     before_dx is called in backward before `weight` is read: the host puts the entries back there,
     if something took them out of the weight after the forward (a disabled adapter, a state_dict).
     """
-    dense, rebuild = _dense(weight)
-    return _apply(x, dense, rebuild, delta, index, bias, None, plan, mode, before_dx, impl, observe)
+    return _apply(x, weight, delta, index, bias, None, plan, mode, before_dx, impl, observe)
 
 
 class SparseLinearFunction(torch.autograd.Function):
-    """y (M, N) from x (M, K); see `sparse_linear`. rebuild makes the weight again in backward."""
+    """y (M, N) from x (M, K); see `sparse_linear`. weight is a tensor, or else None."""
 
     @staticmethod
     def forward(
         ctx,
         x,
         weight,
+        panels,
         bias,
         delta,
         index,
         base,
-        rebuild,
         plan,
         mode,
         before_dx,
@@ -145,26 +145,26 @@ class SparseLinearFunction(torch.autograd.Function):
         observe,
     ):
         ops = backend.select(x, impl)
+        bias = None if bias is None else bias.to(x.dtype)
         if base is not None:
             ops.sparse_write([weight], [base], [delta], [index])
         if mode == "additive":
-            used = _scattered(weight, rebuild is not None, delta, index, x.dtype)
+            y = linear_by_panels(ops, x, panels or weight, bias, delta, index)
         else:
-            used = weight.to(x.dtype)
-        y = ops.linear(x, used, None if bias is None else bias.to(x.dtype))
+            y = ops.linear(x, weight.to(x.dtype), bias)
 
-        ctx.needs_dx, _, ctx.needs_dbias, ctx.needs_delta = ctx.needs_input_grad[:4]
+        ctx.needs_dx, _, _, ctx.needs_dbias, ctx.needs_delta = ctx.needs_input_grad[:5]
         # delta is saved in inplace mode too: a step of the optimizer between forward and backward
         # changes what dx ought to be, and autograd notices it by the version of a saved tensor.
         # So it does for an index that a selection has changed.
         ctx.save_for_backward(
             x if ctx.needs_delta or observe is not None else None,
-            weight if ctx.needs_dx and rebuild is None else None,
+            weight if ctx.needs_dx else None,
             delta,
             index,
             base,
         )
-        ctx.rebuild, ctx.plan, ctx.mode, ctx.impl = rebuild, plan, mode, impl
+        ctx.panels, ctx.plan, ctx.mode, ctx.impl = panels, plan, mode, impl
         ctx.before_dx, ctx.observe = before_dx, observe
         return y
 
@@ -180,19 +180,17 @@ class SparseLinearFunction(torch.autograd.Function):
                     ops.sparse_write([weight], [base], [delta], [index])
                 elif ctx.before_dx is not None:
                     ctx.before_dx()
-                fresh = ctx.rebuild is not None
-                used = ctx.rebuild() if fresh else weight
                 if ctx.mode == "additive":
-                    used = _scattered(used, fresh, delta, index, dy.dtype)
-                dx = ops.linear_dx(dy, used.to(dy.dtype))
-                del used
+                    dx = linear_dx_by_panels(ops, dy, ctx.panels or weight, delta, index)
+                else:
+                    dx = ops.linear_dx(dy, weight.to(dy.dtype))
             if ctx.needs_delta:
                 d_delta = ops.sparse_grad(dy, x, index, ctx.plan).to(delta.dtype)
             if ctx.needs_dbias:
                 dbias = dy.sum(0)
             if ctx.observe is not None:
                 ctx.observe(dy, x)
-        return dx, None, dbias, d_delta, None, None, None, None, None, None, None, None
+        return dx, None, None, dbias, d_delta, None, None, None, None, None, None, None
 
 
 def check_entries(name: str, index: Tensor, shape: tuple[int, int]) -> int:
@@ -221,26 +219,31 @@ def check_entries(name: str, index: Tensor, shape: tuple[int, int]) -> int:
     return index.numel()
 
 
-def _dense(weight: Weight) -> tuple[Tensor, Callable[[], Tensor] | None]:
-    """A dense weight, and what makes it again where it is not one already."""
+def _check_weight(weight: Weight, x: Tensor) -> None:
+    """Raises TypeError or ValueError unless weight and x (..., K) can be multiplied."""
     if isinstance(weight, Tensor):
-        return weight, None
-    if not callable(weight):
-        kind = type(weight).__name__
-        raise TypeError(f"weight must be a tensor or a function that makes one, got {kind}")
-    with torch.no_grad():
-        return weight(), weight
+        check_weight("weight", weight, x)
+        return
+    if not isinstance(weight, Panels):
+        raise TypeError(f"weight must be a tensor or Panels, got {type(weight).__name__}")
+    check_floating(x=x)
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must have shape (..., {weight.shape[1]}) to go with weight {weight.shape}, "
+            f"got {tuple(x.shape)}"
+        )
 
 
-def _apply(x, dense, rebuild, delta, index, bias, base, plan, mode, before_dx, impl, observe):
+def _apply(x, weight, delta, index, bias, base, plan, mode, before_dx, impl, observe):
+    dense = isinstance(weight, Tensor)
     y = SparseLinearFunction.apply(
         as_tokens(x),
-        dense,
+        weight if dense else None,
+        None if dense else weight,
         bias,
         delta,
         index,
         base,
-        rebuild,
         plan,
         mode,
         before_dx,
@@ -248,16 +251,3 @@ def _apply(x, dense, rebuild, delta, index, bias, base, plan, mode, before_dx, i
         observe,
     )
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _scattered(weight, fresh, delta, index, dtype):
-    """The weight with delta added at its entries: written into it where it is fresh, or a copy.
-
-    By plain torch: the kernel's table of addresses is made for weights that stay where they are.
-    """
-    base = weight[rows_and_columns(index, weight.shape[1])]  # rounded to dtype after the sum alone
-    used = weight.to(dtype)
-    if used is weight and not fresh:
-        used = weight.clone()
-    reference.sparse_write([used], [base], [delta], [index])
-    return used

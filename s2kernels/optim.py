@@ -21,6 +21,11 @@ from s2kernels import backend
 Support = tuple[tuple[int, int], Tensor]
 
 
+def _no_support(p: Tensor) -> Support | None:
+    """What `SM3` takes for the support of a parameter that is no delta."""
+    return None
+
+
 class AgedAdamW(Optimizer):
     """AdamW whose bias correction goes by the age of each entry: the steps since it was grown.
 
@@ -98,8 +103,9 @@ class SM3(Optimizer):
     replaced, and row[i] * col[j] estimates what entries that are not trained would be worth.
 
     supports: which parameters are deltas of what weight; `s2kernels.peft.support_of(model)` gives
-    it. Any other parameter has one statistic per index of each of its axes, and the least of them
-    counts. weight_decay pulls the parameter, that is the delta, to 0, as in AdamW.
+    it, and copies of the optimizer keep it. Any other parameter has one statistic per index of each
+    of its axes, and the least of them counts. weight_decay pulls the parameter, that is the delta,
+    to 0, as in AdamW.
 
     Raises ValueError for a negative lr, eps or weight_decay.
     """
@@ -109,13 +115,17 @@ class SM3(Optimizer):
         params: Iterable[Any],
         lr: float = 1e-3,
         *,
-        supports: Callable[[Tensor], Support | None] = lambda p: None,
+        supports: Callable[[Tensor], Support | None] = _no_support,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
         _check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         self.supports = supports
         super().__init__(params, dict(lr=lr, eps=eps, weight_decay=weight_decay))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's has what every optimizer has
+        return super().__getstate__() | {"supports": self.supports}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

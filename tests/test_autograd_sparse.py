@@ -1,5 +1,8 @@
 """sparse_linear: values, gradients, what it saves, and the settings it runs under."""
 
+import weakref
+from itertools import pairwise
+
 import pytest
 import torch
 from numerics import assert_as_accurate
@@ -7,11 +10,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.memory import kept_by
-from s2kernels.autograd import sparse_linear
+from s2kernels.autograd import panels, sparse_linear
+from s2kernels.autograd.panels import Panels
 from s2kernels.plan import tile_plan
 from s2kernels.reference import sparse_write
 
-MODES = ("inplace", "additive", "callable")
+MODES = ("inplace", "additive", "panels")
 IMPLS = ("torch", "triton")
 COUNTS = {"one": 1, "some": 9, "all": 49}
 
@@ -19,7 +23,7 @@ COUNTS = {"one": 1, "some": 9, "all": 49}
 class Layer:
     """Random operands of one layer, N = out_features, K = in_features.
 
-    mode "callable": additive over a function that makes the weight, as a quantized base does.
+    mode "panels": additive over a weight whose rows are made, as those of a quantized base are.
     """
 
     def __init__(self, mode, num, tokens=(3, 5), dtype=torch.float64, device="cpu", n=7, k=7):
@@ -41,14 +45,14 @@ class Layer:
         self.plan = tile_plan(self.index, (n, k))
         self.calls = 0
 
-    def dequantized(self):
+    def rows(self, start, stop):
         self.calls += 1
-        return self.original.clone()
+        return self.original[start:stop].clone()
 
     def __call__(self, x=None, delta=None, bias=None, **kwargs):
         return sparse_linear(
             self.x if x is None else x,
-            self.dequantized if self.mode == "callable" else self.weight,
+            Panels(self.weight.shape, self.rows) if self.mode == "panels" else self.weight,
             self.delta if delta is None else delta,
             self.index,
             self.bias if bias is None else bias,
@@ -84,6 +88,96 @@ def test_sparse_linear_gradcheck(mode, num):
     layer = Layer(mode, num)
     inputs = (layer.x, layer.delta, layer.bias)
     assert torch.autograd.gradcheck(lambda x, d, b: layer(x, d, b), inputs)
+
+
+@pytest.mark.parametrize("num", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_several_panels_gradcheck(mode, num, monkeypatch):
+    """Of three rows, three rows and one; some have no entries."""
+    monkeypatch.setattr(panels, "WORKSPACE", 3 * 7)
+    layer = Layer(mode, num)
+    inputs = (layer.x, layer.delta, layer.bias)
+    assert torch.autograd.gradcheck(lambda x, d, b: layer(x, d, b), inputs)
+    _assert_close([layer()], layer.dense()[:1])
+    assert layer.calls % 3 == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_several_panels_are_as_accurate_as_one_gemm(mode, impl, device, dtypes, monkeypatch):
+    """In half precision, too, where a sum over 25 panels must not be rounded after each of them."""
+    monkeypatch.setattr(panels, "WORKSPACE", 8 * 50)
+    for dtype in dtypes:
+        layer = Layer(mode, 300, (21,), dtype, device, n=200, k=50)
+        y = layer(impl=impl)
+        y.backward(layer.dy)
+        actual = (y.detach(), *layer.gradients())
+        exact, eager = layer.dense(torch.float64), layer.dense()
+        for got, want, peer in zip(actual, exact, eager, strict=True):
+            assert_as_accurate(got, want, peer.to(got.dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_dx_is_summed_over_panels_without_rounding(dtype, monkeypatch):
+    """Against one GEMM, in the mean over all entries of dx: 100 panels cost half as much again."""
+    errors = []
+    for workspace in (400 * 30, 4 * 30):
+        monkeypatch.setattr(panels, "WORKSPACE", workspace)
+        layer = Layer("panels", 9, (64,), dtype, n=400, k=30)
+        layer(impl="torch").backward(layer.dy)
+        exact = layer.dense(torch.float64)[1]
+        errors.append(float((layer.x.grad.double() - exact).square().mean().sqrt()))
+    assert len(panels.bounds((400, 30))) == 101
+    assert errors[1] < 1.6 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "step"),
+    [((11008, 4096), 1), ((4096, 11008), 1), ((999, 33333), 64), ((70000, 77), 64), ((5, 2**23), 1)]
+    + [((4096, 4096), 4096), ((300, 2**20), 7), ((1, 1), 1), ((2048, 2048), 3), ((2049, 2048), 3)],
+)
+def test_bounds_of_panels(shape, step):
+    """All rows, once; steps kept; no more than the workspace, and no panel that is much smaller."""
+    found = panels.bounds(shape, step)
+    assert found[0] == 0 and found[-1] == shape[0]
+    sizes = [stop - start for start, stop in pairwise(found)]
+    assert min(sizes) > 0 and all(start % step == 0 for start in found[:-1])
+    assert max(sizes) * shape[1] <= panels.WORKSPACE or max(sizes) <= step
+    if step * shape[1] * 8 <= panels.WORKSPACE:
+        wanted = shape[0] * shape[1] / panels.WORKSPACE
+        assert len(sizes) <= 1.2 * wanted + 1
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_one_panel_is_in_memory_at_a_time(dtype, monkeypatch):
+    """Used up before the next one is made, and nothing of them is kept for the backward."""
+    monkeypatch.setattr(panels, "WORKSPACE", 2 * 7)
+    layer, made = Layer("panels", 9, dtype=torch.float32), []
+
+    def rows(start, stop):
+        assert not any(panel() is not None for panel in made)
+        new = layer.original[start:stop].clone()
+        made.append(weakref.ref(new))
+        return new
+
+    x = layer.x.detach().to(dtype).requires_grad_()
+    weight = Panels((7, 7), rows)
+    y = sparse_linear(x, weight, layer.delta, layer.index, mode="additive", impl="torch")
+    assert len(made) == 4 and not any(panel() is not None for panel in made)
+    y.sum().backward()
+    assert len(made) == 8 and not any(panel() is not None for panel in made)
+
+
+def test_a_new_selection_moves_entries_between_panels(monkeypatch):
+    """Where an index is written to, the entries of each panel are found anew."""
+    monkeypatch.setattr(panels, "WORKSPACE", 2 * 7)
+    layer = Layer("panels", 9)
+    layer()
+    layer.index.copy_(torch.arange(40, 49))
+    layer.plan = tile_plan(layer.index, (7, 7))
+    y = layer()
+    y.backward(layer.dy)
+    _assert_close((y, *layer.gradients()), layer.dense())
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -162,7 +256,7 @@ def test_what_needs_no_gradient_is_neither_saved_nor_computed(mode):
     calls = layer.calls
     layer().backward(layer.dy)
     assert layer.x.grad is None
-    assert layer.calls == calls + (mode == "callable")
+    assert layer.calls == calls + (mode == "panels")
     _assert_close([layer.delta.grad], exact[2:3])
 
 
@@ -250,6 +344,7 @@ def _refused():
     good = dict(x=layer.x, weight=layer.weight, delta=layer.delta, index=index, base=layer.base)
     meta = torch.device("meta")
     other_plan = tile_plan(index, (7, 8))
+    panelled = Panels((7, 7), layer.rows)
     cases = {
         "index out of range": (dict(index=index + 1), ValueError, "index must lie in"),
         "index negative": (dict(index=index - 5), ValueError, "index must lie in"),
@@ -270,7 +365,22 @@ def _refused():
         "delta too short": (dict(delta=layer.delta[:2]), ValueError, "delta must have shape"),
         "delta integer": (dict(delta=torch.zeros(3, dtype=torch.int32)), TypeError, "delta must"),
         "weight integer": (dict(weight=layer.weight.to(torch.int8)), TypeError, "weight must be"),
-        "weight callable in place": (dict(weight=layer.dequantized), TypeError, "weight must be"),
+        "panels in place": (dict(weight=panelled), TypeError, "weight must be"),
+        "x too narrow for panels": (
+            dict(weight=panelled, mode="additive", base=None, x=layer.x[..., :6]),
+            ValueError,
+            "x must have shape",
+        ),
+        "panels of another shape": (
+            dict(weight=Panels((7, 7), lambda *_: layer.weight[:6]), mode="additive", base=None),
+            ValueError,
+            r"weight.rows\(0, 7\) must have shape \(7, 7\), got \(6, 7\)",
+        ),
+        "integer panels": (
+            dict(weight=Panels((7, 7), lambda *_: layer.weight.int()), mode="additive", base=None),
+            TypeError,
+            "weight.rows must give a floating dtype",
+        ),
         "weight of no kind": (
             dict(weight=None, mode="additive", base=None),
             TypeError,

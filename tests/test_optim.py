@@ -1,6 +1,7 @@
 """AdamW with ages and SM3: the equations, entry by entry."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -119,6 +120,25 @@ def test_sm3_on_a_delta_follows_the_equations():
     torch.testing.assert_close(state["row"], torch.tensor(row, dtype=torch.float64))
     torch.testing.assert_close(state["col"], torch.tensor(col, dtype=torch.float64))
     assert state["row"][4] > 0 and state["col"][2] == 0  # no entry has column 2
+
+
+def test_copies_and_pickles_of_sm3_keep_its_supports():
+    (p,) = randoms((7,))
+    sm3 = SM3([p], lr=0.1, supports=some_support)
+    with_grads([p], torch.Generator().manual_seed(3))
+    sm3.step()
+    for twin in (copy.deepcopy(sm3), pickle.loads(pickle.dumps(sm3))):
+        assert twin.supports is some_support
+        (q,) = twin.param_groups[0]["params"]
+        q.grad = p.grad.clone()
+        twin.step()
+        assert twin.state[q]["row"].shape == (5,) and twin.state[q]["col"].shape == (7,)
+    (plain,) = randoms((7,))
+    assert pickle.loads(pickle.dumps(SM3([plain]))).supports(plain) is None
+
+
+def some_support(p):
+    return (5, 7), torch.tensor([0, 3, 8, 13, 20, 22, 34], dtype=torch.int32)
 
 
 def test_sm3_on_other_parameters_has_a_statistic_for_each_axis():

@@ -350,6 +350,66 @@ def test_other_positions_while_the_entries_are_written():
 
 
 @EVERY_MODE
+@pytest.mark.parametrize("then", ("forward", "submodule", "state_dict", "load", "merged", "dtype"))
+def test_another_weight_in_the_place_of_one_with_entries(mode, then):
+    """Neither is changed: what was there gets its W0 back, and the new one is W0 from then on."""
+    model = randomized(wrapped(mode=mode))
+    layer = layers(model)[0]
+    old, index = layer.base_layer.weight, layer.spiel_index["default"].long()
+    original = old.detach().clone()
+    model(IDS)
+    if then == "merged":
+        model.merge_adapter()
+    fresh = torch.randn(
+        layer.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8)
+    )
+    layer.base_layer.weight = nn.Parameter(fresh.clone(), requires_grad=False)
+    wanted = fresh.clone()
+    wanted.view(-1)[index] += layer.spiel_delta["default"].detach()
+    x = torch.randn(3, layer.in_features, dtype=torch.float64)
+    if then == "forward":
+        model(IDS)
+    elif then == "load":
+        model.load_state_dict(model.state_dict())
+    elif then == "merged":
+        model.unmerge_adapter()
+    elif then == "dtype":
+        model.float()
+        model.double()
+        fresh, wanted = fresh.float().double(), wanted.float().double()
+    if then != "state_dict":
+        want = nn.functional.linear(x, wanted, layer.base_layer.bias)
+        error = (layer(x) - want).detach().abs().max()
+        assert error < (1e-5 if then == "dtype" else 1e-12)
+    state = model.state_dict()
+    name = f"base_model.model.{layer.name}."
+    assert torch.equal(state[f"{name}base_layer.weight"], fresh)
+    assert torch.equal(old, original)
+    # the fingerprint is that of the new base
+    again = tiny_model("llama")
+    with torch.no_grad():
+        again.get_submodule(layer.name).weight.copy_(fresh)
+    loaded = wrapped(again, mode=mode)
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_a_weight_that_comes_to_be_shared_is_left_alone():
+    model = randomized(wrapped(mode="auto"))
+    model(IDS)
+    blocks = model.base_model.model.model.layers
+    first, second = (block.mlp.down_proj for block in blocks)
+    assert second.written == "default"
+    second.base_layer.weight = first.base_layer.weight
+    want = first.base_layer.weight.detach().clone()
+    _, entries, index = first.displaced
+    want.view(-1)[index.long()] = entries
+    model(IDS)
+    assert first.written is None and second.written is None
+    assert torch.equal(first.base_layer.weight, want)
+
+
+@EVERY_MODE
 def test_several_adapters(mode, tmp_path):
     model = tiny_model("llama")
     original, logits = base_state(model), model(IDS).logits

@@ -311,6 +311,65 @@ def test_tuner_step_wants_the_gradients():
         tuner.step()
 
 
+def test_tuner_step_notices_gradients_that_were_set_to_zero():
+    """They would be counted as they are, and entries of no gradient at all would grow."""
+    base, x, y, _, _ = regression()
+    model = get_peft_model(base, config(accumulation_steps=2))
+    optimizer = make_optimizer(model, lr=0.01)
+    tuner = SpIELTuner(model, optimizer, total_steps=50)
+    one_step(model, optimizer, tuner, x, y)
+    (watch,) = tuner.watches
+    before = index_of(model).clone(), watch.total.clone()
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    with pytest.raises(ValueError, match="all 0, .* after optimizer.step.. and before zero_grad"):
+        tuner.step()
+    assert tuner.steps == watch.steps == 1
+    assert torch.equal(index_of(model), before[0]) and torch.equal(watch.total, before[1])
+
+
+@pytest.mark.parametrize("factor", (0.0, float("inf")))
+def test_gradients_may_be_zero_where_those_of_the_backward_tell_nothing(factor):
+    """Those of a batch whose labels are all ignored count as 0; those that overflowed, and that
+    somebody has set to 0 for it, do not count.
+    """
+    base, x, y, _, _ = regression()
+    model = get_peft_model(base, config(accumulation_steps=3))
+    optimizer = make_optimizer(model, lr=0.01)
+    tuner = SpIELTuner(model, optimizer, total_steps=50)
+    one_step(model, optimizer, tuner, x, y)
+    before = tuner.watches[0].total.clone()
+    (model(x) - y).square().mean().mul(factor).backward()
+    optimizer.zero_grad(set_to_none=False)
+    tuner.step()
+    assert tuner.watches[0].steps == (2 if factor == 0 else 1)
+    assert torch.equal(tuner.watches[0].total, before)
+
+
+@pytest.mark.parametrize("selection", (AG, MA))
+def test_a_copy_of_model_and_optimizer_trains_as_they_do(selection):
+    base, x, y, _, _ = regression()
+    fields = dict(selection=selection, reselection_steps=4, accumulation_steps=2)
+    model = get_peft_model(base, config(**fields))
+    optimizer = make_optimizer(model, lr=0.02)
+    tuner = SpIELTuner(model, optimizer, total_steps=30)
+    for _ in range(7):
+        one_step(model, optimizer, tuner, x, y)
+    before = delta_of(model).detach().clone()
+    twin, other = copy.deepcopy((model, optimizer))
+    resumed = SpIELTuner(twin, other, total_steps=30)
+    resumed.resume(7, {}, {})
+    for _ in range(7, 15):
+        one_step(twin, other, resumed, x, y)
+    assert torch.equal(delta_of(model), before)  # the copy has parameters of its own
+    for _ in range(7, 15):
+        one_step(model, optimizer, tuner, x, y)
+    assert torch.equal(index_of(twin), index_of(model))
+    assert torch.equal(delta_of(twin), delta_of(model))
+    assert not torch.equal(delta_of(model), before)
+
+
 def test_refusals():
     model = get_peft_model(regression()[0], config())
     params = [delta_of(model)]
@@ -419,7 +478,7 @@ def test_memory_beyond_the_base_grows_with_the_entries_alone(selection):
     layer = layer_of(model)
     plans = [*layer._plans.values()]
     plans += [plan for watch in tuner.watches for plan in watch._plans or ()]
-    held = [layer.base_entries, *layer.buffers(), *layer.spiel_delta.parameters()]
+    held = [layer.displaced[1], *layer.buffers(), *layer.spiel_delta.parameters()]
     held += [p.grad for p in layer.spiel_delta.parameters()]
     held += [vars(owner) for owner in (*plans, *tuner.watches)] + [dict(optimizer.state)]
     seen = {tensor.untyped_storage()._cdata: tensor.numel() for tensor in _tensors(held)}

@@ -21,6 +21,10 @@ class SpIEL(Method):
 
     The entries lie in the dense weights; some are replaced after every `period` steps, for which
     gradients are watched in a part of these. A step that is made due does all of this work at once.
+
+    The schedule is "cosine": "linear" begins by replacing all entries with those whose gradient was
+    largest in one batch, and the 60 steps of the demo do not make that good. At one learning rate
+    it ended there at 2.016 and 1.933 nats for two seeds, where "cosine" came to 1.955 and 1.892.
     """
 
     name = "spiel"
@@ -41,6 +45,7 @@ class SpIEL(Method):
                 self.budget, model.num_parameters(), [tuple(m.weight.shape) for m in layers]
             ),
             selection=self.selection,
+            replacement_schedule="cosine",
             seed=self.budget.seed,
             mode="inplace",
             task_type="CAUSAL_LM",

@@ -74,7 +74,8 @@ class SpIELConfig(PeftConfig):
         default="linear",
         metadata={
             "help": "How it goes from one to the other: 'linear', where the first reselection "
-            "replaces all entries, as these were drawn at random, or 'cosine'."
+            "replaces all entries, as these were drawn at random, or 'cosine', where it does not. "
+            "In trainings of 60 steps 'cosine' learnt more."
         },
     )
     delta_dtype: str | None = field(
@@ -88,9 +89,9 @@ class SpIELConfig(PeftConfig):
     mode: str = field(
         default="auto",
         metadata={
-            "help": "'inplace': the entries are written into the dense weight. 'additive': into a "
-            "copy of it, made for each GEMM; the base may be quantized. 'auto': inplace where it "
-            "is legal, else additive."
+            "help": "'inplace': the entries are written into the dense weight. 'additive': into "
+            "copies of its panels, made for each GEMM; the base may be quantized. 'auto': inplace "
+            "where it is legal, else additive."
         },
     )
     exclude_modules: list[str] | set[str] | str | None = field(

@@ -108,6 +108,11 @@ def close_step(watched: Sequence[Watched], group: object) -> None:
             )
         seen += watch.probe_grad.abs().sum(dtype=torch.float64).to(seen.device)
         got += delta.grad[: len(watch.probes)].abs().sum(dtype=torch.float64).to(got.device)
+    if bool(finite) and 0 < float(seen) < float("inf") and float(got) == 0:
+        raise ValueError(
+            "the gradients are all 0, and those of the backward were not: tuner.step() goes after "
+            "optimizer.step() and before zero_grad()"
+        )
     ratio = torch.ones_like(seen) if float(seen) == 0 else got / seen
     scale = ratio if bool(finite & ratio.isfinite()) else None
     for watch, _ in watched:

@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from s2kernels.adapter import fingerprint
 from s2kernels.autograd.checks import version_of
-from s2kernels.autograd.sparse import Observer, check_entries, linear
+from s2kernels.autograd.sparse import Observer, Weight, check_entries, linear
 from s2kernels.coupling import not_plain
+from s2kernels.peft.spiel.dequantize import check_order, is_quantized, keeping_order, panels_of
 from s2kernels.peft.spiel.replace import Replacement
 from s2kernels.peft.spiel.weights import Entries, write_entries
 from s2kernels.plan import TilePlan, rows_and_columns, tile_plan
 
 if TYPE_CHECKING:
     from s2kernels.peft.spiel.weights import EntryWeights
-
-_BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
 class SpIELLinear(nn.Module, BaseTunerLayer):
@@ -66,10 +64,9 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._merged_entries: list[Entries] = []
         # the adapter whose entries are in the weight (inplace), what they took the place of, and
-        # where: spiel_index may have been assigned anew since
+        # where: weight and spiel_index may have been assigned anew since
         self.written: str | None = None
-        self.base_entries: Tensor | None = None
-        self.written_index: Tensor | None = None
+        self.displaced: Entries | None = None
         self.register_load_state_dict_post_hook(_after_load)
 
     @torch.inference_mode(False)  # or they could never be trained
@@ -78,8 +75,10 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter that trains the entries at `index` (k,), sorted, deltas in dtype.
 
-        Raises ValueError for mode="inplace" where the base layer does not admit it.
+        Raises ValueError for mode="inplace" where the base layer does not admit it, and for a 4-bit
+        weight that bitsandbytes has rearranged.
         """
+        check_order(self.get_base_layer())
         if mode == "inplace" and (reason := self.not_inplace()):
             raise ValueError(f"mode='inplace' needs a plain dense weight: {reason}")
         weight = self.weight
@@ -199,10 +198,9 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
         """A copy of what the weight holds at the adapter's entries, (k,)."""
         return self.weight.data[rows_and_columns(self.spiel_index[adapter_name], self.in_features)]
 
-    def entries(self) -> Entries:
-        """Arguments of `sparse_write` for the adapter that is written."""
-        assert self.base_entries is not None and self.written_index is not None
-        return self.weight, self.base_entries, self.written_index
+    def is_moved(self) -> bool:
+        """Whether the entries are written in a weight that is not the layer's any more."""
+        return self.displaced is not None and self.displaced[0] is not self.weight
 
     def restore(self) -> None:
         """Put back, bit for bit, what an inplace adapter has taken the place of."""
@@ -236,14 +234,17 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
         name = self.active()
         if name is None:
             self.restore()
-            y = self.base_layer(x, *args, **kwargs)
+            with keeping_order(self.get_base_layer()):
+                y = self.base_layer(x, *args, **kwargs)
             before_dx = self.before_dx(None)
             if y.requires_grad and before_dx is not None and not self.merged:
                 y.register_hook(lambda dy: before_dx())
             return y
         if self.inplace_adapter() is None:
             self.restore()
-            return self._linear(x, name, self._dense(), "additive", self.before_dx(None))
+            base = self.get_base_layer()
+            weight = panels_of(base) if is_quantized(base) else self.weight
+            return self._linear(x, name, weight, "additive", self.before_dx(None))
         # A forward of the whole model has written all entries by one launch. What comes from
         # elsewhere (a recomputed checkpoint, a call of a submodule) writes its own.
         if self.written != name or not self.weights.in_forward:
@@ -254,7 +255,7 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
         self,
         x: Tensor,
         name: str,
-        weight: Tensor | Callable[[], Tensor],
+        weight: Weight,
         mode: str,
         before_dx: Callable[[], None] | None,
     ) -> Tensor:
@@ -265,12 +266,6 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
             *(x, weight, delta, index, self.bias, mode, self._plans.get(name), before_dx),
             observe=self.observers.get(name),
         )
-
-    def _dense(self) -> Tensor | Callable[[], Tensor]:
-        """The weight, or what makes a dense one of a quantized one."""
-        if not is_quantized(self.get_base_layer()):
-            return self.weight
-        return partial(dequantize_module_weight, self.get_base_layer())
 
     def before_dx(self, name: str | None) -> Callable[[], None] | None:
         """What a backward is to call before it reads the weight, so that it meets what the forward
@@ -323,8 +318,7 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
         """Undo every `merge`, the last one first: the weight is what it was, bit for bit."""
         self.restore()
         while self.merged_adapters:
-            _, base, index = self._merged_entries.pop()
-            write_entries([(self.weight, base, index)], None)
+            write_entries([self._merged_entries.pop()], None)
             self.merged_adapters.pop()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -337,12 +331,16 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def _apply(self, fn, recurse: bool = True):
+        if self.is_moved():
+            self.restore()
+        before = self.weight
         super()._apply(fn, recurse)
-        if self.base_entries is not None:
-            self.base_entries = fn(self.base_entries)
-            self.written_index = self.spiel_index[str(self.written)]
+        if self.displaced is not None:
+            index = self.spiel_index[str(self.written)]
+            self.displaced = self.weight, fn(self.displaced[1]), index
         self._merged_entries = [
-            (self.weight, fn(base), fn(index)) for _, base, index in self._merged_entries
+            (self.weight, fn(base), fn(index)) if weight is before else (weight, base, index)
+            for weight, base, index in self._merged_entries
         ]
         self._plans = {}
         self._seen = {name: self._sources(name) for name in self.spiel_index}
@@ -350,12 +348,6 @@ class SpIELLinear(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"entries={ {name: len(index) for name, index in self.spiel_index.items()} }"
-
-
-def is_quantized(layer: nn.Module) -> bool:
-    """Whether it is a linear layer whose weight bitsandbytes or torchao holds quantized."""
-    kind = type(layer.weight)
-    return kind.__name__ in _BITSANDBYTES or kind.__module__.startswith("torchao.")
 
 
 def _after_load(layer: SpIELLinear, incompatible_keys) -> None:

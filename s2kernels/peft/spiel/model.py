@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 
 from s2kernels.peft.spiel.config import SpIELConfig
-from s2kernels.peft.spiel.layer import SpIELLinear, is_quantized
+from s2kernels.peft.spiel.dequantize import is_quantized
+from s2kernels.peft.spiel.layer import SpIELLinear
 from s2kernels.peft.spiel.weights import EntryWeights
 from s2kernels.plan import index_dtype
 from s2kernels.select import seeded_generator

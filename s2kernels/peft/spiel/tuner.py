@@ -1,5 +1,6 @@
 """SpIEL at work: after every step of the optimizer, what the schedule wants done is done."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class SpIELTuner:
     def step(self) -> None:
         """To be called after every optimizer.step(), while the gradients are still there.
 
-        Raises ValueError where they are gone.
+        Raises ValueError where they are gone, or were set to 0.
         """
         pairs = list(zip(self.watches, self.deltas, strict=False))
         naming = [pair for pair in pairs if self.group is not None and not pair[0].agreed]
@@ -202,18 +203,35 @@ def make_optimizer(
     return SM3(params, lr=lr, supports=support_of(model), **options)
 
 
-def support_of(model: nn.Module):
-    """What SM3 asks of a parameter: for a delta, the shape of its weight and its present index."""
-    layers = [module for module in model.modules() if isinstance(module, SpIELLinear)]
-    owners = {id(p): (layer, name) for layer in layers for name, p in layer.spiel_delta.items()}
+def support_of(model: nn.Module) -> Callable[[Tensor], Support | None]:
+    """What SM3 asks of a parameter: for a delta, the shape of its weight and its present index.
 
-    def support(parameter: Tensor) -> Support | None:
-        if id(parameter) not in owners:
+    It is copied along with model and optimizer: `copy.deepcopy((model, optimizer))`.
+    """
+    return _Supports([module for module in model.modules() if isinstance(module, SpIELLinear)])
+
+
+class _Supports:
+    """The deltas of some layers, found by identity: a copy has others, and finds them anew."""
+
+    def __init__(self, layers: list[SpIELLinear]) -> None:
+        self.layers = layers
+        # id of a delta -> the delta, which keeps the id its own, its layer, the adapter's name
+        self._owners: dict[int, tuple[Tensor, SpIELLinear, str]] = {}
+
+    def __getstate__(self) -> dict:
+        return {"layers": self.layers, "_owners": {}}
+
+    def __call__(self, parameter: Tensor) -> Support | None:
+        if not self._owners:
+            found = [
+                (p, layer, name) for layer in self.layers for name, p in layer.spiel_delta.items()
+            ]
+            self._owners = {id(owner[0]): owner for owner in found}
+        if id(parameter) not in self._owners:
             return None
-        layer, name = owners[id(parameter)]
+        _, layer, name = self._owners[id(parameter)]
         return layer.shape, layer.spiel_index[name]
-
-    return support
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> list[SpIELLinear]:

@@ -1,8 +1,9 @@
 """What the base weights hold at any time: W0, or W0 + delta at the entries trained in place.
 
 A forward of the model writes the entries of all layers. `state_dict`, `load_state_dict`, disabling,
-unloading and deleting an adapter, a reselection and an exception in a forward put W0 back, bit for
-bit. The next forward, or a backward that needs the weights, writes again.
+unloading and deleting an adapter, a reselection, an exception in a forward and a forward that meets
+another weight in the place of one put W0 back, bit for bit. The next forward, or a backward that
+needs the weights, writes again.
 """
 
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from s2kernels import backend
+from s2kernels.coupling import not_plain
 from s2kernels.peft.frames import is_running
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class EntryWeights:
         self._forward_frame: FrameType | None = None
         self._num_owners: dict[int, int] = {}
         self._inspected = 0  # id of the model at that time
+        self._known: list[Tensor] = []  # the layers' weights at that time
         self._sharded = False
         self._hooks: list = []
         self._not_broadcast: list[str] = []
@@ -99,21 +102,23 @@ class EntryWeights:
     def write(self, adapters: Iterable[tuple["SpIELLinear", str]]) -> None:
         """Write W0 + delta of one adapter a layer into the weights, by one launch a device."""
         adapters = list(adapters)
-        self.restore([layer for layer, name in adapters if layer.written not in (None, name)])
+        others = [layer.written not in (None, name) or layer.is_moved() for layer, name in adapters]
+        self.restore([layer for (layer, _), other in zip(adapters, others, strict=True) if other])
+        entries = []
         for layer, name in adapters:
-            if layer.written is None:
-                layer.base_entries = layer.take_base_entries(name)
-                layer.written_index = layer.spiel_index[name]
+            if layer.displaced is None:
+                base = layer.take_base_entries(name)
+                layer.displaced = layer.weight, base, layer.spiel_index[name]
                 layer.written = name
-        deltas = [layer.spiel_delta[name] for layer, name in adapters]
-        write_entries([layer.entries() for layer, _ in adapters], deltas)
+            entries.append(layer.displaced)
+        write_entries(entries, [layer.spiel_delta[name] for layer, name in adapters])
 
     def restore(self, layers: Iterable["SpIELLinear"]) -> None:
-        """Put W0 back into the layers where entries are written, by one launch a device."""
-        layers = [layer for layer in layers if layer.written is not None]
-        write_entries([layer.entries() for layer in layers], None)
+        """Put W0 back where entries are written, by one launch a device."""
+        layers = list(layers)
+        write_entries([layer.displaced for layer in layers if layer.displaced is not None], None)
         for layer in layers:
-            layer.written = layer.base_entries = layer.written_index = None
+            layer.written = layer.displaced = None
 
     def not_inplace(self, weight: Tensor) -> str | None:
         """Why no entries of this weight can be written, as far as the rest of the model decides."""
@@ -125,10 +130,25 @@ class EntryWeights:
     def inspect(self) -> None:
         """Look for what forbids writing into weights."""
         self._inspected = id(self.model)
+        self._known = [layer.weight for layer in self.layers]
         self._num_owners = {}
         for _, value in self.model.named_parameters(remove_duplicate=False):
             self._num_owners[id(value)] = self._num_owners.get(id(value), 0) + 1
         self._sharded = any(isinstance(module, FSDPModule) for module in self.model.modules())
+
+    def _notice_changes(self) -> None:
+        """Inspect the model again where it may be another one than it was.
+
+        FSDP2 comes after the adapter was made, a deep copy has other parameters, and anybody may
+        assign a weight. A layer whose dense weight was, and is one again, has another base now.
+        """
+        pairs = zip(self.layers, self._known, strict=True)
+        others = [(layer, known) for layer, known in pairs if layer.weight is not known]
+        if self._inspected != id(self.model) or others or not any(x.written for x in self.layers):
+            self.inspect()
+        for layer, known in [] if self._sharded else others:
+            if not (not_plain(layer.weight) or not_plain(known)):
+                layer.refresh(loaded=True)
 
     def _before_forward(self, module: nn.Module, args) -> None:
         if module is not self.model:
@@ -136,9 +156,7 @@ class EntryWeights:
                 "nn.DataParallel copies the weights before the entries are written into them, and "
                 "has gradients of its own for each copy: use DistributedDataParallel"
             )
-        # FSDP2 comes after the adapter was made, and a deep copy has other parameters
-        if self._inspected != id(self.model) or not any(layer.written for layer in self.layers):
-            self.inspect()
+        self._notice_changes()
         for layer in self.layers:
             layer.refresh()
         adapters = [(layer, layer.inplace_adapter()) for layer in self.layers]
@@ -153,6 +171,7 @@ class EntryWeights:
 
     def _on_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.restore(self.layers)
+        self._notice_changes()
         for layer in self.layers:
             layer.renew_fingerprints()
 
