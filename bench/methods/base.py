@@ -86,11 +86,11 @@ class Method(ABC):
         inputs = {"input_ids": batch}
         if self._full_depth:  # dx stops at what asks for it
             inputs = {"inputs_embeds": self.base.get_input_embeddings()(batch).requires_grad_(True)}
-        with self.options.running(self.base):
+        with self.options.running():
             return self.model(**inputs, labels=batch, use_cache=False).loss
 
     def backward(self, loss: Tensor) -> None:
-        with self.options.running(self.base):  # a checkpoint runs its forward again
+        with self.options.running():  # a checkpoint runs its forward again
             loss.backward()
 
     def update(self) -> None:

@@ -11,7 +11,8 @@ all: a table on the device says where every slice lies, and a map says which sli
 The launch writes raw memory: neither autograd nor the version counters of the weights see it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -27,6 +28,10 @@ LAUNCH = {
     "half": dict(BLOCK_ROWS=32, BLOCK_COLS=64, num_warps=4),
     "float32": dict(BLOCK_ROWS=32, BLOCK_COLS=64, num_warps=4),
 }
+
+
+# Lists that collect tables: see `keeping_tables`.
+_keepers: list[list[Tensor]] = []
 
 
 class _Place(NamedTuple):
@@ -139,6 +144,8 @@ def slice_write(
         table, slice_of_tile, has_index, aligned = _table(
             tuple(places), launch["BLOCK_ROWS"], launch["BLOCK_COLS"], device
         )
+        for kept in _keepers:
+            kept += table, slice_of_tile
         with on_device(table):
             _slice_write_kernel[(slice_of_tile.numel(),)](
                 table,
@@ -149,6 +156,21 @@ def slice_write(
                 ALIGNED=aligned,
                 **launch,
             )
+
+
+@contextmanager
+def keeping_tables() -> Iterator[list[Tensor]]:
+    """Collects the tables of the launches within.
+
+    A CUDA graph launches with their addresses again, when the cache of `_table` may have dropped
+    them: whoever records one holds on to the list. Of all threads, as a backward has its own.
+    """
+    kept: list[Tensor] = []
+    _keepers.append(kept)
+    try:
+        yield kept
+    finally:
+        _keepers.pop()
 
 
 def _place(
@@ -175,7 +197,9 @@ def _place(
     )
 
 
-@lru_cache(maxsize=64)
+# Recomputed checkpoints write layer by layer, and each layer has a table then: as many as large
+# models have layers, lest every step copy them to the device, which waits, and cannot be recorded.
+@lru_cache(maxsize=1024)
 def _table(
     places: tuple[_Place, ...], block_rows: int, block_cols: int, device: torch.device
 ) -> tuple[Tensor, Tensor, bool, bool]:

@@ -1,0 +1,135 @@
+"""Recording work of a GPU as a CUDA graph, and what must not change while it is replayed."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Recording:
+    """A CUDA graph and what it returned while it was recorded: tensors that replays write to."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, result: Any, kept: list) -> None:
+        self.result = result
+        self._graph, self._kept = graph, kept
+
+    def replay(self) -> None:
+        """Do on the current stream what was recorded, on what lies at the same addresses now."""
+        self._graph.replay()
+
+
+class Recorder:
+    """Runs and records on a stream of its own, as CUDA wants it; its graphs share their memory.
+
+    They may, since no two of them run at a time, and what outlasts a replay is held by tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, work: Callable[[], Tensor]) -> Tensor:
+        """What `work` returns. It runs where it will be recorded, so that nodes of autograd and
+        workspaces of libraries are made for that stream.
+        """
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = work()
+        current.wait_stream(self._stream)
+        return result
+
+    def record(self, work: Callable[[], Tensor]) -> Recording:
+        """Record what `work` launches, without doing it. Raises whatever CUDA refuses to record."""
+        from s2kernels.kernels.slice_write import keeping_tables
+
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
+        device = self._device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        try:
+            with (
+                keeping_tables() as tables,
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+                # A weight that was cast before the recording would never be cast anew.
+                torch.autocast(device, dtype, enabled, cache_enabled=False),
+            ):
+                result = work()
+        finally:
+            torch.cuda.set_stream(current)  # which torch does not, where the recording failed
+        return Recording(graph, result, tables)
+
+
+class Premises:
+    """What a recording of a training step takes for granted.
+
+    tensors    lie where they lay: parameters, buffers, and what the optimizer keeps of them
+    settings   of the optimizer, save the rates, which are tensors themselves
+    state      of the adapters: which one is active, and what is written into the base weights
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._addresses = [x.data_ptr() for x in self._tensors]  # 0 of a quantized one
+        # load_state_dict puts another dict in the place of this one
+        self._optimizer_state = optimizer.state
+        self._settings = list(self._settings_now())
+        self._adapters: list[Any] = [m for m in model.modules() if "merged_adapters" in vars(m)]
+        self._state = list(self._state_now())
+        self._written = [
+            (layer, layer.written, layer.base_slice)
+            for layer in self._adapters
+            if "written" in vars(layer)
+        ]
+
+    def hold(self) -> bool:
+        """Whether all of it still is as it was."""
+        return (
+            self._optimizer.state is self._optimizer_state
+            and all(x.data_ptr() == a for x, a in zip(self._tensors, self._addresses, strict=True))
+            and _all_same(self._settings_now(), self._settings)
+            and _all_same(self._state_now(), self._state)
+        )
+
+    def put_back(self) -> None:
+        """Make true again what the layers say of their weights, after a recording that failed.
+
+        A forward that fails takes the slices out of the weights; but what a recording launches is
+        not done, and they are still in there.
+        """
+        for layer, written, base_slice in self._written:
+            layer.written, layer.base_slice = written, base_slice
+
+    def _settings_now(self) -> Iterator[Any]:
+        for group in self._optimizer.param_groups:
+            for name, value in group.items():
+                if name not in ("params", "lr", "initial_lr"):
+                    yield value
+            for p in group["params"]:
+                yield p.requires_grad
+
+    def _state_now(self) -> Iterator[Any]:
+        yield self._model.training
+        for layer in self._adapters:
+            own = vars(layer)  # there are hundreds of layers, and modules look attributes up slowly
+            yield layer._disable_adapters
+            yield tuple(layer._active_adapter)
+            yield len(own["merged_adapters"])
+            if "written" in own:
+                yield own["written"]
+                yield own["base_slice"]
+                yield own["base_weights"].engaged
+                yield from own["positions"].values()
+
+
+def _all_same(now: Iterator[Any], then: list[Any]) -> bool:
+    """Tensors must be the very same, other values equal."""
+    values = list(now)
+    return len(values) == len(then) and all(
+        old is new or (not isinstance(old, Tensor) and old == new)
+        for old, new in zip(then, values, strict=True)
+    )
