@@ -9,14 +9,18 @@ of Wg and Wu, columns S of Wd, in any combination. Backward, with W the weights 
     d_down = dyᵀ h[:, S]    d_gate = dgate[:, S]ᵀ x    d_up = dup[:, S]ᵀ x
 
 It saves gate and up, and x where gate or up is trained. h is never saved: the backward of SwiGLU
-rebuilds h[:, S].
+rebuilds h[:, S], and writes dgate and dup over gate and up. Where Wg and Wu lie one after the other
+in memory (`join_`), gate and up are one GEMM, and so is dx.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s2kernels import backend
+from s2kernels.autograd.accumulate import with_owner
 from s2kernels.autograd.checks import (
     MODES,
     check_choice,
@@ -26,6 +30,7 @@ from s2kernels.autograd.checks import (
     check_slice,
     check_weight,
 )
+from s2kernels.autograd.joined import add_dx, joined, project
 from s2kernels.autograd.linear import as_tokens, delta_grad, join_index, split_index
 from s2kernels.reference import Index, take
 
@@ -82,13 +87,36 @@ def s2_mlp(
             check_device(x.device, **{f"{name}_bias": bias})
             check_shape(f"{name}_bias", bias, weights[name].shape[0], why=f"rows of {name}_weight")
 
+    return mlp(
+        x,
+        (gate_weight, up_weight, down_weight),
+        (gate_bias, up_bias, down_bias),
+        (gate_delta, up_delta, down_delta),
+        index,
+        mode,
+        impl=impl,
+    )
+
+
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    deltas: Sequence[Tensor | None],
+    index: Index,
+    mode: str,
+    before_dx: Callable[[], None] | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """`s2_mlp` for a caller that has checked its arguments once and for all, as the host has.
+
+    weights, biases and deltas are those of gate, up and down. before_dx is called in backward
+    before a weight is read: the host puts the slices back there, if something took them out of the
+    weights after the forward.
+    """
     index_tensor, start = split_index(index)
     y = S2MLPFunction.apply(
-        as_tokens(x),
-        *(gate_weight, up_weight, down_weight),
-        *(gate_bias, up_bias, down_bias),
-        *(gate_delta, up_delta, down_delta),
-        *(index_tensor, start, mode, impl),
+        as_tokens(x), *weights, *biases, *deltas, index_tensor, start, mode, before_dx, impl
     )
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -112,21 +140,20 @@ class S2MLPFunction(torch.autograd.Function):
         index,
         start,
         mode,
+        before_dx,
         impl,
     ):
         ops = backend.select(x, impl)
         where = _channels(index, start, gate_delta, up_delta, down_delta)
-
-        def project(operand, weight, bias, delta, dim):
-            bias = None if bias is None else bias.to(x.dtype)
-            out = ops.linear(operand, weight.to(x.dtype), bias)
-            if mode == "additive" and delta is not None:
-                ops.slice_linear_(out, operand, delta, where, dim)
-            return out
-
-        gate = project(x, gate_weight, gate_bias, gate_delta, "out")
-        up = project(x, up_weight, up_bias, up_delta, "out")
-        y = project(ops.swiglu(gate, up), down_weight, down_bias, down_delta, "in")
+        additive = mode == "additive"
+        gate_up, gate, up = _gate_and_up(ops, x, (gate_weight, up_weight), (gate_bias, up_bias))
+        for out, delta in ((gate, gate_delta), (up, up_delta)) if additive else ():
+            if delta is not None:
+                ops.slice_linear_(out, x, delta, where, "out")
+        h = ops.swiglu(gate, up)
+        y = project(ops, h, down_weight, down_bias)
+        if additive and down_delta is not None:
+            ops.slice_linear_(y, h, down_delta, where, "in")
 
         ctx.needs_dx = ctx.needs_input_grad[0]
         ctx.needs_dbias = ctx.needs_input_grad[4:7]
@@ -135,13 +162,14 @@ class S2MLPFunction(torch.autograd.Function):
         ctx.needs_dh = ctx.needs_dx or needs_x or any(ctx.needs_dbias[:2])
         ctx.save_for_backward(
             x if needs_x else None,
-            *(gate, up),
+            *((gate, up) if gate_up is None else (gate_up, None)),
             *((gate_weight, up_weight) if ctx.needs_dx else (None, None)),
             down_weight if ctx.needs_dh else None,
             *(gate_delta, up_delta, down_delta),
             index,
         )
-        ctx.start, ctx.mode, ctx.impl = start, mode, impl
+        ctx.start, ctx.mode, ctx.before_dx, ctx.impl = start, mode, before_dx, impl
+        ctx.owned = [with_owner(delta) for delta in (gate_delta, up_delta, down_delta)]
         return y
 
     @staticmethod
@@ -149,34 +177,46 @@ class S2MLPFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, gate, up, gate_weight, up_weight, down_weight, *deltas, index = ctx.saved_tensors
         gate_delta, up_delta, down_delta = deltas
+        gate_owned, up_owned, down_owned = ctx.owned
         ops = backend.select(dy, ctx.impl)
         where = _channels(index, ctx.start, *deltas)
         additive = ctx.mode == "additive"
         needs_gate, needs_up, needs_down = ctx.needs_delta
         dx = d_gate = d_up = d_down = None
         dbias = [None, None, None]
+        gate_up = gate if up is None else None
+        if up is None:
+            gate, up = gate_up.chunk(2, 1)
+        if ctx.before_dx is not None and ctx.needs_dh:
+            ctx.before_dx()
 
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_dh:
                 rebuilt = where if needs_down else None
-                weight = down_weight.to(dy.dtype)
+                d_gate_up, dgate, dup = _room_for_gradients(gate_up, gate, up)
+                weight, out = down_weight.to(dy.dtype), (dgate, dup)
                 if additive and down_delta is not None:
                     dh = ops.linear_dx(dy, weight)
                     ops.slice_linear_dx_(dh, dy, down_delta, where, "in")
-                    dgate, dup, h_slice = ops.swiglu_bwd(dh, gate, up, rebuilt)
+                    *_, h_slice = ops.swiglu_bwd(dh, gate, up, rebuilt, out)
+                    del dh
                 else:
-                    dgate, dup, h_slice = ops.linear_dx_swiglu_bwd(dy, weight, gate, up, rebuilt)
+                    *_, h_slice = ops.linear_dx_swiglu_bwd(dy, weight, gate, up, rebuilt, out)
+                del weight
             elif needs_down:
                 h_slice = ops.swiglu(take(gate, where), take(up, where))
             if needs_down:
-                d_down = delta_grad(ops, dy, h_slice, where, "in", down_delta)
+                d_down = delta_grad(ops, dy, h_slice, where, "in", down_delta, down_owned)
             if needs_gate:
-                d_gate = delta_grad(ops, dgate, x, where, "out", gate_delta)
+                d_gate = delta_grad(ops, dgate, x, where, "out", gate_delta, gate_owned)
             if needs_up:
-                d_up = delta_grad(ops, dup, x, where, "out", up_delta)
+                d_up = delta_grad(ops, dup, x, where, "out", up_delta, up_owned)
             if ctx.needs_dx:
-                dx = ops.linear_dx(dgate, gate_weight.to(dy.dtype))
-                dx += ops.linear_dx(dup, up_weight.to(dy.dtype))
+                both = None if d_gate_up is None else joined(gate_weight, up_weight)
+                if both is not None:
+                    dx = add_dx(ops, None, d_gate_up, both)
+                else:
+                    dx = add_dx(ops, add_dx(ops, None, dgate, gate_weight), dup, up_weight)
                 if additive and gate_delta is not None:
                     ops.slice_linear_dx_(dx, dgate, gate_delta, where, "out")
                 if additive and up_delta is not None:
@@ -184,7 +224,39 @@ class S2MLPFunction(torch.autograd.Function):
             for i, needs_dbias in enumerate(ctx.needs_dbias):
                 if needs_dbias:
                     dbias[i] = (dy if i == 2 else (dgate, dup)[i]).sum(0)
-        return dx, None, None, None, *dbias, d_gate, d_up, d_down, None, None, None, None
+        return dx, None, None, None, *dbias, d_gate, d_up, d_down, *[None] * 5
+
+
+def _gate_and_up(ops, x, weights, biases):
+    """gate, up (M, F), and gate_up (M, 2 F) of which they are the halves, or None.
+
+    It is None where the weights are not joined, and where only one has a bias.
+    """
+    alike = (biases[0] is None) == (biases[1] is None)
+    both = joined(*weights) if alike else None
+    if both is None:
+        return None, *(project(ops, x, *pair) for pair in zip(weights, biases, strict=True))
+    gate_up = project(ops, x, both, *biases)
+    return gate_up, *gate_up.chunk(2, 1)
+
+
+def _room_for_gradients(gate_up, gate, up):
+    """Where dgate and dup are written, in the order of `_gate_and_up`: over gate and up.
+
+    But in memory of their own if the graph is kept, for another backward that needs gate and up,
+    and under torch.compile, which plans the memory itself.
+    """
+    keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if gate_up is None:
+        if keep:
+            return None, torch.empty_like(gate), torch.empty_like(up)
+        torch.autograd.graph.increment_version([gate, up])
+        return None, gate, up
+    if keep:
+        gate_up = torch.empty_like(gate_up)
+    else:  # whoever else has hold of it is told so by autograd
+        torch.autograd.graph.increment_version(gate_up)
+    return gate_up, *gate_up.chunk(2, 1)
 
 
 def _channels(index, start, gate_delta, up_delta, down_delta):

@@ -51,6 +51,15 @@ def select(x: Tensor, impl: str | None = None) -> ModuleType | SimpleNamespace:
     )
 
 
+def prefers_joined(weight: Tensor) -> bool:
+    """Whether one GEMM with two weights, one after the other, beats two GEMMs.
+
+    On a GPU it is a launch less and leaves fewer multiprocessors idle at the end. On a CPU it took
+    5 to 9 % longer than two, at 128 tokens and 1024 to 2048 channels in MKL.
+    """
+    return weight.is_cuda
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _faster("linear", x, weight).linear(x, weight, bias)
 
@@ -72,14 +81,19 @@ def _linear_dx_plus_slice(dy: Tensor, weight: Tensor, dy_slice: Tensor, delta: T
 
 
 def _linear_dx_swiglu_bwd(
-    dy: Tensor, weight: Tensor, gate: Tensor, up: Tensor, index: Tensor | slice | None = None
+    dy: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    index: Tensor | slice | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """In one launch where that was measured to be faster; else the dense product, then SwiGLU's."""
     from s2kernels import kernels
 
     if _faster("linear_dx_swiglu_bwd", dy, weight) is kernels:
-        return kernels.linear_dx_swiglu_bwd(dy, weight, gate, up, index)
-    return kernels.swiglu_bwd(_linear_dx(dy, weight), gate, up, index)
+        return kernels.linear_dx_swiglu_bwd(dy, weight, gate, up, index, out)
+    return kernels.swiglu_bwd(_linear_dx(dy, weight), gate, up, index, out)
 
 
 def _faster(op: str, x: Tensor, weight: Tensor) -> ModuleType:

@@ -79,37 +79,55 @@ def slice_grad(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """h = silu(gate) * up, elementwise on (M, K)."""
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def swiglu_bwd(
-    dh: Tensor, gate: Tensor, up: Tensor, index: Index | None = None
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    index: Index | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Backward of `swiglu`, which also rebuilds the slice of h that a trained down_proj needs.
 
     With s = sigmoid(gate): dgate = dh * up * s * (1 + gate * (1 - s)), dup = dh * gate * s.
     Returns dgate (M, K), dup (M, K) and h[:, index] as a compact (M, R), or None for index=None.
+    With `out`, dgate and dup are written there; out=(gate, up) writes them over their operands.
     """
+    h_slice = None if index is None else swiglu(take(gate, index), take(up, index))
+    dgate, dup = (torch.empty_like(gate), torch.empty_like(up)) if out is None else out
     acc = _accumulator(gate)
-    g, u, d = gate.to(acc), up.to(acc), dh.to(acc)
-    s = torch.sigmoid(g)
-    silu = g * s
-    dgate = (d * u * (s + silu * (1 - s))).to(gate.dtype)
-    dup = (d * silu).to(up.dtype)
-    if index is None:
-        return dgate, dup, None
-    h_slice = (take(silu, index) * take(u, index)).to(gate.dtype)
+    if gate.dtype == acc:
+        _swiglu_bwd(dh, gate, up, dgate, dup)
+    else:
+        g, u = gate.to(acc), up.to(acc)
+        _swiglu_bwd(dh.to(acc), g, u, g, u)
+        dgate.copy_(g)
+        dup.copy_(u)
     return dgate, dup, h_slice
 
 
+def _swiglu_bwd(dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """dgate may be gate, and dup may be up: each operand is read before it is written over."""
+    d_silu = dh * up
+    torch.ops.aten.silu.out(gate, out=dup).mul_(dh)
+    torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=dgate)
+
+
 def linear_dx_swiglu_bwd(
-    dy: Tensor, weight: Tensor, gate: Tensor, up: Tensor, index: Index | None = None
+    dy: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    index: Index | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """swiglu_bwd of dh = dy W: dgate, dup (M, K), h[:, index] (M, R), or None for index=None.
 
-    dy (M, N), weight (N, K) of down_proj, gate, up (M, K).
+    dy (M, N), weight (N, K) of down_proj, gate, up (M, K); `out` as of swiglu_bwd.
     """
-    return swiglu_bwd(linear_dx(dy, weight), gate, up, index)
+    return swiglu_bwd(linear_dx(dy, weight), gate, up, index, out)
 
 
 def slice_write(
@@ -136,6 +154,8 @@ def slice_write(
         target = weight.data.narrow(axis, index.start, index.stop - index.start)
         if delta is None:
             target.copy_(base_slice)
+        elif torch.compiler.is_compiling():  # which takes no out that is not contiguous
+            target.copy_(base_slice + delta.detach())
         else:  # one pass; torch adds half types in fp32 and rounds the sum once, too
             torch.add(base_slice, delta.detach(), out=target)
 

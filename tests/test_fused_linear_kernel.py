@@ -93,6 +93,19 @@ def test_gates_that_are_a_view(dtype, device, randn):
     _check("linear_dx_swiglu_bwd", dx_swiglu_bwd, dy, weight, gate, up, slice(8, 24))
 
 
+@pytest.mark.parametrize("kind", ["run", "any"])
+def test_gradients_over_gate_and_up(kind, dtype, device, randn):
+    M, N, K = 24, 32, 48
+    gate_up = randn(M, 2 * K, dtype=dtype)
+    dy, weight = randn(M, N, dtype=dtype), randn(N, K, dtype=dtype)
+    index = make_index(kind, K, 16, device)
+    want = fused_linear.linear_dx_swiglu_bwd(dy, weight, *gate_up.chunk(2, 1), index)
+    halves = gate_up.chunk(2, 1)
+    *_, h_slice = fused_linear.linear_dx_swiglu_bwd(dy, weight, *halves, index, out=halves)
+    assert torch.equal(gate_up, torch.cat(want[:2], 1))
+    assert torch.equal(h_slice, want[2])
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_descriptors_where_they_serve(monkeypatch, arch, device):
     if device.type == "cuda":

@@ -99,21 +99,30 @@ def _linear_dx_swiglu_bwd_kernel(
                 part = first if quarter == 0 else second
                 s = tl.sigmoid(gate)
                 silu = gate * s
-                dup_desc.store([first_m, column], (part * silu).to(dup_desc.dtype))
+                # dgate first: it needs gate and up, so that both are read before either is
+                # written over, which dgate and dup may do
                 dgate = part * up * (s + silu * (1 - s))
                 dgate_desc.store([first_m, column], dgate.to(dgate_desc.dtype))
+                dup_desc.store([first_m, column], (part * silu).to(dup_desc.dtype))
 
 
 def linear_dx_swiglu_bwd(
-    dy: Tensor, weight: Tensor, gate: Tensor, up: Tensor, index: Tensor | slice | None = None
+    dy: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    index: Tensor | slice | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """swiglu_bwd(dy W, gate, up, index): dgate, dup (M, K), h[:, index] (M, R), or None.
 
-    dy (M, N), weight (N, K) of down_proj, gate, up (M, K).
+    dy (M, N), weight (N, K) of down_proj, gate, up (M, K); `out` as of swiglu_bwd.
     """
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    dgate, dup = (torch.empty_like(gate), torch.empty_like(up)) if out is None else out
     if not takes_descriptors(dy, weight, gate, up, dgate, dup):
-        return swiglu_bwd(linear_dx(dy, weight), gate, up, index)
+        return swiglu_bwd(linear_dx(dy, weight), gate, up, index, out)
+    # Any index set is the few columns of gate and up that a launch of its own reads in no time.
+    h_slice = None if index is None else slice_of_swiglu(gate, up, index)
     M, (N, K) = dy.shape[0], weight.shape
     default = SWIGLU_LAUNCH[chip(dy.device).arch]
     launch = dict(tuned_parameters("linear_dx_swiglu_bwd", dy, (N, K), M, default))
@@ -130,5 +139,4 @@ def linear_dx_swiglu_bwd(
             gate.stride(0), up.stride(0),
             **launch,
         )  # fmt: skip
-    # Any index set is the few columns of gate and up that a launch of its own reads in no time.
-    return dgate, dup, None if index is None else slice_of_swiglu(gate, up, index)
+    return dgate, dup, h_slice

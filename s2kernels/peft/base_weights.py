@@ -22,8 +22,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from s2kernels import backend
+from s2kernels.autograd.joined import is_alone, join_
 from s2kernels.coupling import Structure, obstacle
 from s2kernels.peft.frames import is_running
+from s2kernels.peft.fused import fuse, unfuse
 from s2kernels.permute import Permutation, apply_, plan, undo_
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class BaseWeights:
         self._inspected = 0  # id of the model at that time: a deep copy has other parameters
         self._sharded = False
         self._hooks: list = []
+        self._fused: list[nn.Module] = []
 
     def __getstate__(self) -> dict:
         # of copies and pickles: a frame is neither
@@ -74,6 +77,7 @@ class BaseWeights:
                 module.register_state_dict_pre_hook(self._on_state_dict),
                 module.register_load_state_dict_pre_hook(self._on_load_state_dict),
             ]
+        self._fused = fuse(self)
         self.attached = True
         # A model that needs neither basis nor slices keeps a forward without hooks, which
         # torch.compile can take in one graph.
@@ -88,11 +92,13 @@ class BaseWeights:
             ]
 
     def detach(self) -> None:
-        """Restore the weights and remove the hooks."""
+        """Restore the weights, remove the hooks and the forwards of fused parts."""
         self.release()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        unfuse(self._fused)
+        self._fused = []
         self.attached = False
 
     def engage(self) -> None:
@@ -155,6 +161,33 @@ class BaseWeights:
                 layer.written = name
         pairs = [layer.entries(name, layer.s2ft_delta[name]) for layer, name in adapters]
         self.write_entries([entry for entries in pairs for entry in entries])
+
+    def write_before(self, layers: Iterable["S2FTLayer"], name: str) -> None:
+        """Have the adapter's slices in the weights of layers that are about to be used.
+
+        A forward of the whole model has written all slices by one launch. What comes from elsewhere
+        (a recomputed checkpoint, a call of a submodule) writes its own.
+        """
+        layers = list(layers)
+        if layers and not self.in_forward:
+            self.write([(layer, name) for layer in layers])
+        elif any(layer.written != name for layer in layers):
+            self.write([(layer, name) for layer in layers if layer.written != name])
+
+    def join(self, first: Tensor, second: Tensor) -> None:
+        """Lay two frozen weights one after the other, unless that would cost lasting memory, or
+        they belong to others, too.
+        """
+        follows = first.data_ptr() + first.nbytes == second.data_ptr()  # by chance at the worst
+        if follows or not (self._is_ours(first) and self._is_ours(second)):
+            return
+        self.inspect()  # FSDP may have come since; where it has, the next call ends above
+        if not self._sharded:
+            join_(first, second)
+
+    def _is_ours(self, weight: Tensor) -> bool:
+        ours = is_alone(weight) and not weight.is_inference() and not weight.is_meta
+        return ours and self.not_inplace(weight) is None
 
     def restore(self, layers: Iterable["S2FTLayer"]) -> None:
         """Put W0 back into the layers where a slice is written, by one launch a device."""
@@ -249,7 +282,8 @@ class BaseWeights:
             )
         if self._inspected != id(self.model):
             self.inspect()
-        if self.engaged and any(isinstance(layer.weight, DTensor) for layer in self.layers):
+        changed = self.permutations or any(layer.written for layer in self.layers)
+        if changed and any(isinstance(layer.weight, DTensor) for layer in self.layers):
             raise RuntimeError(
                 "the model was sharded after its first forward, while the weights held what was "
                 "trained: shard it before, or call state_dict() first"

@@ -115,6 +115,15 @@ class S2FTConfig(PeftConfig):
             "any channels in the original order. 'auto': permute where it is legal, else gather."
         },
     )
+    fuse: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute a gated FFN with a trained slice as one operation, which keeps gate "
+            "and up for the backward and nothing else, and frozen q, k and v together. What "
+            "cannot be computed so, as with hooks on the projections or several active adapters, "
+            "is not. The results differ by rounding."
+        },
+    )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Names of modules, or a regular expression, that are not to be trained."},

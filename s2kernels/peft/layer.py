@@ -51,7 +51,7 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("s2ft_delta",)
     other_param_names: tuple[str, ...] = (
         *("s2ft_index", "s2ft_dim", "s2ft_fingerprint"),
-        *("modes", "layouts", "positions", "_seen"),
+        *("modes", "layouts", "fuse", "positions", "_seen"),
     )
 
     def __init__(
@@ -71,6 +71,7 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
         self.s2ft_fingerprint = BufferDict({}, persistent=True)
         self.modes: dict[str, str] = {}
         self.layouts: dict[str, str] = {}
+        self.fuse: dict[str, bool] = {}  # whether s2kernels.peft.fused may compute it; True if not
         # where the channels of each adapter lie in the present basis; see BaseWeights
         self.positions: dict[str, Index] = {}
         # the buffers that positions were made from, and their versions: loading replaces them

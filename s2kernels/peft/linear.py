@@ -80,10 +80,7 @@ class S2FTLinear(S2FTLayer):
         return y
 
     def _forward_inplace(self, x: Tensor, name: str) -> Tensor:
-        # A forward of the whole model has written all slices by one launch. What comes from
-        # elsewhere (a recomputed checkpoint, a call of a submodule) writes its own.
-        if self.written != name or not self.base_weights.in_forward:
-            self.base_weights.write([(self, name)])
+        self.base_weights.write_before([self], name)
         before_dx = self.before_dx(name)
         delta, where = self.s2ft_delta[name], self.positions[name]
         return linear(

@@ -159,9 +159,11 @@ class S2FTModel(BaseTuner):
 
         if isinstance(target, S2FTLinear):
             target.update_layer(adapter_name, index, config.mode, config.layout)
+            target.fuse[adapter_name] = config.fuse
             return
         layer = S2FTLinear(base, self.base_weights, current_key, dim, name, member)
         layer.update_layer(adapter_name, index, config.mode, config.layout)
+        layer.fuse[adapter_name] = config.fuse
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -194,6 +196,7 @@ class S2FTModel(BaseTuner):
             index = drawn_index(config, structure, leaf) if drawn else _given_index(config, key)
             tensor = layer.tensor(leaf)
             tensor.update_layer(adapter_name, index, config.mode, config.layout)
+            tensor.fuse[adapter_name] = config.fuse
             if adapter_name not in self.active_adapters:
                 tensor.s2ft_delta[adapter_name].requires_grad_(False)
         if layer is not target:
