@@ -1,18 +1,20 @@
 """What a forward of each method keeps for its backward, and what both run, from sizes alone.
 
-`walk` goes through the forward of transformers' Llama, Qwen2 or Qwen3 with a `bench.ledger.Ledger`,
-operator by operator, with the linear layers as the method has them.
+`walk` goes through the forward of transformers' Llama, Qwen2 or Qwen3 with a
+`bench.operators.Book`, operator by operator, with the linear layers as the method has them.
 
 Exact, to the byte of `bench.memory.kept_by`, is what is kept on a CPU by SDPA's flash attention
 (Options.attention "sdpa" or "flash"), eager, for every method, model type and dtype of 2 or 4
-bytes, with and without checkpointing and full depth. `not_covered` says of the rest what does not
-fit. On CUDA nothing is checked here; the difference is in the attention.
+bytes, with and without checkpointing and full depth; with liger-kernel's operators, too.
+`not_covered` says of the rest what does not fit. On CUDA nothing is checked here; the difference is
+in the attention.
 """
 
 from functools import partial
 
-from bench.ledger import Ledger, Storage, Value
+from bench.ledger import Storage, Value
 from bench.methods import Budget, Options
+from bench.operators import Book
 from bench.projections import PROJECTIONS, Plain
 from bench.shapes import Shape
 
@@ -26,7 +28,7 @@ def walk(
     budget: Budget,
     options: Options,
     device: str = "cpu",
-) -> Ledger:
+) -> Book:
     """One forward of `method` on a batch (batch, length), with what its backward will run.
 
     itemsize: bytes of one number of the model, 2 or 4. device: "cpu" or "cuda".
@@ -35,7 +37,7 @@ def walk(
     """
     if method not in PROJECTIONS:
         raise ValueError(f"method must be one of {list(PROJECTIONS)}, got {method!r}")
-    book = Ledger(device)
+    book = Book(device, fused=options.liger)
     # which SDPA takes on CUDA for fp32 as well, flash being for 2 bytes only
     efficient = device == "cuda" and (options.attention == "efficient" or itemsize == 4)
     everything = method == "full"
@@ -80,6 +82,9 @@ def walk(
     x = book.rms_norm(x, book.parameter((shape.hidden,), itemsize, everything))
     book.part = "head"
     head = table if shape.tied else book.parameter(table.shape, itemsize, ends)
+    if options.liger:
+        book.linear_cross_entropy(x, head)
+        return book
     logits = book.linear(x, head)
     book.part = "loss"
     book.cross_entropy(logits)
@@ -87,7 +92,7 @@ def walk(
 
 
 def block(
-    book: Ledger,
+    book: Book,
     x: Value,
     projections: Plain,
     norms: bool,
@@ -134,7 +139,7 @@ def not_covered(shape: Shape, itemsize: int, options: Options, device: str) -> s
     if options.attention in ("eager", "math"):
         reasons.append(f"attention {options.attention!r} keeps the weights of the attention too")
     if options.liger:
-        reasons.append("liger-kernel keeps and moves less in norms, RoPE and loss")
+        reasons.append("the pieces in which liger-kernel makes the logits are not counted")
     if options.compile:
         reasons.append("torch.compile fuses kernels and chooses by itself what is kept")
     if device == "cuda":

@@ -5,7 +5,7 @@ What steps cost is what `python -m bench.laboratory` measures.
 
 import pytest
 
-from bench import measure
+from bench import fresh, rounds
 from bench.cases import Case, toy
 from bench.methods import Unavailable, comparable
 
@@ -16,9 +16,9 @@ CASES = [case for case in toy() if case.suite == "figure5"]
 def bench_step(benchmark, case: Case, device):
     budget = comparable(case.shape.config(case.length))
     try:
-        method = measure.build(case, budget, device, measure.TIMING_LR)
+        method = fresh.build(case, budget, device, rounds.TIMING_LR)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    batch = next(measure.random_batches(case, device))
+    batch = next(fresh.random_batches(case, device))
     benchmark.group = case.suite
-    benchmark.pedantic(method.step, (batch,), rounds=3, warmup_rounds=measure.WARM_UP)
+    benchmark.pedantic(method.step, (batch,), rounds=3, warmup_rounds=rounds.WARM_UP)

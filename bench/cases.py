@@ -106,29 +106,37 @@ FULL_DEPTH = Options(full_depth=True)
 DENSITIES = (0.001, 0.01, 0.1, 0.5)
 # Whose backward may stop above the embedding; and full, whose cannot.
 DEEP = ("s2ft_inplace", "lora", "full", "s2ft_additive")
+# Whose equal depth is measured on a CPU: S2FT, and what it is held against.
+STOPPING = ("s2ft_inplace", "s2ft_unfused", "s2ft_additive", "lora")
+# What two layers would not show: LISA would train all of them, GaLore would decompose weights of
+# such widths for minutes, and adapters in fp32 are those of a model in fp32.
+WHOLE = ("lisa", "galore", "lora_fp32")
 # From cuts of one and two layers, beside the whole model.
-DEEP_S2FT = ("s2ft_inplace", "s2ft_additive")
 EXTRAPOLATED = (FLOOR, "full", "lora", "s2ft_inplace")
 
 
 def cpu() -> list[Case]:
-    """Two cores, a quarter of an hour: a small model in full, one layer of a large one."""
-    small, large = TABLE["small"], TABLE["llama-2-7b"]
-    size, few = [(1, 128)], [(1, 16)]
+    """Two cores, a quarter of an hour: two layers of a published model, a small model in full.
+
+    A cut flatters a method that stops at its first trained layer, hence those at equal depth, too.
+    """
+    wide, small = TABLE["tinyllama-1.1b"].cut(2), TABLE["small"]
+    dtype, size = "float32", [(1, 128)]
+    others = [name for name in METHODS if name not in (*CORE, *WHOLE)]
     return [
-        *grid("figure5", small, size, "float32", core_first(METHODS)),
-        *grid("real-width", large.cut(1), [(1, 64)], "float32", CORE[:-1]),
-        *grid("depth", large.cut(1), [(1, 64)], "float32", DEEP_S2FT, [FULL_DEPTH]),
-        *grid("tokens", small, [(1, 256), (1, 384)], "float32", CORE),
-        *grid("depth", small, size, "float32", DEEP, [PLAIN, FULL_DEPTH]),
-        *grid("extrapolation", small.cut(1), size, "float32", EXTRAPOLATED),
-        *grid("extrapolation", small.cut(2), size, "float32", EXTRAPOLATED),
-        *grid("extrapolation", small, size, "float32", EXTRAPOLATED),
-        *grid("share", small, size, "float32", (FLOOR,)),
-        *grid("share", small, size, "float32", ("s2ft_inplace", "lora"), shares=SHARES),
-        *grid("density", small.cut(2), few, "float32", (FLOOR, "full")),
-        *grid("density", small.cut(2), few, "float32", ("spiel",), shares=DENSITIES),
-        *grid("checkpointing", small, size, "float32", CORE[:-1], [PLAIN, CHECKPOINTING]),
+        *grid("figure5", wide, size, dtype, CORE),
+        *grid("depth", wide, size, dtype, STOPPING, [FULL_DEPTH]),
+        *grid("figure5", wide, size, dtype, others),
+        *grid("figure5", small, size, dtype, (*EXTRAPOLATED, *WHOLE)),
+        *grid("tokens", small, [(1, 64), *size, (1, 256)], dtype, EXTRAPOLATED),
+        *grid("extrapolation", small.cut(1), size, dtype, EXTRAPOLATED),
+        *grid("extrapolation", small.cut(2), size, dtype, EXTRAPOLATED),
+        *grid("extrapolation", small, size, dtype, EXTRAPOLATED),
+        *grid("share", small, size, dtype, (FLOOR,)),
+        *grid("share", small, size, dtype, ("s2ft_inplace", "lora"), shares=SHARES[1:]),
+        *grid("checkpointing", small, size, dtype, EXTRAPOLATED, [PLAIN, CHECKPOINTING]),
+        *grid("density", small.cut(2), [(1, 16)], dtype, (FLOOR, "full")),
+        *grid("density", small.cut(2), [(1, 16)], dtype, ("spiel",), shares=DENSITIES),
     ]
 
 
@@ -142,7 +150,7 @@ def gpu() -> list[Case]:
     paper = [(1, 512), (2, 512), (1, 1024), (2, 1024)]
     long = [(1, 2048), (2, 2048), (4, 2048)]
     galore = [name for name in METHODS if name.startswith("galore")]
-    others = [name for name in core_first(METHODS) if name not in (*CORE, *galore)]
+    others = [name for name in METHODS if name not in (*CORE, *galore)]
     return [
         *grid("figure5", llama7, paper, dtype, CORE),
         *grid("tokens", llama8, long, dtype, CORE),
@@ -159,6 +167,8 @@ def gpu() -> list[Case]:
         *grid("extrapolation", llama7.cut(2), [(1, 512)], dtype, (*EXTRAPOLATED, *galore)),
         *grid("extrapolation", llama7, [(1, 512)], dtype, EXTRAPOLATED),
         *grid("options", llama8, [(1, 2048)], dtype, CORE[:-1], OPTIONS),
+        *grid("density", llama7.cut(2), [(1, 512)], dtype, (FLOOR, "full")),
+        *grid("density", llama7.cut(2), [(1, 512)], dtype, ("spiel",), shares=DENSITIES),
     ]
 
 
@@ -176,7 +186,7 @@ def toy() -> list[Case]:
         *grid("depth", model, size, "float32", methods, [PLAIN, FULL_DEPTH]),
         *grid("extrapolation", model.cut(1), size, "float32", methods),
         *grid("share", model, size, "float32", (FLOOR,)),
-        *grid("share", model, size, "float32", methods, shares=(0.01,)),
+        *grid("share", model, size, "float32", (*methods, "s2ft_unfused"), shares=(0.01,)),
         *grid("density", model, size, "float32", (FLOOR,)),
         *grid("density", model, size, "float32", ("spiel",), shares=(0.01, 0.1)),
         *grid("checkpointing", model, size, "float32", methods, [PLAIN, CHECKPOINTING]),

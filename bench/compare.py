@@ -2,6 +2,7 @@
 
     python -m bench.compare                      measures the short suite and compares it
     python -m bench.compare --candidate FILE     compares a file that is there already
+    python -m bench.compare --results FILE       lists every ratio of two runs of the same code
 
 Times are compared as ratios to the frozen floor of their own run, never as they are; bytes and
 trained parameters as they are, and operators too where both files are of the same versions of
@@ -9,7 +10,8 @@ torch and the like. Prints what moved beyond the spread. Both files must be of o
 the same GPU, or CPUs.
 
 Exits with 1 if anything is a loss, a case of the short suite that could not be measured included;
-else with 3 if times were too noisy to judge by; else with 0.
+else with 3 if times were too noisy to judge by; else with 0. With --results, with 1 if any two
+ratios are more than 5 % apart.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, laboratory, report, timing
+from bench import agreement, cases, laboratory, report, timing
 
 # How far two runs of the same code may lie apart, beside what their spread explains: where the
 # models happen to lie in memory stays the same for all rounds of a run.
@@ -54,7 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.compare", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--reference", type=Path, help="default bench/results/<device>/steps.json")
-    parser.add_argument("--candidate", type=Path, help="default: measured now")
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument("--candidate", type=Path, help="default: measured now")
+    files.add_argument(
+        "--results", type=Path, help="of another run, of which all ratios are listed"
+    )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
     )
@@ -62,6 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = Path(report.device_name(device)) / laboratory.FILE
     reference = read(args.reference or report.RESULTS / name)
+    if args.results is not None:
+        other = read(args.results)
+        check_class(reference, other)
+        return 0 if agreement.agree(reference, other) else LOSS
     if args.candidate is not None:
         return compare(reference, read(args.candidate))
     with tempfile.TemporaryDirectory() as folder:
@@ -84,18 +94,14 @@ def compare(reference: dict, candidate: dict, wanted: Collection[str] = ()) -> i
 
     Raises ValueError for devices of two classes, and where no case is in both.
     """
+    check_class(reference, candidate)
     before, after = (document["machine_info"] for document in (reference, candidate))
-    if device_class(before) != device_class(after):
-        raise ValueError(
-            "ratios of two classes of devices cannot be compared: reference "
-            f"{device_class(before)!r}, candidate {device_class(after)!r}"
-        )
     old, new = (by_name(document) for document in (reference, candidate))
     both = [name for name in new if name in old]
     if not both:
         raise ValueError(f"no case is in both: reference {sorted(old)}, candidate {sorted(new)}")
     if not report.same_machine(before, after):
-        print("note: another processor, or other versions of torch and the like, than before")
+        print("note: another processor or allocator, or other versions of torch and the like")
 
     changes, noisy = [], []
     for name in both:
@@ -127,6 +133,16 @@ def compare(reference: dict, candidate: dict, wanted: Collection[str] = ()) -> i
     if losses:
         return LOSS
     return NOISE if noisy else 0
+
+
+def check_class(reference: dict, candidate: dict) -> None:
+    """Raises ValueError for documents of devices of two classes."""
+    before, after = (device_class(each["machine_info"]) for each in (reference, candidate))
+    if before != after:
+        raise ValueError(
+            "ratios of two classes of devices cannot be compared: reference "
+            f"{before!r}, candidate {after!r}"
+        )
 
 
 def device_class(machine: dict) -> str:

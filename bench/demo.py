@@ -8,29 +8,26 @@ method takes one step on the same batch, and its time is compared with that of t
 the same round. Prints a table, writes bench/results/<device>/demo.json, draws the figures, and
 takes the S2FT adapters through save, load and merge.
 
-Exits with 1 if S2FT keeps one byte more than the frozen floor and its own slices, or if an adapter
+Exits with 1 if S2FT keeps one byte more or less than `bench.demo_checks` says, or if an adapter
 does not come back as it was trained.
 """
 
 import argparse
-import copy
 import statistics
-import tempfile
 import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from bench import corpus, memory, report, timing
-from bench.jobs import CPU, CUDA, ENTRANTS, FLOOR, S2FT, TOLERANCE, TOY, Job
-from bench.methods import in_slices
+from bench.demo_checks import check_adapters, check_saved
+from bench.jobs import CPU, CUDA, ENTRANTS, FLOOR, S2FT, TOY, Job
 from bench.training import Run, finetune, pretrain
 from plots import draw_file
 
@@ -235,25 +232,6 @@ def print_entries(job: Job, pretraining: dict, entries: dict[str, dict]) -> None
         print(f"step time of lora / {name}: {ratio:.3f}")
 
 
-def check_saved(job: Job, runs: dict[str, Run], entries: dict[str, dict]) -> bool:
-    """Whether S2FT keeps the activations of the floor and M * R of each in-slice, to the byte."""
-    sizes = {name: measured["extra_info"]["bytes"] for name, measured in entries.items()}
-    exact = True
-    for name in S2FT:
-        slices = in_slices(runs[name].model)
-        expected = sum(job.tokens * r * job.dtype.itemsize for r in slices.values())
-        found = sizes[name]["saved"] - sizes[FLOOR]["saved"]
-        equal = found == expected and sizes[name]["unseen"] == 0
-        exact &= equal
-        entries[name]["extra_info"]["in_slices"] = {"r": slices, "bytes": expected, "exact": equal}
-        print(
-            f"saved by {name}: floor + {found:,} bytes; M * R * itemsize over {len(slices)} "
-            f"in-slices: {expected:,} bytes; kept elsewhere: {sizes[name]['unseen']:,} bytes: "
-            + ("equal" if equal else "NOT EQUAL")
-        )
-    return exact
-
-
 def measure_as_run(
     job: Job,
     runs: dict[str, Run],
@@ -276,46 +254,6 @@ def measure_as_run(
             lambda run=runs[name]: run.method.loss(batch), runs[name].model
         ).saved
         entries[name]["extra_info"]["as_run"] = {"ratio_to_floor": ratio, "saved": saved}
-
-
-def check_adapters(
-    job: Job,
-    runs: dict[str, Run],
-    entries: dict[str, dict],
-    base: LlamaForCausalLM,
-    batch: Tensor,
-    folder: Path | None,
-) -> bool:
-    """Whether saved adapters, loaded into fresh copies of the base and merged, do the same."""
-    intact = True
-    for name in S2FT:
-        with tempfile.TemporaryDirectory() as temporary:
-            path = (folder or Path(temporary)) / name.replace(" ", "-")
-            runs[name].model.save_pretrained(path)
-            size = (path / "adapter_model.safetensors").stat().st_size
-            loaded = PeftModel.from_pretrained(copy.deepcopy(base), path)
-        trained, from_file = logits(runs[name].model, batch), logits(loaded, batch)
-        merged = logits(loaded.merge_and_unload(), batch)
-        differences = {
-            "loaded": float((from_file - trained).abs().max()),
-            "merged": float((merged - trained).abs().max()),
-        }
-        limit = TOLERANCE[job.dtype] * float(trained.abs().max())
-        good = max(differences.values()) <= limit
-        intact &= good
-        entries[name]["extra_info"]["adapter"] = {"bytes": size, "logit_difference": differences}
-        print(
-            f"adapter of {name}, {size:,} bytes: largest logit difference "
-            f"{differences['loaded']:.1e} loaded, {differences['merged']:.1e} merged, of logits up "
-            f"to {float(trained.abs().max()):.1f}" + ("" if good else f": MORE THAN {limit:.1e}")
-        )
-    return intact
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: Tensor) -> Tensor:
-    """fp32 (sequences, length, vocabulary)."""
-    return model.eval()(input_ids=batch, use_cache=False).logits.float()
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 #
 #     bench/gpu.sh OUT_DIR [--budget-s 520] [--rehearse]
 #
-# the tests of the kernels, compiled; every op; training steps of every method. Everything is written
-# to OUT_DIR as soon as it is known, and the same command with the same OUT_DIR goes on where the
-# last one stopped: run it until it says that nothing is left. One run ends within the budget, or some
-# seconds later; the tests of a run take 40 % of it at most, and files of tests that did not pass come
-# again only after ops and steps. Fails where a test, an op or a step failed.
+# the tests of the kernels, compiled; their launch parameters; every op; training steps of every
+# method. Everything is written to OUT_DIR as soon as it is known, and the same command with the same
+# OUT_DIR goes on where the last one stopped: run it until it says that nothing is left. One run ends
+# within the budget, or some seconds later; the tests of a run take 40 % of it at most, the tuner a
+# third of what they leave, and files of tests that did not pass come again only after ops and steps.
+# Fails where a test, a launch, an op or a step failed.
 #
 #     OUT_DIR/tests.txt          a line for each try of a file of tests: passed, skipped or failed
 #     OUT_DIR/logs/              what pytest and the laboratory said, of the last try
-#     OUT_DIR/<device>/ops.json, steps.json       to be copied to bench/results/<device>/
+#     OUT_DIR/<device>/tune.json, ops.json, steps.json    to be copied to bench/results/<device>/
+#     OUT_DIR/tuned.py           to be copied to s2kernels/kernels/, for which later runs are faster:
+#                                ops and steps run with the launch parameters that are there
 #
 # Needs python3 with torch, triton, transformers, peft, pytest and pytest-benchmark; no network and
 # no installation. --rehearse does the same in two minutes at toy sizes, GPU or not.
@@ -44,15 +47,17 @@ left() { echo $((end - $(date +%s))); }
 
 if [ -n "$rehearse" ]; then
     tests=(tests/test_swiglu_kernel.py)
-    steps=(--suite toy)
+    steps=(--suite toy) tune=(--toy --ops slice_grad)
 else
     "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || {
         echo "bench/gpu.sh: torch finds no GPU here; --rehearse needs none" >&2
         exit 2
     }
     nvidia-smi || true
-    tests=(tests/test_*kernel*.py tests/test_autograd_*.py tests/test_bench_memory.py tests/test_peft.py)
-    steps=(--suite gpu)
+    tests=(tests/test_*kernel*.py tests/test_autograd_*.py tests/test_bench_memory.py)
+    tests+=(tests/test_peft.py tests/test_peft_fused.py tests/test_fast_ops.py)
+    tests+=(tests/test_flat.py tests/test_captured_step.py)
+    steps=(--suite gpu) tune=()
 fi
 
 touch "$out/tests.txt"
@@ -86,11 +91,13 @@ run_tests() {
 # FILE: how it went last, "" where it was not tried
 last_try() { awk -v file="$1" '$1 == file { last = $2 } END { print last }' "$out/tests.txt"; }
 
-# NAME SECONDS COMMAND...: runs it, given what is left, where that is more than so many seconds
+# NAME LEAST MOST COMMAND...: runs it, given what is left, MOST seconds at most, where that is more
+# than LEAST
 measure() {
-    local name=$1 least=$2 rc=0 rest
-    shift 2
+    local name=$1 least=$2 most=$3 rc=0 rest
+    shift 3
     rest=$(left)
+    [ "$rest" -le "$most" ] || rest=$most
     if [ "$rest" -le "$least" ]; then
         echo "== $name: skipped, $rest s are left"
         unfinished+=("$name")
@@ -105,7 +112,7 @@ measure() {
         *) failed=1 ;;
     esac
     if [ $rc -eq 124 ] || [ $rc -eq 137 ] ||
-        grep -qE 'did not fit into the budget|the budget is spent' "$out/logs/$name.log"; then
+        grep -qE 'did not fit into the budget|the budget is spent|s are spent' "$out/logs/$name.log"; then
         unfinished+=("$name")
     fi
 }
@@ -120,8 +127,12 @@ for file in "${tests[@]}"; do
 done
 
 [ ${#new[@]} -eq 0 ] || run_tests $((end - budget + budget * 40 / 100)) "${new[@]}"
-measure ops 20 -m pytest bench/bench_ops.py -q -rs -p no:cacheprovider --benchmark-quiet
-measure steps 40 -m bench.laboratory "${steps[@]}"
+# A rehearsal without a GPU runs the kernels in Triton's interpreter.
+[ -z "$rehearse" ] || nvidia-smi >/dev/null 2>&1 || export TRITON_INTERPRET=1
+measure tune 20 $(($(left) / 3)) -m bench.tune "${tune[@]}" --table "$out/tuned.py"
+unset TRITON_INTERPRET
+measure ops 20 "$budget" -m pytest bench/bench_ops.py -q -rs -p no:cacheprovider --benchmark-quiet
+measure steps 40 "$budget" -m bench.laboratory "${steps[@]}"
 if [ ${#again[@]} -gt 0 ]; then
     if [ "$(left)" -gt 20 ]; then
         run_tests "$end" "${again[@]}"

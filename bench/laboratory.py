@@ -13,23 +13,21 @@ Exits with 1 if a case failed. Too little memory and a missing package are resul
 
 import argparse
 import gc
-import resource
-import statistics
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from bench import cases, ceilings, extrapolation, measure, report, timing
+from bench import cases, ceilings, extrapolation, host, measure, report, timing
 from bench.cases import Case
+from bench.estimate import Estimate
+from bench.fresh import Setup
 from bench.methods import METHODS, Unavailable
 from bench.record import Record
 
@@ -40,14 +38,12 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "short": cases.short,
 }
 PRECISION = {
-    "cpu": timing.Precision(error=0.008, min_rounds=10, max_rounds=40, seconds=7.0),
+    "cpu": timing.Precision(error=0.009, min_rounds=10, max_rounds=100, seconds=14.0),
     "gpu": timing.Precision(min_rounds=10, seconds=5.0),
     "toy": timing.Precision(error=1.0, min_rounds=2, max_rounds=2),
     "short": timing.Precision(error=0.003, min_rounds=10, seconds=15.0),
 }
 FILE = "steps.json"
-# methods that compute dW of every weight, SpIEL to read out its entries
-DENSE_GRADIENTS = ("full", "spiel", "spiel_ma")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,18 +58,20 @@ def main(argv: list[str] | None = None) -> int:
     # PEFT reads a property of the model that transformers is about to rename.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
-    machine = {"ceilings": ceilings.measure(device), "clocks": report.gpu_clocks(device)}
+    allocator = host.keep_freed_memory() if device.type == "cpu" else None
+    machine = {"allocator": allocator} if allocator else {}
+    machine |= {"ceilings": ceilings.measure(device), "clocks": report.gpu_clocks(device)}
     record = Record(args.results / report.device_name(device) / FILE, device, machine)
     known = {} if args.again else record.entries
     if args.again:
         for case in chosen:
             record.entries.pop(case.fullname, None)
-    setup = measure.Setup(device, PRECISION[args.suite], record.machine["ceilings"])
+    setup = Setup(device, PRECISION[args.suite], record.machine["ceilings"])
     deadline = None if args.budget_s is None else began + args.budget_s
     gc.collect()
     gc.freeze()  # what the imports made stays, and need not be looked at after every case
     prepare(device)
-    with within_free_memory(device):
+    with host.within_free_memory(device):
         run(missing(chosen, record), record, setup, deadline, known)
 
     entries = [record.entries[case.fullname] for case in chosen if case.fullname in record.entries]
@@ -179,7 +177,7 @@ def is_available(case: Case, device: torch.device) -> bool:
 def run(
     todo: list[Case],
     record: Record,
-    setup: measure.Setup,
+    setup: Setup,
     deadline: float | None,
     known: dict[str, dict],
 ) -> None:
@@ -241,78 +239,6 @@ def not_finished(case: Case) -> dict:
 def _failed(case: Case, why: str) -> dict:
     known = {"status": f"failed: {why}", "total_parameters": case.shape.parameters()}
     return measure.entry(case, None, known)
-
-
-@dataclass
-class Estimate:
-    """How long cases will take: from the rate of matrix products, corrected by what they took."""
-
-    setup: measure.Setup
-    fixed: float = 1.0  # seconds, for anything that does not grow with the model
-    compilation: float = 90.0  # seconds, of torch.compile
-    drawn_per_second: float = 1e8  # weights, on the CPU; a GPU draws them in no time
-    efficiency: float = 0.5  # of a step, against its matrix products at the ceiling
-    steps_counted: int = 8  # those before the clock, a profiled one being a little slower
-    quiet: float = 0.3  # of the seconds of the precision: what it takes on a quiet machine
-    _corrections: list[float] = field(default_factory=list)
-
-    def seconds(self, case: Case) -> float:
-        correction = statistics.median(self._corrections) if self._corrections else 1.0
-        return correction * self._uncorrected(case)
-
-    def took(self, case: Case, seconds: float) -> None:
-        self._corrections.append(seconds / self._uncorrected(case))
-
-    def _uncorrected(self, case: Case) -> float:
-        rate = self.setup.ceilings["gemm_flops"][case.dtype] * self.efficiency
-        products = case.shape.linear_parameters() + case.shape.vocab * case.shape.hidden
-        passes = 1.5 if case.options.checkpointing else 1.0
-        floor = 4 * products * case.tokens * passes / rate
-        step = floor * (1.5 if case.method in DENSE_GRADIENTS else 1.0)
-        precision = self.setup.precision
-        rounds = self.quiet * precision.seconds / (step + floor)
-        rounds = min(max(rounds, precision.min_rounds), precision.max_rounds)
-        seconds = self.fixed + self.steps_counted * step
-        seconds += (rounds + measure.WARM_UP) * (step + floor)
-        if self.setup.device.type == "cpu":
-            seconds += 3 * case.shape.parameters() / self.drawn_per_second
-        if case.options.compile:
-            seconds += self.compilation
-        if case.method.startswith("galore"):
-            seconds += self._decompositions(case)
-        return seconds
-
-    def _decompositions(self, case: Case) -> float:
-        """GaLore's, of all gradients, in the four steps in which it makes them."""
-        share = 0.3 if self.setup.device.type == "cpu" else 0.02  # of the rate of products
-        sides = [(min(shape), max(shape)) for shape in case.shape.linears().values()]
-        flops = 20 * case.shape.layers * sum(short**2 * long for short, long in sides)
-        return 4 * flops / (share * self.setup.ceilings["gemm_flops"]["float32"])
-
-
-@contextmanager
-def within_free_memory(device: torch.device) -> Iterator[None]:
-    """On a CPU, what the machine has free is all that this process may still take.
-
-    An allocation beyond it fails, which is a result, where Linux would end the process. CUDA says
-    by itself that it has no more, and reserves addresses that no limit should meet.
-    """
-    meminfo, status = Path("/proc/meminfo"), Path("/proc/self/status")
-    if device.type != "cpu" or not (meminfo.is_file() and status.is_file()):
-        yield
-        return
-    limit = _kilobytes(status, "VmData") + _kilobytes(meminfo, "MemAvailable")
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit * 1024, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _kilobytes(path: Path, name: str) -> int:
-    lines = path.read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":

@@ -1,63 +1,26 @@
 """One case, measured: bytes and operators of a fresh model, then times beside a fresh floor.
 
 The two do not share a model, so what the counting does to the allocator is in no time, and peaks
-are of a method that is alone on the device. Tokens are random, a new batch every timed step.
+are of a method that is alone on the device.
 """
 
-import gc
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
-from torch import Tensor
 
 from bench import counts, memory, roofline, timing
 from bench.cases import FLOOR, Case
+from bench.fresh import Setup, WrongMethod, build, out_of_memory, random_batches, release
 from bench.methods import METHODS, Budget, Method, Unavailable, comparable
 from bench.projections import PROJECTIONS
+from bench.rounds import Times, time_beside_floor
 
 STEADY_STEPS = 3  # whose highest peak is the peak of a step
-WARM_UP = 2  # steps before the clock: compilation, first allocations, the optimizer's state
-# Of the counting, where every trained number should move, norms of bf16 ones too, and of the
-# timing, where the model should stay what it is however many rounds there are.
-COUNTING_LR, TIMING_LR = 1e-2, 1e-6
-PERIODIC_STEPS, PERIODIC_SECONDS = 3, 5.0  # of periodic work: so many, but none after so long
-PARTS = ("forward", "backward", "optimizer")
+# Where every trained number should move, norms of bf16 ones too.
+COUNTING_LR = 1e-2
 # A reason of activations.not_covered.
 NOT_CHECKED = "what attention keeps on CUDA was not checked"
-# In RuntimeErrors: of torch's allocator on a CPU, and of what takes memory past that on a GPU.
-NO_MEMORY = (
-    *("DefaultCPUAllocator", "CUDA error: out of memory"),
-    *("Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-)
-
-
-class WrongMethod(RuntimeError):
-    """A method does not do what it says; its cost would say nothing."""
-
-
-@dataclass
-class Setup:
-    """Where and how exactly to measure."""
-
-    device: torch.device
-    precision: timing.Precision
-    ceilings: dict | None = None  # of bench.ceilings; None: no prediction
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of every timed step, its share of periodic work in them, and the parts of a step.
-
-    ratios: to the floor's step in the same round if paired, else to the floor's median.
-    """
-
-    seconds: list[float]
-    ratios: list[float]
-    parts: dict[str, float]  # medians; "periodic" is the share of one step
-    paired: bool
 
 
 def measure(case: Case, setup: Setup) -> dict:
@@ -129,21 +92,6 @@ def checked(model: dict | None, saved: int | None) -> dict | None:
         return model
     reasons = [reason for reason in (model["fits"] or "").split("; ") if reason != NOT_CHECKED]
     return model | {"fits": "; ".join(reasons) or None}
-
-
-def build(case: Case, budget: Budget, device: torch.device, lr: float) -> Method:
-    """The method of `case` at work on a fresh model."""
-    dtype = getattr(torch, case.dtype)
-    model = case.shape.build(case.length, dtype, device, seed=budget.seed)
-    return METHODS[case.method](model, budget, lr, case.options)
-
-
-def random_batches(case: Case, device: torch.device) -> Iterator[Tensor]:
-    """Batches of random tokens, int64 (batch, length), without end."""
-    generator = torch.Generator().manual_seed(1)
-    while True:
-        size = (case.batch, case.length)
-        yield torch.randint(case.shape.vocab, size, generator=generator).to(device)
 
 
 def count(case: Case, budget: Budget, device: torch.device) -> dict:
@@ -219,113 +167,3 @@ def check_training(method: Method, before: dict[str, int]) -> None:
             f"{method.name} trains {len(before) - len(still)} of its {len(before)} parameters; "
             f"not {', '.join(still[:3])}" + (", ..." if still[3:] else "")
         )
-
-
-def time_beside_floor(case: Case, budget: Budget, setup: Setup) -> Times:
-    """Times of `case` in rounds with a floor of its own, or alone where two models do not fit."""
-    try:
-        times, floor = time_rounds([case, case.floor()], budget, setup)
-        paired = True
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        paired = False
-    if paired:
-        ratios = timing.paired_ratios(times.seconds, floor.seconds)
-        return Times(times.seconds, ratios, times.parts, paired)
-    release(setup.device)  # not in the handler: its traceback keeps the two models alive
-    # Right before, each time: the clocks of a device are not what they were some cases ago.
-    (floor,) = time_rounds([case.floor()], budget, setup)
-    release(setup.device)
-    (times,) = time_rounds([case], budget, setup)
-    reference = statistics.median(floor.seconds)
-    return Times(times.seconds, [s / reference for s in times.seconds], times.parts, paired)
-
-
-@dataclass(frozen=True)
-class _Run:
-    seconds: list[float]
-    parts: dict[str, float]
-
-
-def time_rounds(cases: list[Case], budget: Budget, setup: Setup) -> list[_Run]:
-    """Fresh models of `cases` take a step each a round, on one batch, until setup.precision.
-
-    What decides is the ratio of the first to the last, or the seconds of one alone. Steps with
-    periodic work are made and not timed: `periodic_share` has it.
-    """
-    device = setup.device
-    methods = [build(case, budget, device, TIMING_LR) for case in cases]
-    batches = random_batches(cases[0], device)
-    for _ in range(WARM_UP):
-        batch = next(batches)
-        for method in methods:
-            step_laps(method, batch, device)
-
-    laps: list[list[list[float]]] = [[] for _ in methods]
-    places = [str(place) for place in range(len(methods))]
-    began = time.perf_counter()
-    decisive: list[float] = []
-    while not setup.precision.reached(decisive, time.perf_counter() - began):
-        batch = next(batches)
-        if due := [method for method in methods if method.is_due()]:
-            for method in due:
-                method.step(batch)
-            continue
-        for place in map(int, timing.order(places, len(decisive))):
-            laps[place].append(step_laps(methods[place], batch, device))
-        first, last = sum(laps[0][-1]), sum(laps[-1][-1])
-        decisive.append(first / last if len(methods) > 1 else first)
-    if not bool(torch.isfinite(methods[0].loss(batch))):
-        raise WrongMethod(f"the loss of {methods[0].name} is not finite after its timed steps")
-    return [
-        summary(of_steps, periodic_share(method, of_steps, batches, device))
-        for method, of_steps in zip(methods, laps, strict=True)
-    ]
-
-
-def step_laps(method: Method, batch: Tensor, device: torch.device) -> list[float]:
-    """One step of `method`; seconds of zeroing, forward, backward, update."""
-    loss: list[Tensor] = []
-    parts: list[Callable[[], object]] = [
-        method.zero_grad,
-        lambda: loss.append(method.loss(batch)),
-        lambda: method.backward(loss.pop()),
-        method.update,
-    ]
-    return timing.laps(parts, device)
-
-
-def periodic_share(
-    method: Method, laps: list[list[float]], batches: Iterator[Tensor], device: torch.device
-) -> float:
-    """Seconds of a step that go to what the method does every `period` steps only."""
-    if method.period is None:
-        return 0.0
-    usual = statistics.median(map(sum, laps))
-    due: list[float] = []
-    while len(due) < PERIODIC_STEPS and sum(due) < PERIODIC_SECONDS:
-        method.make_due()
-        due.append(sum(step_laps(method, next(batches), device)))
-    return max(0.0, statistics.median(due) - usual) / method.period
-
-
-def summary(laps: list[list[float]], periodic: float) -> _Run:
-    medians = [statistics.median(of_part) for of_part in zip(*laps, strict=True)]
-    zeroing, forward, backward, update = medians
-    parts = dict(zip(PARTS, (forward, backward, zeroing + update), strict=True))
-    return _Run([sum(lap) + periodic for lap in laps], parts | {"periodic": periodic})
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether `error` says that the memory of the device is too small."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
-
-
-def release(device: torch.device) -> None:
-    """Gives back what earlier cases held: models are cycles, which only the collector frees."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

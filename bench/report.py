@@ -59,8 +59,9 @@ def commit_info() -> dict:
 
 
 def same_machine(a: dict, b: dict) -> bool:
-    """Whether two machine_infos say that times may stand side by side: device and packages."""
-    device = ("gpu",) if a.get("gpu") else ("gpu", "machine", "cpu", "threads")
+    """Whether two machine_infos say that times may stand side by side: device and packages, and on
+    a CPU the allocator of `bench.host`."""
+    device = ("gpu",) if a.get("gpu") else ("gpu", "machine", "cpu", "threads", "allocator")
     return all(a.get(name) == b.get(name) for name in (*device, *PACKAGES))
 
 

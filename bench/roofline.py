@@ -28,6 +28,7 @@ from bench.shapes import Shape
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OWN_WEIGHTS = ("frozen", "full", "lisa", "galore")  # methods that add no parameters
 SPARSE = ("spiel", "spiel_ma")  # methods that train scattered entries
+IN_PLACE = ("s2ft_inplace", "s2ft_unfused")  # methods that keep the weights under their slices
 # What the seconds of a method leave out.
 NOT_COUNTED = {
     "galore": "the singular value decompositions are not counted",
@@ -190,7 +191,8 @@ def _memory(
     """Bytes by kind, and the peak: the highest of these moments.
 
     - in the forward of the last layer, where a method makes much that it does not keep;
-    - in the backward of the loss: everything saved, and two more copies of the fp32 logits;
+    - in the backward of the loss: everything saved, and two more copies of the fp32 logits, which
+      liger-kernel makes in pieces that are small;
     - in the backward of each layer: what this and the layers below saved (what all of this one
       saved, if it is checkpointed), the gradients of those above, and what the backward of a layer
       works with;
@@ -202,7 +204,7 @@ def _memory(
     adapters = 0 if method in OWN_WEIGHTS else gradients
     weights = shape.parameters() * itemsize + adapters + _buffers(book, shape, itemsize, method)
 
-    logits = 4 * tokens * shape.vocab
+    logits = 0 if book.fused else 4 * tokens * shape.vocab
     last = book.marks[-1][0] + book.recomputed + book.making
     moments = [unseen + last, unseen + saved + 2 * logits, gradients]
     watched = 0.0  # bytes beside each byte of a gradient
@@ -240,7 +242,7 @@ def _buffers(book: Ledger, shape: Shape, itemsize: int, method: str) -> int:
         size += sum(entries.held_bytes(*layer, itemsize) for layer in layers)
     if method.startswith("s2ft"):  # index int32 and fingerprint int64, dim int32
         size += sum(12 * value.shape[1] + 4 for value in book.trained)
-    if method == "s2ft_inplace":
+    if method in IN_PLACE:
         size += sum(value.numel for value in book.trained) * itemsize
     return size
 

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+# A prime: no two rows of a weight are equal, unless it has more than DRAWN of them.
+DRAWN = 2**20 + 7
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
@@ -118,14 +120,21 @@ class Shape:
 
 
 def fill_(model: nn.Module, std: float, seed: int) -> None:
-    """Norms are set to one, every other parameter is drawn from a normal distribution."""
+    """Norms are set to one, every other parameter is drawn from a normal distribution.
+
+    Of a large parameter DRAWN numbers are drawn and repeated: a CPU draws 1e8 a second, which for
+    every model of every case would take longer than its steps do.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.data.fill_(1.0)
-        else:
-            parameter.data.normal_(0.0, std, generator=generator)
+            continue
+        drawn, *repeated = parameter.data.view(-1).split(DRAWN)
+        drawn.normal_(0.0, std, generator=generator)
+        for part in repeated:
+            part.copy_(drawn[: len(part)])
 
 
 def _whole(
@@ -154,6 +163,7 @@ TABLE = {
         _whole("qwen2.5-7b", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064),
         _whole("qwen3-8b", "qwen3", 4096, 12288, 36, 32, 8, 128, 151936),
         _whole("qwen3-0.6b", "qwen3", 1024, 3072, 28, 16, 8, 128, 151936, tied=True),
+        _whole("tinyllama-1.1b", "llama", 2048, 5632, 22, 32, 4, 64, 32000),
         _whole("small", "llama", 512, 1408, 8, 8, 4, 64, 2048),
         _whole("toy", "llama", 64, 176, 2, 4, 2, 16, 256),
     )

@@ -14,10 +14,10 @@ from plots.steps import Step
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
-    """Draws a figure for each model of the suites "figure5" and "real-width"."""
+    """Draws a figure for each model of the suite "figure5"."""
     return [
         style.save(figure(found), folder / f"{suite}-{shape}.svg", steps.caption(document, found))
-        for suite, shape, found in steps.by_shape(document, "figure5", "real-width")
+        for suite, shape, found in steps.by_shape(document, "figure5")
     ]
 
 

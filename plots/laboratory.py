@@ -7,6 +7,7 @@ from plots import steps, style
 from plots.steps import Step
 
 COLUMNS = ["method", "trained", "step ms", "modelled", "step / floor", "modelled"]
+DEPTH = "full depth"  # in Step.options of a step whose dx is computed down to the embedding
 NOT_MEASURED = "Not measured on a GPU yet; `bench/gpu.sh OUT_DIR` measures it.\n"
 
 
@@ -18,12 +19,18 @@ def gpu_tables(results: Path) -> str:
 
 
 def tables(document: dict) -> str:
-    """Markdown: for each model its largest batch in the first suite that has it; what it ran on."""
+    """Markdown: for each model its largest batch in the first suite that has it; what it ran on.
+
+    The model with the most methods comes first. A step whose backward may end above the embedding
+    is also given at the depth of the floor, where that was measured.
+    """
     largest: dict[str, list[Step]] = {}
-    for _, shape, found in steps.by_shape(document, "figure5", "real-width", "tokens"):
+    for _, shape, found in steps.by_shape(document, "figure5", "tokens"):
         *_, last = steps.groups(found, lambda step: step.setting).values()
         largest.setdefault(shape, last)
-    parts = [_table(found) for found in sorted(largest.values(), key=lambda found: found[0].total)]
+    deep = {(s.size, s.method): s for s in steps.read(document, "depth") if s.options == DEPTH}
+    settings = sorted(largest.values(), key=lambda found: (-len(found), found[0].total))
+    parts = [_table(found, deep) for found in settings]
     return "\n\n".join([*parts, f"{style.machine(document)}."]) + "\n"
 
 
@@ -33,8 +40,8 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, rule, *rows])
 
 
-def _table(of_setting: list[Step]) -> str:
-    """A heading, a row for each method, and notes."""
+def _table(of_setting: list[Step], deep: dict[tuple, Step]) -> str:
+    """A heading, a row for each method, and notes. deep: steps at equal depth, by size, method."""
     first = of_setting[0]
     unit, name = steps.byte_unit(of_setting)
     heading = (
@@ -43,7 +50,14 @@ def _table(of_setting: list[Step]) -> str:
     )
     floor = next((step for step in of_setting if step.method == "frozen"), None)
     rows = [_row(step, floor, unit) for step in of_setting]
-    table = markdown([*COLUMNS, "saved", "modelled", "peak", "modelled"], rows)
+    columns = [*COLUMNS, "saved", "modelled", "peak", "modelled"]
+    at_depth = [deep.get((step.size, step.method)) for step in of_setting]
+    if any(at_depth):
+        place = len(COLUMNS)
+        columns.insert(place, "equal depth / floor")
+        for row, step in zip(rows, at_depth, strict=True):
+            row.insert(place, "" if step is None else _ratio(step))
+    table = markdown(columns, rows)
     return "\n\n".join([heading, table, *_notes(of_setting)])
 
 
@@ -78,13 +92,17 @@ def _row(step: Step, floor: Step | None, unit: float) -> list[str]:
         "" if step.trained is None else f"{step.trained:,} ({step.trained / step.total:.2%})",
         _number(step.milliseconds()) or step.mark,
         _number(step.modelled_milliseconds()),
-        "" if step.ratio is None else "{median:.3f} ({q1:.3f} to {q3:.3f})".format(**step.ratio),
+        _ratio(step),
         "" if modelled_ratio is None else f"{modelled_ratio:.3f}",
         _number(None if saved is None else saved / unit),
         _number(None if modelled_saved is None else modelled_saved / unit),
         _number(step.peak(unit)) or step.mark,
         _number(step.modelled_peak(unit)),
     ]
+
+
+def _ratio(step: Step) -> str:
+    return "" if step.ratio is None else "{median:.3f} ({q1:.3f} to {q3:.3f})".format(**step.ratio)
 
 
 def _number(value: float | None) -> str:

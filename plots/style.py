@@ -74,6 +74,7 @@ METHODS = {
     "spiel": Look("spiel", NAVY, "//", "X", "-."),
     "spiel_ma": Look("spiel ma", NAVY, "..", "d", (0, (1, 1))),
     "s2ft_inplace": Look("s2ft inplace", BLUE, "", "o"),
+    "s2ft_unfused": Look("s2ft unfused", BLUE, "\\\\", "P", "-."),
     "s2ft_additive": Look("s2ft additive", GREEN, "..", "x", (0, (4, 3))),
 }
 

@@ -2,18 +2,20 @@
 
 METHODS = (
     *("frozen", "full", "lora", "lora_fp32", "lora_fused", "dora", "galore", "lisa", "loreft"),
-    *("shira", "spiel", "spiel_ma", "s2ft_inplace", "s2ft_additive"),
+    *("shira", "spiel", "spiel_ma", "s2ft_inplace", "s2ft_unfused", "s2ft_additive"),
 )
 CORE = ("frozen", "full", "lora", "lora_fused", "s2ft_inplace", "s2ft_additive")
 SLOWNESS = dict(
     zip(
         METHODS,
-        (1, 1.6, 1.15, 1.3, 1.08, 1.7, 2.4, 1.1, 1.2, 1.25, 1.4, 1.35, 1.01, 1.03),
+        (1, 1.6, 1.15, 1.3, 1.08, 1.7, 2.4, 1.1, 1.2, 1.25, 1.4, 1.35, 1.01, 1.02, 1.03),
         strict=True,
     )
 )
-PARAMETERS = {"small": 25_000_000, "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320}
-LAYERS = {"small": 8, "llama-2-7b": 32, "llama-2-13b": 40}
+PARAMETERS = {"small": 25_000_000, "wide-1b": 1_100_048_384}
+PARAMETERS |= {"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320}
+LAYERS = {"small": 8, "wide-1b": 22, "llama-2-7b": 32, "llama-2-13b": 40}
+WIDE = {"shape": "wide-1b", "layers": 2}
 PLAIN = {
     **{"checkpointing": False, "liger": False, "attention": "sdpa"},
     **{"compile": False, "full_depth": False},
@@ -99,7 +101,8 @@ def cpu_steps() -> dict:
             for batch in (1, 2)
             for name in METHODS
         ),
-        *(step("real-width", name, shape="llama-2-7b", layers=1, length=64) for name in CORE[:-1]),
+        *(step("figure5", name, **WIDE) for name in CORE),
+        *(step("depth", name, **WIDE, full_depth=True) for name in CORE[2:]),
         *(step("tokens", name, length=length) for length in (64, 256, 512) for name in CORE),
         *(step("depth", name, full_depth=True) for name in CORE[1:]),
         *(

@@ -104,6 +104,38 @@ def test_compare_measures_the_short_suite(tmp_path, monkeypatch, capsys):
     assert "largest change of a ratio 0.0%" in capsys.readouterr().out
 
 
+def agreement_of(tmp_path, first: dict, second: dict) -> int:
+    names = []
+    for name, each in (("first", first), ("second", second)):
+        names.append(tmp_path / f"{name}.json")
+        names[-1].write_text(json.dumps(each))
+    arguments = ["--device", "cpu", "--reference", str(names[0]), "--results", str(names[1])]
+    return compare.main(arguments)
+
+
+def test_runs_agree_within_five_percent_whatever_their_spread(tmp_path, capsys):
+    slow = fake_entry(toy_case("dora"), 2.0)
+    first = [fake_entry(toy_case("lora"), 1.2), slow]
+    assert agreement_of(tmp_path, document(*first), document(*first)) == 0
+    assert "2 of 2 ratios agree within 5%" in capsys.readouterr().out
+    second = [fake_entry(toy_case("lora"), 1.25), fake_entry(toy_case("dora"), 1.8)]
+    copy = {**slow, "name": "copy", "extra_info": slow["extra_info"] | {"copy_of": slow["name"]}}
+    assert agreement_of(tmp_path, document(*first), document(*second, copy)) == 1
+    said = capsys.readouterr().out
+    assert "figure5/toy/2x8/float32/lora  1.200   1.250   +4.2%" in said
+    assert "1 of 2 ratios agree" in said and "copy" not in said
+    assert "APART  figure5/toy/2x8/float32/dora: 2.000 -> 1.800 (-10.0%)" in said
+
+
+def test_a_ratio_that_one_run_lacks_is_no_agreement(tmp_path, capsys):
+    entries = [fake_entry(toy_case(name), 1.2) for name in ("lora", "full")]
+    for pair in ((entries, entries[:1]), (entries[:1], entries)):
+        assert agreement_of(tmp_path, *(document(*each) for each in pair)) == 1
+        assert "APART  figure5/toy/2x8/float32/full: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="two classes of devices"):
+        agreement_of(tmp_path, document(*entries), document(*entries, gpu="NVIDIA H200"))
+
+
 def gpu_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", "bench/gpu.sh", *arguments],
@@ -154,15 +186,16 @@ def stand_in(tmp_path):
     return script, calls
 
 
-def test_gpu_sh_runs_tests_ops_and_steps_and_goes_on(tmp_path, stand_in):
+def test_gpu_sh_runs_tests_tuner_ops_and_steps_and_goes_on(tmp_path, stand_in):
     python, calls = str(stand_in[0]), stand_in[1]
     out = str(tmp_path / "out")
     (tmp_path / "fails").write_text("tests/test_swiglu_kernel.py\n")
     assert gpu_sh(out, "--rehearse", PYTHON=python).returncode == 1
-    kinds = ["tests/test_swiglu_kernel.py", "bench/bench_ops.py", "bench.laboratory --suite toy"]
+    kinds = ["tests/test_swiglu_kernel.py", f"bench.tune --toy --ops slice_grad --table {out}"]
+    kinds += ["bench/bench_ops.py", "bench.laboratory --suite toy"]
     lines = calls.read_text().splitlines()
     assert all(k in line for k, line in zip(kinds, lines, strict=True))
-    assert f"--results {out} --budget-s" in lines[1] and f"--results {out} --budget-s" in lines[2]
+    assert all(f"--results {out} --budget-s" in line for line in lines[1:])
     assert "FAILED" in (tmp_path / "out" / "tests.txt").read_text()
 
     (tmp_path / "fails").write_text("bench_ops\n")
@@ -178,7 +211,8 @@ def test_gpu_sh_runs_tests_ops_and_steps_and_goes_on(tmp_path, stand_in):
     assert done.returncode == 0 and done.stdout.endswith("== nothing is left\n")
     assert "test_swiglu" not in (text := calls.read_text())  # passed already
     budgets = [int(line.split("--budget-s ")[1]) for line in text.splitlines()]
-    assert len(budgets) == 2 and all(70 <= budget <= 80 for budget in budgets)
+    assert budgets[0] <= 100 // 3 - 20  # a third of what is left
+    assert len(budgets) == 3 and all(70 <= budget <= 80 for budget in budgets[1:])
 
 
 def test_gpu_sh_ends_in_time_and_says_what_is_left(tmp_path):
@@ -191,7 +225,7 @@ def test_gpu_sh_ends_in_time_and_says_what_is_left(tmp_path):
     assert (out / "tests.txt").read_text() == "tests/test_swiglu_kernel.py not finished\n"
     assert (out / "logs" / "test_swiglu_kernel.py.log").read_text() == "begun\n"
     assert "== ops: skipped" in done.stdout and "== steps: skipped" in done.stdout
-    left = "ops steps tests/test_swiglu_kernel.py"
+    left = "ops steps tests/test_swiglu_kernel.py tune"
     assert done.stdout.splitlines()[-1].strip() == f"== run again; not finished: {left}"
     (tmp_path / "timeout").write_text("#!/usr/bin/env bash\nexit 124\n")  # all are stopped
     (tmp_path / "timeout").chmod(0o755)

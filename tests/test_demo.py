@@ -83,8 +83,9 @@ def test_results_tell_the_methods_apart(toy):
         assert extra["held_out"]["losses"][-1] != floor["held_out"]["losses"][-1]
     inplace, additive = (extras[name] for name in S2FT)
     assert inplace["losses"] == pytest.approx(additive["losses"], rel=1e-3)
-    # batch 4 of length 16, two layers of one head of 8 channels and 4 of the FFN's
-    assert inplace["in_slices"]["bytes"] == 4 * 16 * 2 * (8 + 4) * 4
+    # batch 4 of length 16, two layers of one head of 8 channels, and of 64 channels in the FFN
+    assert inplace["in_slices"]["beyond_floor"] == 4 * 16 * 2 * (8 - 64) * 4
+    assert sorted(inplace["in_slices"]["r"].values()) == [4, 4, 8, 8]
     assert inplace["as_run"]["saved"] < floor["bytes"]["saved"]
 
 

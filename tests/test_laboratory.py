@@ -1,6 +1,8 @@
 """The laboratory at toy size: what it measures, what it must catch, and how it is stopped."""
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -8,7 +10,19 @@ import pytest
 import torch
 from toy_cases import CEILINGS, fake_entry, measure_at_once, toy_case
 
-from bench import cases, ceilings, compare, laboratory, measure, timing
+from bench import (
+    cases,
+    ceilings,
+    compare,
+    estimate,
+    fresh,
+    host,
+    laboratory,
+    measure,
+    report,
+    rounds,
+    timing,
+)
 from bench.activations import not_covered
 from bench.cases import PLAIN
 from bench.methods import METHODS, Unavailable
@@ -34,9 +48,9 @@ def _known_ceilings(monkeypatch):
     monkeypatch.setattr(ceilings, "measure", lambda device: CEILINGS)
 
 
-def setup(rounds: int = 2) -> measure.Setup:
+def setup(rounds: int = 2) -> fresh.Setup:
     precision = timing.Precision(error=1.0, min_rounds=rounds, max_rounds=rounds)
-    return measure.Setup(CPU, precision, CEILINGS)
+    return fresh.Setup(CPU, precision, CEILINGS)
 
 
 def run_main(folder, *arguments: str) -> int:
@@ -66,7 +80,7 @@ def test_entry_of_a_method(method):
     assert entry["stats"]["rounds"] == len(extra["ratio_to_floor"]["data"]) == 3
     assert extra["tokens_per_second"] == pytest.approx(16 / entry["stats"]["median"])
     assert set(extra["seconds"]) == {"forward", "backward", "optimizer", "periodic"}
-    assert extra["seconds"]["periodic"] == 0 < min(extra["seconds"][p] for p in measure.PARTS)
+    assert extra["seconds"]["periodic"] == 0 < min(extra["seconds"][p] for p in rounds.PARTS)
     assert sum(extra["seconds"].values()) < 2 * entry["stats"]["max"]
 
     weights = TABLE["toy"].parameters() * 4
@@ -120,7 +134,7 @@ def test_periodic_work_is_a_share_of_every_step(monkeypatch):
             self.due = False
 
     monkeypatch.setitem(METHODS, "lora", Pauses)
-    (run,) = measure.time_rounds([toy_case("lora")], budget(toy_case("lora")), setup())
+    (run,) = rounds.time_rounds([toy_case("lora")], budget(toy_case("lora")), setup())
     assert 0.09 < run.parts["periodic"] < 0.2
     assert min(run.seconds) > run.parts["periodic"]
 
@@ -130,7 +144,7 @@ def test_steps_with_periodic_work_are_not_timed(monkeypatch, name, each):
     """In 60 steps LISA draws thrice, and SpIEL watches gradients in 6 steps of 20."""
     if name not in METHODS:
         pytest.skip(f"{name} is not registered")
-    due, timed, real = [], [], measure.step_laps
+    due, timed, real = [], [], rounds.step_laps
 
     def step_laps(method, batch, device):
         timed.append(method.is_due())
@@ -141,14 +155,14 @@ def test_steps_with_periodic_work_are_not_timed(monkeypatch, name, each):
             due.append(self.is_due())
             return super().step(batch)
 
-    monkeypatch.setattr(measure, "step_laps", step_laps)
+    monkeypatch.setattr(rounds, "step_laps", step_laps)
     monkeypatch.setitem(METHODS, name, Noted)
     case = toy_case(name)
-    (run,) = measure.time_rounds([case], budget(case), setup(40))
-    rounds = timed[measure.WARM_UP : measure.WARM_UP + 40]
-    assert not any(rounds) and len(run.seconds) == 40
+    (run,) = rounds.time_rounds([case], budget(case), setup(40))
+    of_rounds = timed[rounds.WARM_UP : rounds.WARM_UP + 40]
+    assert not any(of_rounds) and len(run.seconds) == 40
     assert all(due) and each * 40 <= len(due) <= 2 * each * 40
-    assert timed[measure.WARM_UP + 40 :] == [True] * measure.PERIODIC_STEPS
+    assert timed[rounds.WARM_UP + 40 :] == [True] * rounds.PERIODIC_STEPS
 
 
 @pytest.mark.parametrize("saved, doubts", [(8, None), (9, measure.NOT_CHECKED)])
@@ -205,19 +219,20 @@ SLICES = "share/toy/2x8/float32/s2ft_inplace/1.00%"  # a few of the channels
 
 def test_a_leaked_full_activation_is_caught(tmp_path, monkeypatch, capsys):
     """The trap of the method: the slice of x saved as a view, which pins all of x."""
-    assert run_main(tmp_path / "before", "--only", SLICES) == 0
+    slices = SLICES.replace("inplace", "unfused")  # fused, the FFN keeps no slice
+    assert run_main(tmp_path / "before", "--only", slices) == 0
     assert "expected" not in capsys.readouterr().out
     monkeypatch.setattr("s2kernels.autograd.linear.take", lambda x, where: x[:, where])
-    run_main(tmp_path / "after", "--only", SLICES)
+    run_main(tmp_path / "after", "--only", slices)
     # 16 tokens; the channels of the FFN in both layers, and of attention where a head is trained
     sizes = [
-        written(tmp_path / when)[SLICES]["extra_info"]["bytes"]["saved"]
+        written(tmp_path / when)[slices]["extra_info"]["bytes"]["saved"]
         for when in ("before", "after")
     ]
     assert sizes[1] - sizes[0] > 16 * 2 * 100 * 4
     assert f"keeps {sizes[1]:,} bytes, {sizes[0]:,} expected" in capsys.readouterr().out
     assert compare.main(files(tmp_path)) == 1
-    assert f"LOSS  {SLICES}: saved" in capsys.readouterr().out
+    assert f"LOSS  {slices}: saved" in capsys.readouterr().out
 
 
 def test_a_slowed_kernel_is_caught(tmp_path, monkeypatch, capsys):
@@ -258,16 +273,16 @@ def test_out_of_memory_is_a_result(monkeypatch):
 
 
 def test_two_models_that_do_not_fit_are_timed_apart(monkeypatch):
-    alone, rounds = [], measure.time_rounds
+    alone, real = [], rounds.time_rounds
 
     def time_rounds(chosen, *others):
         if len(chosen) > 1:
             raise torch.OutOfMemoryError("no room for two")
-        (run,) = rounds(chosen, *others)
+        (run,) = real(chosen, *others)
         alone.append((chosen[0].method, run))
         return [run]
 
-    monkeypatch.setattr(measure, "time_rounds", time_rounds)
+    monkeypatch.setattr(rounds, "time_rounds", time_rounds)
     shared = setup()
     entries = [measure.measure(toy_case(name), shared) for name in ("lora", "full")]
     assert [name for name, _ in alone] == ["frozen", "lora", "frozen", "full"]
@@ -279,20 +294,20 @@ def test_two_models_that_do_not_fit_are_timed_apart(monkeypatch):
 
 
 def test_an_allocation_beyond_free_memory_is_out_of_memory(monkeypatch):
-    used = laboratory._kilobytes
+    used = host._kilobytes
 
     def free(path, name):
         return 64 * 1024 if name == "MemAvailable" else used(path, name)
 
-    monkeypatch.setattr(laboratory, "_kilobytes", free)
-    with laboratory.within_free_memory(CPU), pytest.raises(RuntimeError) as error:
+    monkeypatch.setattr(host, "_kilobytes", free)
+    with host.within_free_memory(CPU), pytest.raises(RuntimeError) as error:
         torch.ones(2**30)
-    assert measure.out_of_memory(error.value)
+    assert fresh.out_of_memory(error.value)
     for words in ("CUDA error", "Triton Error [CUDA]"):
-        assert measure.out_of_memory(RuntimeError(f"{words}: out of memory"))
+        assert fresh.out_of_memory(RuntimeError(f"{words}: out of memory"))
     words = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
-    assert measure.out_of_memory(RuntimeError(words))
-    assert not measure.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert fresh.out_of_memory(RuntimeError(words))
+    assert not fresh.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert torch.ones(2**26).sum() == 2**26  # the limit is gone
 
 
@@ -306,7 +321,9 @@ def quick(monkeypatch):
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, quick):
     listed = [case.id for case in cases.toy() if "tokens" in case.id]
-    listed += ["share/toy/2x8/float32/s2ft_inplace/1.00%", "share/toy/2x8/float32/lora/1.00%"]
+    listed += [
+        f"share/toy/2x8/float32/{name}/1.00%" for name in ("s2ft_inplace", "lora", "s2ft_unfused")
+    ]
     measured = measure.measure
 
     def stopped(case, setup):
@@ -350,8 +367,8 @@ def test_a_case_of_two_suites_is_measured_once(tmp_path, quick):
 
 def test_estimates_learn_from_what_was_measured_alone(tmp_path, monkeypatch, quick):
     learned = []
-    monkeypatch.setattr(laboratory.Estimate, "took", lambda self, case, s: learned.append(case.id))
-    monkeypatch.setattr(laboratory.Estimate, "seconds", lambda self, case: 100.0)
+    monkeypatch.setattr(estimate.Estimate, "took", lambda self, case, s: learned.append(case.id))
+    monkeypatch.setattr(estimate.Estimate, "seconds", lambda self, case: 100.0)
 
     def check(device, options):
         raise Unavailable("nowhere-torch is not installed")
@@ -402,14 +419,14 @@ def test_unavailable_says_why(tmp_path, monkeypatch, capsys):
 
 def test_a_budget_leaves_out_what_does_not_fit(tmp_path, monkeypatch, capsys, quick):
     seconds = {"lora": 100.0, "s2ft_inplace": 1.0}
-    monkeypatch.setattr(laboratory.Estimate, "seconds", lambda self, case: seconds[case.method])
+    monkeypatch.setattr(estimate.Estimate, "seconds", lambda self, case: seconds[case.method])
     assert run_main(tmp_path, "--only", "tokens", "--budget-s", "60") == 0
     assert quick == ["tokens/toy/1x8/float32/s2ft_inplace"]
     assert "1 cases did not fit" in capsys.readouterr().out
 
 
 def test_estimates_follow_what_cases_took():
-    clock = laboratory.Estimate(setup())
+    clock = estimate.Estimate(setup())
     small, large = (
         toy_case("lora"),
         replace(toy_case("full"), shape=TABLE["llama-2-7b"], length=512),
@@ -421,6 +438,40 @@ def test_estimates_follow_what_cases_took():
     compiled = replace(large, options=replace(PLAIN, compile=True))
     assert clock.seconds(compiled) - clock.seconds(large) == pytest.approx(3 * clock.compilation)
     assert clock.seconds(replace(small, method="galore")) > clock.seconds(small)
+
+
+RESIDENT = """
+from pathlib import Path
+import torch
+from bench import host
+
+print(host.keep_freed_memory() is not None)
+for release in (False, True):
+    torch.ones(2**24)  # 64 MiB, freed at once
+    if release:
+        host.give_back()
+    print(host._kilobytes(Path("/proc/self/status"), "VmRSS"))
+"""
+
+
+def test_freed_memory_is_kept_and_given_back_between_cases():
+    """The pages of a temporary are found once, and no longer held by the next case."""
+    command = [sys.executable, "-c", RESIDENT]
+    done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=True)
+    is_glibc, *resident = done.stdout.split()
+    if is_glibc == "False":
+        pytest.skip("another libc than glibc")
+    kept, given_back = map(int, resident)
+    assert kept - given_back > 60 * 1024
+
+
+def test_the_record_names_the_allocator(tmp_path, quick):
+    assert run_main(tmp_path, "--only", "tokens") == 0
+    machine = json.loads((tmp_path / "cpu" / "steps.json").read_text())["machine_info"]
+    assert machine.get("allocator") == host.keep_freed_memory()
+    assert report.same_machine(machine, machine)
+    other = machine | {"allocator": "another"}
+    assert not report.same_machine(machine, other)
 
 
 def test_results_of_another_machine_are_not_mixed_in(tmp_path, capsys):

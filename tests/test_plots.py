@@ -65,9 +65,9 @@ def results(tmp_path) -> Path:
 
 LABORATORY = {
     "cpu": [
-        *("checkpointing-small", "density-small", "depth-small"),
+        *("checkpointing-small", "density-small", "depth-small", "depth-wide-1b"),
         *("extrapolation-memory-small", "extrapolation-time-small"),
-        *("figure5-small", "kernels", "peak-small", "real-width-llama-2-7b"),
+        *("figure5-small", "figure5-wide-1b", "kernels", "peak-small", "peak-wide-1b"),
         *("share-memory-small", "share-time-small", "tokens-memory-small", "tokens-time-small"),
     ],
     "testing-gpu": [
@@ -124,7 +124,6 @@ def test_figures_of_the_laboratory(laboratory, drawn, tmp_path):
 
 UNITS = {
     "figure5": ["time of a step, ms", "peak memory of a step, ", "modelled (roofline)"],
-    "real-width": ["llama-2-7b, 1 of 32 layers", "time of a step, ms"],
     "peak": ["memory at the peak of a step, ", "saved activations", "modelled peak"],
     "tokens-time": ["time per token, µs", "tokens of a step", "modelled (roofline)"],
     "tokens-memory": ["peak memory, ", "tokens of a step", "modelled (roofline)"],
@@ -252,7 +251,7 @@ def test_tables_of_the_laboratory(laboratory, tmp_path):
     text = readme.update(page, laboratory)
     cpu, gpu = text.split("<!-- /laboratory cpu -->")
     assert "**small**, float32, length 128, batch 2; memory in MiB:" in cpu
-    assert "**llama-2-7b, 1 of 32 layers**" in cpu and "Testing CPU" in cpu
+    assert "Testing CPU" in cpu
 
     step = synthetic.step("figure5", "lora", batch=2)
     sizes, seconds = step["extra_info"]["bytes"], step["stats"]["median"]
@@ -265,6 +264,7 @@ def test_tables_of_the_laboratory(laboratory, tmp_path):
         *(2 * [f"{sizes['saved'] / 2**20:.4g}"]),
         *(f"{sizes['peak'] / 2**20:.4g}", f"{modelled / 2**20:.4g} |"),
     ]
+    assert "equal depth" not in cpu.split("**wide-1b")[0]
     row = next(line for line in cpu.splitlines() if line.startswith("| galore |"))
     assert row.split(" | ")[1:3] == ["", "n/a"] and row.count("n/a") == 2
     assert "unavailable: galore_torch is not installed (galore)." in cpu
@@ -274,6 +274,20 @@ def test_tables_of_the_laboratory(laboratory, tmp_path):
     assert (
         "† Not in the model: no SVD is counted (galore)." in gpu and gpu.count("| galore † |") == 2
     )
+
+
+def test_the_table_of_a_cut_says_what_equal_depth_costs(laboratory, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PLACE.format("laboratory cpu"))
+    _, table = readme.update(page, laboratory).split("**wide-1b, 2 of 22 layers**")
+    head = next(line for line in table.splitlines() if line.startswith("| method |")).split(" | ")
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in table.splitlines()[4:]}
+    place = head.index("equal depth / floor")
+    assert rows["| frozen floor"][place] == rows["| full"][place] == ""
+    at_depth = synthetic.step("depth", "lora", **synthetic.WIDE, full_depth=True)["extra_info"]
+    median = at_depth["ratio_to_floor"]["median"]
+    assert rows["| lora"][place].startswith(f"{median:.3f} (")
+    assert len(rows["| lora"]) == len(head)
 
 
 def test_without_results_of_a_gpu_the_table_says_so(results, tmp_path):

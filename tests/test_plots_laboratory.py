@@ -8,7 +8,19 @@ import synthetic_results as synthetic
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plots import extrapolation, figure5, kernels, options, paper, peak, share, steps, style, tokens
+from plots import (
+    density,
+    extrapolation,
+    figure5,
+    kernels,
+    options,
+    paper,
+    peak,
+    share,
+    steps,
+    style,
+    tokens,
+)
 
 LABELS = {look.label: name for name, look in style.METHODS.items()}
 
@@ -164,6 +176,19 @@ def test_lines_over_the_share_trained(cpu):
     assert [y for _, y in line(time["lora"], "modelled (roofline)")] == pytest.approx(ratios)
     floor = synthetic.step("figure5", "frozen")["extra_info"]["bytes"]["peak"] / 2**20
     assert line(memory["lora"], "frozen floor, measured")[0][1] == pytest.approx(floor)
+
+
+def test_without_a_measured_density_there_is_no_figure_of_it(tmp_path):
+    """A run that its budget ended has the floor, and none of the densities."""
+    floor = [synthetic.step("density", name, length=16) for name in ("frozen", "full")]
+    missing = synthetic.step(
+        "density", "spiel", length=16, share=0.1, status="failed: not finished"
+    )
+    assert density.draw(synthetic.document([*floor, missing]), tmp_path) == []
+    assert density.draw(synthetic.document(floor), tmp_path) == []
+    measured = synthetic.step("density", "spiel", length=16, share=0.01)
+    (drawn,) = density.draw(synthetic.document([*floor, missing, measured]), tmp_path)
+    assert drawn.name == "density-small.svg"
 
 
 def test_options_stand_beside_the_same_steps_without_them(cpu, tmp_path):

@@ -14,6 +14,7 @@ PUBLISHED = {
     "llama-3-8b": 8_030_261_248,
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
+    "tinyllama-1.1b": 1_100_048_384,
 }
 TOY = TABLE["toy"]
 TOYS = [
@@ -70,6 +71,14 @@ def test_weights_depend_on_the_seed_alone():
     assert not torch.equal(first.state_dict()[query], other.state_dict()[query])
     assert 0.015 < float(first.state_dict()[query].std()) < 0.025
     assert bool((first.model.norm.weight == 1).all())
+
+
+def test_large_weights_repeat_what_was_drawn(monkeypatch):
+    monkeypatch.setattr("bench.shapes.DRAWN", 1009)
+    weight = TOY.build(8, torch.float32, "cpu").model.layers[0].mlp.up_proj.weight
+    flat = weight.flatten()
+    assert torch.equal(flat[1009:], flat[:-1009]) and 0.015 < float(flat.std()) < 0.025
+    assert len(weight.unique(dim=0)) == len(weight)  # and yet no two rows are equal
 
 
 def test_attention_is_chosen_by_name():

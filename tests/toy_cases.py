@@ -1,6 +1,6 @@
 """Cases of the laboratory at toy size, and entries as if they had been measured."""
 
-from bench import measure
+from bench import measure, rounds
 from bench.cases import Case
 from bench.shapes import TABLE
 
@@ -17,8 +17,8 @@ def toy_case(method: str, **other) -> Case:
 
 def fake_entry(case: Case, ratio: float = 1.2, **extra) -> dict:
     data = [ratio * 0.99, ratio, ratio * 1.01]
-    times = measure.Times(
-        [0.1, 0.11, 0.12], data, dict.fromkeys((*measure.PARTS, "periodic"), 0.1), True
+    times = rounds.Times(
+        [0.1, 0.11, 0.12], data, dict.fromkeys((*rounds.PARTS, "periodic"), 0.1), True
     )
     sizes = dict.fromkeys(("weights", "gradients", "optimizer", "temporaries", "unseen"), 0)
     sizes |= {"saved": 1000, "peak": 10_000, "first_step_peak": 9_000}

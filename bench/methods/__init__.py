@@ -9,7 +9,7 @@ from bench.methods.lisa import LISA
 from bench.methods.lora_fused import LoRAFused
 from bench.methods.loreft import LoReFT
 from bench.methods.options import ATTENTION, Options, Unavailable
-from bench.methods.s2ft import S2FTAdditive, S2FTInplace, in_slices
+from bench.methods.s2ft import S2FTAdditive, S2FTInplace, S2FTUnfused, in_slices
 from bench.methods.spiel import SpIEL, SpIELMA
 
 # In the order of tables and figures.
@@ -20,7 +20,7 @@ METHODS: dict[str, type[Method]] = {
         *(LoRA, LoRAFP32, LoRAFused, DoRA),
         *(GaLore, LISA, LoReFT, SHiRA),
         *(SpIEL, SpIELMA),
-        *(S2FTInplace, S2FTAdditive),
+        *(S2FTInplace, S2FTUnfused, S2FTAdditive),
     )
 }
 

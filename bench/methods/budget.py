@@ -15,7 +15,7 @@ TOLERANCE = 0.05
 ALIGNED = 8  # S2FT's channels come in so many, where that is little: GEMMs like rows of 16 bytes
 COMPARABLE = (
     *("lora", "lora_fp32", "lora_fused", "dora", "galore", "shira"),
-    *("spiel", "spiel_ma", "s2ft_inplace", "s2ft_additive"),
+    *("spiel", "spiel_ma", "s2ft_inplace", "s2ft_unfused", "s2ft_additive"),
 )
 
 
@@ -116,6 +116,7 @@ def counts(config: PreTrainedConfig, budget: Budget) -> dict[str, int]:
         "spiel": spiel,
         "spiel_ma": spiel,
         "s2ft_inplace": s2ft,
+        "s2ft_unfused": s2ft,
         "s2ft_additive": s2ft,
     }
 

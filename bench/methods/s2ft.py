@@ -11,10 +11,14 @@ from s2kernels.peft import S2FTConfig
 
 
 class S2FTInplace(Method):
-    """The slice is written into the dense weight: forward and dx are one dense GEMM each."""
+    """The slice is written into the dense weight: forward and dx are one dense GEMM each.
+
+    The FFN is one Function, and q and k are one GEMM, as they are by default.
+    """
 
     name = "s2ft_inplace"
     mode: ClassVar[str] = "inplace"
+    fuse: ClassVar[bool] = True
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         budgets = {"o_proj": self.budget.heads, "down_proj": self.budget.channels}
@@ -25,6 +29,7 @@ class S2FTInplace(Method):
             seed=self.budget.seed,
             mode=self.mode,
             layout=self.layout(),
+            fuse=self.fuse,
             task_type="CAUSAL_LM",
         )
         peft = get_peft_model(model, config)
@@ -34,6 +39,13 @@ class S2FTInplace(Method):
 
     def layout(self) -> str:
         return "auto"
+
+
+class S2FTUnfused(S2FTInplace):
+    """The operators of the model as transformers has them, as the floor runs them, too."""
+
+    name = "s2ft_unfused"
+    fuse = False
 
 
 class S2FTAdditive(S2FTInplace):
