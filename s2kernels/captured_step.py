@@ -17,8 +17,8 @@ step is done in vain, and there is nothing to put back.
 
 A recording reads and writes memory at fixed addresses, and leaves out what Python did beside it.
 What it takes for granted of both is compared before each replay (`Premises`): after a state_dict,
-which gives the base weights back, a disabled or another adapter, a model that was moved, a
-recording no longer holds, and the shape begins anew.
+which gives the base weights back, a disabled or another adapter, a model that was moved, or had a
+part replaced, a recording no longer holds, and the shape begins anew.
 """
 
 import warnings
@@ -86,15 +86,18 @@ def capture(
 class CapturedStep:
     """What `capture` returns. Call it with a batch of tensors; it returns the loss, detached.
 
-    The gradients of the step stay in `.grad` until the next one begins.
+    The gradients of the step stay in `.grad` until the next one begins, also those of parameters
+    that the optimizer lacks.
 
     replays   steps that were one launch
     eager     steps that ran as a loop does: warm-ups, and those of more than MAX_GRAPHS shapes
     obstacle  why no step is recorded here; None where steps are
     """
 
-    # by what `_key` says of a batch: the recording, the batch that it reads, its gradients
-    _recordings: dict[tuple, tuple[Recording, dict[str, Tensor], list[Tensor | None]]]
+    # by what `_key` says of a batch: the recording, the batch that it reads, and the gradients
+    _recordings: dict[
+        tuple, tuple[Recording, dict[str, Tensor], list[tuple[Tensor, Tensor | None]]]
+    ]
     _num_eager: dict[tuple, int]
     _premises: Premises | None
 
@@ -109,12 +112,11 @@ class CapturedStep:
         self.model, self.optimizer = model, optimizer
         self.replays = self.eager = 0
         self._loss, self._max_norm, self._warmup = loss, max_norm, warmup
-        self._params = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._params[0].device
         self.obstacle = _obstacle(model, self._params)
         if self.obstacle is None:
             _check_capturable(optimizer)
-            self._lrs = [torch.empty((), device=self._device) for _ in optimizer.param_groups]
+            self._lrs = [self._rate(group["lr"]) for group in optimizer.param_groups]
             self._recorder = Recorder(self._device)
         self._forget()
 
@@ -122,8 +124,9 @@ class CapturedStep:
         """One step on `batch`: tensors by name, on any device.
 
         Raises TypeError for a batch of anything else; ValueError inside an autocast to fp16, whose
-        gradients need a GradScaler; RuntimeError where the step does what no recording can, such
-        as waiting for a number from the device. Nothing is trained then.
+        gradients need a GradScaler, and where a loaded state took capturable=True from the
+        optimizer; RuntimeError where the step does what no recording can, such as waiting for a
+        number from the device. Nothing is trained then.
         """
         key = self._key(batch)
         if self.obstacle is not None:
@@ -131,6 +134,7 @@ class CapturedStep:
             return self._step(self._moved(batch))
         self._put_lrs()
         if self._premises is not None and not self._premises.hold():
+            _check_capturable(self.optimizer)
             self._forget()
         if key not in self._recordings:
             if self._num_eager.get(key, 0) < self._warmup or len(self._recordings) >= MAX_GRAPHS:
@@ -140,10 +144,14 @@ class CapturedStep:
         for name, x in batch.items():
             inputs[name].copy_(x, non_blocking=True)
         recording.replay()
-        for p, grad in zip(self._params, grads, strict=True):
+        for p, grad in grads:
             p.grad = grad
         self.replays += 1
         return recording.result.clone()
+
+    @property
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _key(self, batch: Batch) -> tuple:
         """What two batches of one recording have in common."""
@@ -161,13 +169,24 @@ class CapturedStep:
 
     def _step(self, batch: dict[str, Tensor]) -> Tensor:
         """What is run, or recorded. Returns the loss, detached."""
-        self.optimizer.zero_grad()
+        self._drop_gradients()
         loss = self._loss(self.model, batch)
         loss.backward()
         if self._max_norm is not None:
             nn.utils.clip_grad_norm_(self._params, self._max_norm)
         self.optimizer.step()
         return loss.detach()
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad()
+        # Those that it lacks, too: a recording would add to memory that others may give back.
+        self.model.zero_grad()
+
+    def _rate(self, lr: float | Tensor) -> Tensor:
+        """What the recorded optimizer reads: the very tensor, if it is one that it can read."""
+        if isinstance(lr, Tensor) and lr.device == self._device:
+            return lr
+        return torch.empty((), device=self._device)
 
     def _moved(self, batch: Batch) -> dict[str, Tensor]:
         return {name: x.to(self._device, non_blocking=True) for name, x in batch.items()}
@@ -188,7 +207,7 @@ class CapturedStep:
 
     def _record(self, key: tuple, batch: Batch) -> None:
         inputs = {name: x.to(self._device, copy=True) for name, x in batch.items()}
-        self.optimizer.zero_grad()  # its memory must not be given back within the recording
+        self._drop_gradients()  # their memory must not be given back within the recording
         assert self._premises is not None
         try:
             recording = self._recorder.record(lambda: self._step(inputs))
@@ -203,7 +222,9 @@ class CapturedStep:
                 "the step cannot be captured: a model, a loss or an optimizer must not wait for a "
                 f"number from the device, nor copy from pageable memory ({error})"
             ) from error
-        self._recordings[key] = recording, inputs, [p.grad for p in self._params]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        grads = [(p, p.grad) for p in dict.fromkeys([*self._params, *trained])]
+        self._recordings[key] = recording, inputs, grads
 
     def _put_lrs(self) -> None:
         """The recorded optimizer reads its rates from tensors; others may have been assigned."""

@@ -107,13 +107,17 @@ def use_fast_ops(model: nn.Module, ops: Iterable[str] = OPS) -> FastOps:
     base = given.get_base_model() if hasattr(given, "get_base_model") else given
     done = FastOps()
     switches = dict(zip(OPS, (_rms_norm, _rope, _cross_entropy, _attention), strict=True))
-    for op in wanted:
-        reason = (_no_cudnn if op == "attention" else _no_liger)(base)
-        reason = reason or switches[op](base, done._undo)
-        if reason is None:
-            done.on.append(op)
-        else:
-            done.off[op] = reason
+    try:
+        for op in wanted:
+            reason = (_no_cudnn if op == "attention" else _no_liger)(base)
+            reason = reason or switches[op](base, done._undo)
+            if reason is None:
+                done.on.append(op)
+            else:
+                done.off[op] = reason
+    except BaseException:  # a liger-kernel that cannot be imported here
+        done.undo()
+        raise
     return done
 
 

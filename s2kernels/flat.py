@@ -50,14 +50,15 @@ class FlatAdamW(torch.optim.AdamW):
     its own, which the step copies into the buffer, all in one `torch._foreach_copy_`. So while a
     backward runs there are 4 bytes more for each fp32 parameter than in torch; not with
     accumulate_in_backward, where the first delta of a backward zeroes the buffer by one memset,
-    nor with zero_grad(set_to_none=False), where autograd adds to the views.
+    nor with zero_grad(set_to_none=False), where autograd adds to the views. A gradient that
+    was kept over zero_grad() is a view of the buffer, too, and is overwritten.
 
     Where parameters have moved (`.to`, `load_state_dict(assign=True)`, deepcopy, another optimizer
     of this kind), they are laid out anew at the next step or zero_grad, with their states.
 
     Raises ValueError for parameters that are not plain floating tensors, such as those sharded by
-    FSDP or on the meta device, before any of the group is moved, and RuntimeError for a move that
-    comes to light while a CUDA graph is captured.
+    FSDP or on the meta device, or that share memory, before any of the group is moved, and
+    RuntimeError for a move that comes to light while a CUDA graph is captured.
     """
 
     def __init__(
@@ -165,6 +166,9 @@ class FlatAdamW(torch.optim.AdamW):
                     f"shape {tuple(p.shape)}: {reason}"
                 )
             alike.setdefault((p.dtype, p.device), []).append(p)
+        addresses = [p.data_ptr() for p in wanted if p.numel()]
+        if len(set(addresses)) < len(addresses):
+            raise ValueError("params must have memory of their own, got two that share theirs")
         blocks = [_Block(group, self.accumulate_in_backward) for group in alike.values()]
         for block in blocks:
             block.take_states(self.state)

@@ -1,5 +1,6 @@
 """Recording work of a GPU as a CUDA graph, and what must not change while it is replayed."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
         """What `work` returns. It runs where it will be recorded, so that nodes of autograd and
@@ -36,15 +37,20 @@ class Recorder:
         """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = work()
-        current.wait_stream(self._stream)
-        return result
+        try:
+            with torch.cuda.stream(self._stream):
+                return work()
+        finally:  # a forward that fails puts W0 back there
+            current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], Tensor]) -> Recording:
         """Record what `work` launches, without doing it. Raises whatever CUDA refuses to record."""
         from s2kernels.kernels.slice_write import keeping_tables
 
+        if not self._recordings:
+            # Once its last graph is gone torch takes no more graphs into a pool, unless all of its
+            # memory was given back: a gradient that somebody still holds is enough to prevent it.
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
         device = self._device.type
@@ -53,30 +59,45 @@ class Recorder:
             with (
                 keeping_tables() as tables,
                 torch.cuda.device(self._device),
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+                # "thread_local", lest the thread of a DataLoader that pins memory spoil it
+                torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",
+                ),
                 # A weight that was cast before the recording would never be cast anew.
                 torch.autocast(device, dtype, enabled, cache_enabled=False),
             ):
                 result = work()
         finally:
             torch.cuda.set_stream(current)  # which torch does not, where the recording failed
-        return Recording(graph, result, tables)
+        recording = Recording(graph, result, tables)
+        self._recordings.add(recording)
+        return recording
 
 
 class Premises:
     """What a recording of a training step takes for granted.
 
-    tensors    lie where they lay: parameters, buffers, and what the optimizer keeps of them
+    parts      modules, parameters and buffers are the same ones, and lie where they lay
+    moments    and so is what the optimizer keeps of the parameters
     settings   of the optimizer, save the rates, which are tensors themselves
     state      of the adapters: which one is active, and what is written into the base weights
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
+        self._optimizer = optimizer
+        self._modules = list(model.modules())
+        self._parts = [
+            (parts, name, part)
+            for module in self._modules
+            for parts in (module._modules, module._parameters, module._buffers)
+            for name, part in parts.items()
+        ]
         self._tensors = [*model.parameters(), *model.buffers()]
         self._addresses = [x.data_ptr() for x in self._tensors]  # 0 of a quantized one
-        # load_state_dict puts another dict in the place of this one
-        self._optimizer_state = optimizer.state
+        self._moments = [(p, dict(kept)) for p, kept in optimizer.state.items()]
         self._settings = list(self._settings_now())
         self._adapters: list[Any] = [m for m in model.modules() if "merged_adapters" in vars(m)]
         self._state = list(self._state_now())
@@ -89,8 +110,9 @@ class Premises:
     def hold(self) -> bool:
         """Whether all of it still is as it was."""
         return (
-            self._optimizer.state is self._optimizer_state
+            all(parts.get(name) is part for parts, name, part in self._parts)
             and all(x.data_ptr() == a for x, a in zip(self._tensors, self._addresses, strict=True))
+            and self._has_moments()
             and _all_same(self._settings_now(), self._settings)
             and _all_same(self._state_now(), self._state)
         )
@@ -104,6 +126,13 @@ class Premises:
         for layer, written, base_slice in self._written:
             layer.written, layer.base_slice = written, base_slice
 
+    def _has_moments(self) -> bool:
+        state = self._optimizer.state
+        return all(
+            p in state and all(state[p].get(name) is x for name, x in kept.items())
+            for p, kept in self._moments
+        )
+
     def _settings_now(self) -> Iterator[Any]:
         for group in self._optimizer.param_groups:
             for name, value in group.items():
@@ -113,12 +142,14 @@ class Premises:
                 yield p.requires_grad
 
     def _state_now(self) -> Iterator[Any]:
-        yield self._model.training
+        for module in self._modules:
+            yield module.training
         for layer in self._adapters:
             own = vars(layer)  # there are hundreds of layers, and modules look attributes up slowly
             yield layer._disable_adapters
             yield tuple(layer._active_adapter)
             yield len(own["merged_adapters"])
+            yield dict(own.get("scaling", ()))  # of LoRA
             if "written" in own:
                 yield own["written"]
                 yield own["base_slice"]

@@ -126,6 +126,17 @@ def test_undo(liger, cudnn, device):
     assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
 
 
+def test_all_or_nothing(liger, device, monkeypatch):
+    def broken(model, undo):
+        raise ImportError("of another triton")
+
+    model = small_model(device=device)
+    monkeypatch.setattr(fast_ops, "_rope", broken)
+    with pytest.raises(ImportError, match="of another triton"):
+        use_fast_ops(model, LIGER)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_calls_reach_the_kernels(liger, device, monkeypatch):
     """Of norms, embeddings and loss, as often as the model has them."""
     calls = []

@@ -366,6 +366,12 @@ def test_refused_parameters_leave_all_as_it_was(p):
     steps(params, flat, range(2))
 
 
+def test_parameters_over_the_same_memory_are_refused():
+    (p,) = randoms((3,))
+    with pytest.raises(ValueError, match="params must have memory of their own"):
+        FlatAdamW([p, nn.Parameter(p.detach())])
+
+
 def test_refused_states_leave_all_as_it_was():
     params = randoms((3,), (4,))
     flat = FlatAdamW(params, **OPTIONS)
