@@ -143,6 +143,14 @@ def test_the_budget_is_split_in_proportion_and_drawn_at_random():
     assert model.get_nb_trainable_parameters()[0] == sum(len(delta) for delta in deltas(model))
 
 
+def test_density_is_of_the_base_model_for_a_second_adapter_too():
+    fields = dict(num_tunable_weights=None, density=0.01, modules_to_save=["lm_head"])
+    model = wrapped(**fields)
+    model.add_adapter("second", config(**fields))
+    first, second = (model.peft_config[name] for name in ("default", "second"))
+    assert second.num_tunable_weights == first.num_tunable_weights
+
+
 @pytest.mark.parametrize("num", (1, 5, 30, 34, 35))
 def test_random_entries_are_uniform(num):
     counts = torch.zeros(35)
@@ -394,6 +402,38 @@ def test_another_weight_in_the_place_of_one_with_entries(mode, then):
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+@EVERY_MODE
+@pytest.mark.parametrize("what", ("weight", "delta", "index", "adapter"))
+def test_a_backward_reads_what_its_forward_read_or_is_refused(mode, what):
+    """Other tensors are in the place of those by then, and have been written into the weight."""
+    model = randomized(wrapped(mode=mode))
+    model.add_adapter("second", config(mode=mode, num_tunable_weights=700, seed=9))
+    x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+
+    def forward():
+        return model(inputs_embeds=x).logits.square().sum()
+
+    (want,) = torch.autograd.grad(forward(), x)
+    loss = forward()
+    layer = layers(model)[0]
+    if what == "weight":
+        fresh = torch.randn_like(layer.base_layer.weight)
+        layer.base_layer.weight = nn.Parameter(fresh, requires_grad=False)
+    elif what == "delta":
+        layer.spiel_delta["default"] = nn.Parameter(layer.spiel_delta["default"].detach() + 1)
+    elif what == "index":
+        num = len(layer.spiel_index["default"])
+        layer.spiel_index["default"] = random_entries(7, layer.name, layer.shape, num)
+    else:
+        model.delete_adapter("default")
+    model(IDS)
+    if mode == "inplace":
+        with pytest.raises(RuntimeError, match="is another one than it was in the forward"):
+            loss.backward()
+    else:
+        torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want, rtol=0, atol=1e-13)
+
+
 def test_a_weight_that_comes_to_be_shared_is_left_alone():
     model = randomized(wrapped(mode="auto"))
     model(IDS)
@@ -464,6 +504,18 @@ def test_a_deep_copy_trains_apart(mode):
     assert losses[-1] < losses[0]
     assert torch.equal(model(IDS).logits, before)
     assert_same(base_state(twin), base_state(model))
+
+
+@EVERY_MODE
+def test_safe_merge_looks_at_what_the_weight_would_hold(mode):
+    """A sum that fp32 holds may be infinite in the weight's dtype."""
+    model = nn.Sequential(nn.Linear(24, 16, dtype=torch.float16))
+    original = model[0].weight.clone()
+    model = wrapped(model, target_modules=["0"], num_tunable_weights=50, mode=mode)
+    randomized(model, scale=1e5)
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layers(model)[0].weight, original)
 
 
 def test_a_change_of_dtype_keeps_the_entries_in_place():

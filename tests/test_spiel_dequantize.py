@@ -124,6 +124,44 @@ def test_no_dense_weight_is_made_in_a_step(kind, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
+@EVERY_KIND
+@pytest.mark.parametrize("shape", SHAPES[::2])
+def test_a_backward_reads_the_weight_that_its_forward_read(kind, shape):
+    """Where another one was assigned since; and neither replaces the layer's weight itself."""
+    model = nn.Sequential(layer(kind, shape))
+    model = get_peft_model(model, SpIELConfig(num_tunable_weights=50, target_modules=["0"]))
+    base = model.base_model.model[0].get_base_layer()
+    weight = base.weight
+    x = torch.randn(3, shape[1], requires_grad=True)
+    want = torch.autograd.grad(model(x).square().sum(), x)
+    loss = model(x).square().sum()
+    assert base.weight is weight
+    other = KINDS[kind](nn.Linear(shape[1], shape[0], bias=False))
+    base.weight = other.weight
+    with torch.no_grad():
+        model(x)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], want[0])
+
+
+def test_scales_are_those_of_an_int8_weight_that_was_assigned_later():
+    """A forward moves the scales from the weight to the layer; a new weight brings its own."""
+    base, other = layer("int8", (51, 512)), int8(nn.Linear(512, 51, bias=False))
+    base(torch.zeros(1, 512))
+    base.weight = other.weight
+    assert torch.equal(panels_of(base).rows(0, 51), panels_of(other).rows(0, 51))
+
+
+@pytest.mark.parametrize("kind", ("nf4", "int8", "int8 with fp16 weights"))
+def test_a_weight_that_is_not_quantized_is_refused(kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    if kind == "nf4":
+        base = bnb.nn.Linear4bit(64, 8)
+    else:
+        base = bnb.nn.Linear8bitLt(64, 8, has_fp16_weights=kind != "int8")
+    with pytest.raises(ValueError, match="bitsandbytes has not quantized the weight"):
+        panels_of(base)
+
+
 @pytest.mark.parametrize("nested", (False, True))
 def test_a_forward_for_inference_does_not_rearrange_the_weight(nested):
     """bitsandbytes does that on CPUs with AVX512-BF16, where the adapter is disabled."""

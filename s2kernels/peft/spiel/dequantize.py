@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from s2kernels.autograd.panels import Panels
@@ -23,8 +22,8 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def panels_of(layer: nn.Module) -> Panels:
-    """The dense weight that a quantized layer stands for, bit for bit that of PEFT's
-    `dequantize_module_weight`, as panels of rows.
+    """The dense weight that a quantized layer stands for now, bit for bit that of PEFT's
+    `dequantize_module_weight`, as panels of rows. A weight that is assigned later is another one.
 
     bitsandbytes' 4-bit types (with double quantization, too) and int8, torchao's int8, float8 and
     intx are made dense a panel at a time. What else there is makes a single panel, whatever its
@@ -32,20 +31,25 @@ def panels_of(layer: nn.Module) -> Panels:
     backward: other types of torchao, and 4-bit weights of which a row is not a whole number of
     blocks, since not all of bitsandbytes' kernels agree on where blocks lie then.
 
-    Raises as `check_order` does.
+    Raises as `check_order` does, and ValueError for a weight that bitsandbytes has not quantized.
     """
     check_order(layer)
     linear: Any = layer
-    shape, weight = (linear.out_features, linear.in_features), linear.weight
+    (N, K), weight = (linear.out_features, linear.in_features), linear.weight
     if type(weight).__name__ == "Params4bit":
-        if shape[1] % weight.quant_state.blocksize == 0:
-            return Panels(shape, partial(_rows_of_4bit, layer))
-    elif type(weight).__name__ == "Int8Params":
-        return Panels(shape, partial(_rows_of_int8, layer))
-    elif type(weight).__name__ in _SLICEABLE:
+        state = _quantized(weight.quant_state)
+        if K % state.blocksize:
+            return Panels((N, K), partial(_whole_of_4bit, weight.data, state), step=N)
+        packed = weight.data.reshape(-1).view(torch.uint8)  # two entries a byte
+        return Panels((N, K), partial(_rows_of_4bit, packed, state, K))
+    if type(weight).__name__ == "Int8Params":
+        # a first forward moves them from the weight to the layer
+        scales = _quantized(linear.state.SCB if weight.SCB is None else weight.SCB)
+        return Panels((N, K), partial(_rows_of_int8, weight.data, scales))
+    if type(weight).__name__ in _SLICEABLE:
         block = weight.block_size[0]
-        return Panels(shape, partial(_rows_of_torchao, layer), 1 if block == shape[0] else block)
-    return Panels(shape, lambda start, stop: dequantize_module_weight(layer), step=shape[0])
+        return Panels((N, K), partial(_rows_of_torchao, weight), 1 if block == N else block)
+    return Panels((N, K), partial(_rows_of_torchao, weight), step=N)
 
 
 def check_order(layer: nn.Module) -> None:
@@ -74,10 +78,25 @@ def keeping_order(layer: Any) -> Iterator[None]:
         layer.support_avx512bf16_for_cpu = True
 
 
-def _rows_of_4bit(layer: Any, start: int, stop: int) -> Tensor:
+def _quantized(state: Any) -> Any:
+    """What bitsandbytes keeps beside a weight that it has quantized; raises ValueError for None."""
+    if state is None:
+        raise ValueError(
+            "bitsandbytes has not quantized the weight: it does when the layer is moved to its "
+            "device, unless it was made with has_fp16_weights=True"
+        )
+    return state
+
+
+def _whole_of_4bit(packed: Tensor, state: Any, start: int, stop: int) -> Tensor:
     from bitsandbytes import functional
 
-    state, K = layer.weight.quant_state, layer.in_features
+    return functional.dequantize_4bit(packed, state)
+
+
+def _rows_of_4bit(packed: Tensor, state: Any, K: int, start: int, stop: int) -> Tensor:
+    from bitsandbytes import functional
+
     part = functional.QuantState(
         absmax=_scales(
             functional, state, start * K // state.blocksize, stop * K // state.blocksize
@@ -88,7 +107,6 @@ def _rows_of_4bit(layer: Any, start: int, stop: int) -> Tensor:
         quant_type=state.quant_type,
         dtype=state.dtype,
     )
-    packed = layer.weight.data.reshape(-1).view(torch.uint8)  # two entries a byte
     return functional.dequantize_4bit(packed[start * K // 2 : stop * K // 2], part)
 
 
@@ -111,15 +129,16 @@ def _scales(functional: Any, state: Any, first: int, last: int) -> Tensor:
     return scales[first - begin :]
 
 
-def _rows_of_int8(layer: Any, start: int, stop: int) -> Tensor:
+def _rows_of_int8(weight: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
     from bitsandbytes import functional
 
-    weight = layer.weight
-    scales = weight.SCB if layer.state.SCB is None else layer.state.SCB  # moves at a first forward
     return functional.int8_vectorwise_dequant(
-        weight.data[start:stop], scales[start:stop].to(weight.device)
+        weight[start:stop], scales[start:stop].to(weight.device)
     )
 
 
-def _rows_of_torchao(layer: Any, start: int, stop: int) -> Tensor:
-    return layer.weight[start:stop].dequantize()
+def _rows_of_torchao(weight: Tensor, start: int, stop: int) -> Tensor:
+    N = weight.shape[0]
+    # the whole is not sliced, which some types refuse
+    part: Any = weight if (start, stop) == (0, N) else weight[start:stop]
+    return part.dequantize()

@@ -168,13 +168,15 @@ def budgets(model: nn.Module, config: SpIELConfig) -> dict[str, int]:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Of the base model, shared ones once; those of a quantized layer as many as it stands for."""
+    """Of the base model without its adapters, shared ones once; those of a quantized layer as many
+    as it stands for.
+    """
     counts: dict[int, int] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             packed = key == "weight" and isinstance(module, nn.Linear) and is_quantized(module)
             size = module.out_features * module.in_features if packed else parameter.numel()  # type: ignore[operator]
-            if "spiel_" not in f"{name}.{key}":
+            if not any(added in f"{name}.{key}" for added in ("spiel_", ".modules_to_save.")):
                 counts[id(parameter)] = int(size)  # type: ignore[call-overload]
     return sum(counts.values())
 

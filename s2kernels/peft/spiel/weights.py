@@ -21,6 +21,7 @@ from s2kernels.coupling import not_plain
 from s2kernels.peft.frames import is_running
 
 if TYPE_CHECKING:
+    from s2kernels.peft.spiel.entries import EntryLayer
     from s2kernels.peft.spiel.layer import SpIELLinear
 
 # what DistributedDataParallel asks a model for
@@ -113,7 +114,7 @@ class EntryWeights:
             entries.append(layer.displaced)
         write_entries(entries, [layer.spiel_delta[name] for layer, name in adapters])
 
-    def restore(self, layers: Iterable["SpIELLinear"]) -> None:
+    def restore(self, layers: Iterable["EntryLayer"]) -> None:
         """Put W0 back where entries are written, by one launch a device."""
         layers = list(layers)
         write_entries([layer.displaced for layer in layers if layer.displaced is not None], None)
