@@ -1,5 +1,6 @@
 """The one place that decides whether an op runs in Triton or in plain torch."""
 
+from functools import cache
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -29,7 +30,20 @@ def select(x: Tensor, impl: str | None = None) -> ModuleType | SimpleNamespace:
 
     if impl == "triton":
         return kernels
-    writing = reference if torch.compiler.is_compiling() else kernels
+    return _mixed(reference) if torch.compiler.is_compiling() else _eager()
+
+
+@cache  # it is asked for several times a layer
+def _eager() -> SimpleNamespace:
+    from s2kernels import kernels
+
+    return _mixed(kernels)
+
+
+def _mixed(writing: ModuleType) -> SimpleNamespace:
+    """The kernels, but torch's dense GEMMs where faster; the ops that write are of `writing`."""
+    from s2kernels import kernels
+
     return SimpleNamespace(
         linear=_linear,
         linear_dx=_linear_dx,

@@ -313,6 +313,18 @@ def test_adapters_that_differ_in_where_they_train_are_not_fused(calls):
         assert taken(calls)[0] == num_fused
 
 
+def test_an_adapter_that_is_active_in_some_layers_only(calls):
+    fields = dict(target_modules=["gate_proj", "up_proj", "down_proj"])
+    for mode in ("inplace", "additive"):
+        results = []
+        for fuse in (False, True):
+            model = adapted(fuse=fuse, mode=mode, **fields)
+            blocks(model)[0].mlp.up_proj.set_adapter("none of this name")
+            results.append(gradients(model))
+        assert_close(results[1], results[0])
+        assert taken(calls)[0] == 2
+
+
 def test_indices_that_are_loaded_later(calls):
     fields = dict(target_modules=["gate_proj", "down_proj"], layout="gather")
     model, apart = adapted(**fields), adapted(fuse=False, **fields)
@@ -543,6 +555,30 @@ def test_what_changed_between_the_calls_is_not_handed_out(calls):
     own.query(x)
     with torch.no_grad():
         assert not own.key(x).requires_grad
+
+
+def test_hooks_of_a_projection_may_change_its_output(calls):
+    """In place, too, which autograd forbids for an output that is one of several views."""
+    results = []
+    for fuse in (False, True):
+        model = adapted(fuse=fuse)
+        model.enable_input_require_grads()
+        blocks(model)[0].self_attn.k_proj.register_forward_hook(lambda module, args, y: y.mul_(2))
+        results.append(gradients(model))
+    assert_close(results[1], results[0])
+    assert taken(calls) == (2, 1)
+
+
+def test_a_weight_that_a_hook_fetches_is_not_read_before(calls):
+    """As ZeRO-3 of DeepSpeed does it: until the module is called, its weight is empty."""
+    model = adapted()
+    want = gradients(model)
+    taken(calls)
+    key = blocks(model)[0].self_attn.k_proj
+    whole, key.weight.data = key.weight.data, key.weight.data.new_empty(0)
+    key.register_forward_pre_hook(lambda module, args: setattr(module.weight, "data", whole))
+    assert_close(gradients(model), want)
+    assert taken(calls) == (2, 1)
 
 
 def test_what_nobody_asks_for_dies_with_the_input():

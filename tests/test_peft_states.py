@@ -139,6 +139,28 @@ def test_unload_gives_w0_back_even_if_merged():
     assert_same(base_state(model.unload()), base_state(tiny_model("llama", **WIDE)))
 
 
+def test_safe_merge_looks_at_what_the_weight_would_hold():
+    model = wrapped(tiny_model("llama", torch.float16, **WIDE))
+    original = base_state(model)
+    with torch.no_grad():
+        for delta in deltas(model).values():
+            delta.fill_(1e5)  # fp32 holds the sum, fp16 does not
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+    assert_same(base_state(model), original)
+
+
+def test_nothing_is_loaded_over_merged_weights():
+    model = wrapped()
+    model.merge_adapter()
+    merged = base_state(model)
+    with pytest.raises(RuntimeError, match="unmerge_adapter first"):
+        model.load_state_dict(model.state_dict())
+    assert_same(base_state(model), merged)
+    model.unmerge_adapter()
+    assert_same(base_state(model), base_state(tiny_model("llama", **WIDE)))
+
+
 def test_fingerprints_are_those_of_w0(tmp_path):
     model = wrapped()
     model.merge_adapter()

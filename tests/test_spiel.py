@@ -518,6 +518,19 @@ def test_safe_merge_looks_at_what_the_weight_would_hold(mode):
     assert torch.equal(layers(model)[0].weight, original)
 
 
+def test_nothing_is_loaded_over_merged_weights():
+    model = tiny_model("llama", torch.float32)
+    original = base_state(model)
+    model = randomized(wrapped(model))
+    model.merge_adapter()
+    merged = base_state(model)
+    with pytest.raises(RuntimeError, match="unmerge_adapter first"):
+        model.load_state_dict(model.state_dict())
+    assert_same(base_state(model), merged)
+    model.unmerge_adapter()
+    assert_same(base_state(model), original)
+
+
 def test_a_change_of_dtype_keeps_the_entries_in_place():
     model = tiny_model("llama", torch.float32)
     original = {name: value.double() for name, value in base_state(model).items()}

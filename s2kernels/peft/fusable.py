@@ -38,13 +38,17 @@ def linear_behind(module: nn.Module) -> nn.Linear | None:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a call runs the forward of the class alone, hooks of all modules aside."""
+    return "forward" not in vars(module) and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether there are hooks on the calls of this very module."""
     own = vars(module)
-    return not (
+    return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
-        or "forward" in own
     )
 
 

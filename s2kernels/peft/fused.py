@@ -154,7 +154,9 @@ class FusedFFN:
             return None
         if not is_silu(getattr(self.module, self.gated.activation)):
             return None
-        trained = [layer for layer in layers if name in layer.s2ft_delta]
+        trained = [
+            layer for layer in layers if name in layer.s2ft_delta and name in layer.active_adapters
+        ]
         if len(modules) == 2 and modules[0] in trained:
             return None  # the trained channels of gate and up in one weight are two sets of them
         inplace = {layer.inplace_adapter() == name for layer in trained}

@@ -284,7 +284,8 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
             )
         self.restore()
         for name in names if safe_merge else []:
-            if not torch.isfinite(self.take_base_slice(name) + self.s2ft_delta[name]).all():
+            merged = self.take_base_slice(name) + self.s2ft_delta[name].detach()
+            if not torch.isfinite(merged.to(self.weight.dtype)).all():
                 raise ValueError(f"adapter {name!r} gives a merged weight that is not finite")
         return names
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from s2kernels import backend
 from s2kernels.autograd.checks import compute_dtype, version_of
 from s2kernels.autograd.joined import joined_linear
-from s2kernels.peft.fusable import fit, one_adapter
+from s2kernels.peft.fusable import fit, has_hooks, one_adapter
 from s2kernels.peft.layer import S2FTLayer
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ class SharedInput:
         weights = [module.weight for module in self.modules]
         # elsewhere the one Function would do no less than the three
         if not backend.prefers_joined(weights[0]) or not fit(x, weights):
+            return None
+        # a hook may fetch the weight for the call, or change the output in place, where autograd
+        # wants it not to be one of several views
+        if any(map(has_hooks, self.modules)):
             return None
         biases = [module.bias for module in self.modules]
         if one_adapter([self.layer]) is None or any(

@@ -177,6 +177,11 @@ class EntryWeights:
             layer.renew_fingerprints()
 
     def _on_load_state_dict(self, module: nn.Module, *args) -> None:
+        """Raises RuntimeError for merged adapters: unmerging would write over what was loaded."""
+        if any(layer.merged for layer in self.layers):
+            raise RuntimeError(
+                "weights cannot be loaded while adapters are merged: call unmerge_adapter first"
+            )
         self.restore(self.layers)
 
 
