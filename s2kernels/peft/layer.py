@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from s2kernels.adapter import Slice, check_fingerprint, fingerprint
 from s2kernels.architectures import Member
-from s2kernels.autograd.checks import version_of
 from s2kernels.autograd.experts import check_positions
 from s2kernels.coupling import not_plain
+from s2kernels.peft.loaded import Sources, changed, sources
 from s2kernels.reference import Index
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
         # where the channels of each adapter lie in the present basis; see BaseWeights
         self.positions: dict[str, Index] = {}
         # the buffers that positions were made from, and their versions: loading replaces them
-        self._seen: dict[str, list[tuple[Tensor, int]]] = {}
+        self._seen: dict[str, Sources] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -169,17 +169,12 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
         """
         if torch.compiler.is_compiling():
             return
-        changed = {}
-        for name in self.s2ft_index:
-            pairs = zip(self._seen.get(name, ()), self._sources(name), strict=False)
-            same = [old[0] is new[0] and old[1] == new[1] for old, new in pairs]
-            if loaded or same != [True, True]:
-                changed[name] = same[1:] == [True]
-        if not changed:
+        found = changed(self.s2ft_index, self.s2ft_fingerprint, self._seen, loaded)
+        if not found:
             return
         self.restore()
         self.locate()
-        for name, is_own in changed.items():
+        for name, is_own in found.items():
             expected = self.s2ft_fingerprint[name]
             if is_own or not expected.any():  # the fingerprint did not come along
                 if not self.merged:
@@ -188,9 +183,8 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
                 check_fingerprint(self.name, expected, self.take_base_slice(name), self.dim)
             self._seen[name] = self._sources(name)
 
-    def _sources(self, name: str) -> list[tuple[Tensor, int]]:
-        buffers = self.s2ft_index[name], self.s2ft_fingerprint[name]
-        return [(buffer, version_of(buffer)) for buffer in buffers]
+    def _sources(self, name: str) -> Sources:
+        return sources(self.s2ft_index[name], self.s2ft_fingerprint[name])
 
     def _fingerprint(self, name: str) -> Tensor:
         if not_plain(self.weight):

@@ -8,9 +8,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from s2kernels.adapter import fingerprint
-from s2kernels.autograd.checks import version_of
 from s2kernels.autograd.sparse import Observer, check_entries
 from s2kernels.coupling import not_plain
+from s2kernels.peft.loaded import Sources, changed, sources
 from s2kernels.peft.spiel.dequantize import check_order
 from s2kernels.peft.spiel.replace import Replacement
 from s2kernels.peft.spiel.weights import Entries
@@ -55,7 +55,7 @@ class EntryLayer(nn.Module, BaseTunerLayer):
         # adapters whose fingerprint is 0 until somebody asks for the state_dict
         self._renew: dict[str, bool] = {}
         # the buffers that were looked at, and their versions: loading replaces them
-        self._seen: dict[str, list[tuple[Tensor, int]]] = {}
+        self._seen: dict[str, Sources] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -118,16 +118,11 @@ class EntryLayer(nn.Module, BaseTunerLayer):
         """
         if torch.compiler.is_compiling():
             return
-        changed = {}
-        for name in self.spiel_index:
-            pairs = zip(self._seen.get(name, ()), self._sources(name), strict=False)
-            same = [old[0] is new[0] and old[1] == new[1] for old, new in pairs]
-            if loaded or same != [True, True]:
-                changed[name] = same[1:] == [True]
-        if not changed:
+        found = changed(self.spiel_index, self.spiel_fingerprint, self._seen, loaded)
+        if not found:
             return
         self.restore()
-        for name, is_own in changed.items():
+        for name, is_own in found.items():
             index = self.spiel_index[name]
             if index.is_meta:
                 continue
@@ -162,9 +157,8 @@ class EntryLayer(nn.Module, BaseTunerLayer):
             del self._renew[name]
             self._seen[name] = self._sources(name)
 
-    def _sources(self, name: str) -> list[tuple[Tensor, int]]:
-        buffers = self.spiel_index[name], self.spiel_fingerprint[name]
-        return [(buffer, version_of(buffer)) for buffer in buffers]
+    def _sources(self, name: str) -> Sources:
+        return sources(self.spiel_index[name], self.spiel_fingerprint[name])
 
     def _fingerprint(self, name: str) -> Tensor:
         index = self.spiel_index[name]

@@ -1,0 +1,34 @@
+"""Which adapters of a layer were loaded since it last looked: loading replaces their buffers."""
+
+from collections.abc import Mapping
+
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor
+
+from s2kernels.autograd.checks import version_of
+
+# an adapter's index and fingerprint, and their versions
+Sources = list[tuple[Tensor, int]]
+
+
+def sources(index: Tensor, fingerprint: Tensor) -> Sources:
+    """What the two buffers of an adapter are now."""
+    return [(index, version_of(index)), (fingerprint, version_of(fingerprint))]
+
+
+def changed(
+    indices: BufferDict,
+    fingerprints: BufferDict,
+    seen: Mapping[str, Sources],
+    loaded: bool,
+) -> dict[str, bool]:
+    """The adapters that are not as they were seen; with `loaded`, all of them. Whether the
+    fingerprint still is the layer's own, that is, did not come along.
+    """
+    found = {}
+    for name, index in indices.items():
+        pairs = zip(seen.get(name, ()), sources(index, fingerprints[name]), strict=False)
+        same = [old[0] is new[0] and old[1] == new[1] for old, new in pairs]
+        if loaded or same != [True, True]:
+            found[name] = same[1:] == [True]
+    return found
