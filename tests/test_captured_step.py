@@ -374,36 +374,6 @@ def test_base_weights_come_back(method, recorder, device):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("method", ["inplace", "additive"])
-@pytest.mark.parametrize("where", ["loss", "forward"])
-def test_what_cannot_be_recorded(where, method, recorder, device):
-    """Says so and loses nothing: neither a step nor W0."""
-    before = tiny_model("llama", torch.float32).to(device).state_dict()
-    model, twin = prepared(method, device)
-
-    def look(value):
-        if torch.cuda.is_available() or value.requires_grad:
-            value.sum().item()
-
-    def waits(model, batch):
-        loss = model(**batch).loss
-        if where == "loss":
-            look(loss)
-        return loss
-
-    if where == "forward":
-        model.get_base_model().lm_head.register_forward_hook(lambda m, args, y: look(y))
-    optimizers = adamw(model), adamw(twin)
-    step = capture(model, optimizers[0], loss=waits, warmup=2)
-    for i in range(2):
-        assert torch.equal(step(batch(device, i)), by_hand(twin, optimizers[1], batch(device, i)))
-    with pytest.raises(RuntimeError, match="cannot be captured"):
-        step(batch(device, 2))
-    assert_same(model, twin)
-    after = model.unload().state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
 def test_a_step_of_another_shape_may_change_the_model(recorder, device):
     model, twin = prepared("full", device)
 
@@ -546,3 +516,34 @@ def test_checkpointing(device):
         data = batch(device, i)
         torch.testing.assert_close(step(data), by_hand(twin, optimizers[1], data))
     assert step.replays == 4
+
+
+# The last one: a capture that fails may leave torch unable to make others in this process.
+@pytest.mark.parametrize("method", ["inplace", "additive"])
+@pytest.mark.parametrize("where", ["loss", "forward"])
+def test_what_cannot_be_recorded(where, method, recorder, device):
+    """Says so and loses nothing: neither a step nor W0."""
+    before = tiny_model("llama", torch.float32).to(device).state_dict()
+    model, twin = prepared(method, device)
+
+    def look(value):
+        if torch.cuda.is_available() or value.requires_grad:
+            value.sum().item()
+
+    def waits(model, batch):
+        loss = model(**batch).loss
+        if where == "loss":
+            look(loss)
+        return loss
+
+    if where == "forward":
+        model.get_base_model().lm_head.register_forward_hook(lambda m, args, y: look(y))
+    optimizers = adamw(model), adamw(twin)
+    step = capture(model, optimizers[0], loss=waits, warmup=2)
+    for i in range(2):
+        assert torch.equal(step(batch(device, i)), by_hand(twin, optimizers[1], batch(device, i)))
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        step(batch(device, 2))
+    assert_same(model, twin)
+    after = model.unload().state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
