@@ -30,8 +30,7 @@ from bench import agreement, cases, laboratory, report, timing
 # models happen to lie in memory stays the same for all rounds of a run.
 BETWEEN_RUNS = 0.02
 STANDARD_ERRORS = 3.0  # of the two medians together, that count as spread
-# Beyond which a change within the spread says nothing: medians known to 1 % leave 6 %.
-MAX_SPREAD = 0.08
+MAX_SPREAD = 0.05  # beyond which a change within the spread says nothing
 PEAK = 0.01  # of the bytes at the peak: other versions of torch take other temporaries
 LOSS, NOISE = 1, 3  # exit codes; 2 is argparse's
 

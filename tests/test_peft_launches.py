@@ -3,10 +3,9 @@
 from collections import Counter
 
 import pytest
-import torch
 from peft import get_peft_model
+from tiny_models import tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from s2kernels import backend
 from s2kernels.peft import S2FTConfig
@@ -31,19 +30,9 @@ def of_a_layer(fuse: bool) -> Counter:
     """What one more layer adds to a step without the optimizer; not the first, which ends early."""
     counts = []
     for num_layers in (2, 3):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=32,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=num_layers,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-            )
-        )
+        model = tiny_model("llama", num_hidden_layers=num_layers).train()
         model = get_peft_model(model, S2FTConfig(heads=1, channels=8, fuse=fuse))
-        ids = torch.randint(32, (1, 6))
+        ids = token_ids()
         for _ in range(2):  # the first step lays out weights
             with Count() as count:
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

@@ -26,6 +26,7 @@ from s2kernels.autograd.joined import is_alone, join_
 from s2kernels.coupling import Structure, obstacle
 from s2kernels.peft.frames import is_running
 from s2kernels.peft.fused import fuse, unfuse
+from s2kernels.peft.loaded import check_none_is_merged
 from s2kernels.permute import Permutation, apply_, plan, undo_
 
 if TYPE_CHECKING:
@@ -168,11 +169,8 @@ class BaseWeights:
         A forward of the whole model has written all slices by one launch. What comes from elsewhere
         (a recomputed checkpoint, a call of a submodule) writes its own.
         """
-        layers = list(layers)
-        if layers and not self.in_forward:
-            self.write([(layer, name) for layer in layers])
-        elif any(layer.written != name for layer in layers):
-            self.write([(layer, name) for layer in layers if layer.written != name])
+        inside = self.in_forward
+        self.write([(layer, name) for layer in layers if not inside or layer.written != name])
 
     def join(self, first: Tensor, second: Tensor) -> None:
         """Lay two frozen weights one after the other, unless that would cost lasting memory, or
@@ -305,11 +303,7 @@ class BaseWeights:
         self.release()
 
     def _on_load_state_dict(self, module: nn.Module, *args) -> None:
-        """Raises RuntimeError for merged adapters: unmerging would write over what was loaded."""
-        if any(layer.merged for layer in self.layers):
-            raise RuntimeError(
-                "weights cannot be loaded while adapters are merged: call unmerge_adapter first"
-            )
+        check_none_is_merged(self.layers)
         self.release()
 
 

@@ -168,7 +168,8 @@ class FusedFFN:
         for layer in layers:
             if layer not in written:
                 layer.restore()
-        self.base_weights.write_before(written, name)
+        if written:
+            self.base_weights.write_before(written, name)
         calls = [layer.before_dx(name if layer in written else None) for layer in layers]
         weights: list[Tensor] = [linear.weight for linear in linears]
         biases: list[Tensor | None] = [linear.bias for linear in linears]

@@ -1,8 +1,9 @@
-"""Which adapters of a layer were loaded since it last looked: loading replaces their buffers."""
+"""Loading: when it may be done, and which adapters of a layer it has replaced the buffers of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from s2kernels.autograd.checks import version_of
@@ -32,3 +33,11 @@ def changed(
         if loaded or same != [True, True]:
             found[name] = same[1:] == [True]
     return found
+
+
+def check_none_is_merged(layers: Iterable[BaseTunerLayer]) -> None:
+    """Raises RuntimeError for merged adapters: unmerging would write over what is loaded."""
+    if any(layer.merged for layer in layers):
+        raise RuntimeError(
+            "weights cannot be loaded while adapters are merged: call unmerge_adapter first"
+        )

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from s2kernels import backend
 from s2kernels.coupling import not_plain
 from s2kernels.peft.frames import is_running
+from s2kernels.peft.loaded import check_none_is_merged
 
 if TYPE_CHECKING:
     from s2kernels.peft.spiel.entries import EntryLayer
@@ -177,11 +178,7 @@ class EntryWeights:
             layer.renew_fingerprints()
 
     def _on_load_state_dict(self, module: nn.Module, *args) -> None:
-        """Raises RuntimeError for merged adapters: unmerging would write over what was loaded."""
-        if any(layer.merged for layer in self.layers):
-            raise RuntimeError(
-                "weights cannot be loaded while adapters are merged: call unmerge_adapter first"
-            )
+        check_none_is_merged(self.layers)
         self.restore(self.layers)
 
 
