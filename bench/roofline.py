@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from bench import entries
 from bench.activations import not_covered, walk
-from bench.ledger import Kernel, Ledger
+from bench.ledger import Kernel, Ledger, Value
 from bench.methods import Budget, Options
 from bench.shapes import Shape
 
@@ -164,15 +164,28 @@ def optimizer_kernels(book: Ledger, method: str, budget: Budget) -> list[Kernel]
 def optimizer_bytes(book: Ledger, shape: Shape, method: str, budget: Budget) -> int:
     """What the optimizer holds between steps.
 
-    AdamW: two states in each parameter's dtype and a count of steps, fp32. GaLore's states are of
-    the low rank; it holds the projection, rank * min(N, K), as well. SpIEL's: `bench.entries`.
+    AdamW: two states in each parameter's dtype and a count of steps, fp32. GaLore: `_galore_bytes`.
+    SpIEL's: `bench.entries`.
     """
     if method in SPARSE:
         return sum(entries.state_bytes(*layer, method) for layer in _trained_entries(book, shape))
-    if method != "galore":
-        return sum(2 * value.nbytes + 4 for value in book.trained)
-    ranks = [(min(budget.galore_rank, *value.shape), value) for value in book.trained]
-    return sum(r * (2 * max(v.shape) + min(v.shape)) * v.itemsize for r, v in ranks)
+    if method == "galore":
+        return sum(_galore_bytes(value, budget)[0] for value in book.trained)
+    return sum(2 * value.nbytes + 4 for value in book.trained)
+
+
+def _galore_bytes(weight: Value, budget: Budget) -> tuple[int, int]:
+    """What galore-torch holds of a weight between steps, and what it takes to update it.
+
+    Held: two states of the low rank and the projection, rank * min(N, K), which in fp32 is a view
+    of the singular vectors and keeps all min(N, K)^2 alive. Taken: the projected gradient, the
+    denominator and the update in the low rank, and the update (N, K), unscaled and scaled.
+    """
+    few, many = min(weight.shape), max(weight.shape)
+    rank = min(budget.galore_rank, few)
+    held = few if weight.itemsize == 4 else rank
+    low = rank * many
+    return (2 * low + held * few) * weight.itemsize, (3 * low + 2 * few * many) * weight.itemsize
 
 
 def _seconds(kernel: Kernel, names: dict[int, str], ceilings: dict) -> float:
@@ -196,8 +209,9 @@ def _memory(
     - in the backward of each layer: what this and the layers below saved (what all of this one
       saved, if it is checkpointed), the gradients of those above, and what the backward of a layer
       works with;
-    - in the optimizer's step: all gradients; SpIEL's also has what was watched in the backward, as
-      it has in the backward of each layer, and what it works with.
+    - in the optimizer's step: all gradients; GaLore's also has what it makes of the largest of
+      them, SpIEL's what was watched in the backward, as it has in the backward of each layer, and
+      what it works with.
     """
     gradients, saved, unseen = book.gradient_bytes(), book.saved_bytes(), book.unseen_bytes()
     optimizer = optimizer_bytes(book, shape, method, budget)
@@ -206,7 +220,10 @@ def _memory(
 
     logits = 0 if book.fused else 4 * tokens * shape.vocab
     last = book.marks[-1][0] + book.recomputed + book.making
-    moments = [unseen + last, unseen + saved + 2 * logits, gradients]
+    updating = gradients
+    if method == "galore":
+        updating += max(_galore_bytes(value, budget)[1] for value in book.trained)
+    moments = [unseen + last, unseen + saved + 2 * logits, updating]
     watched = 0.0  # bytes beside each byte of a gradient
     if method in SPARSE:
         counts = [count for _, count in _trained_entries(book, shape)]
