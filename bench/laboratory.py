@@ -5,7 +5,8 @@
 Writes bench/results/<device>/steps.json after every case, and goes on where it was stopped: a case
 that the file has already, from the same machine and versions, is not measured again. Nor is one
 that is equal to such a case but for its suite: its entry is a copy. Cases come in the order of
-their value; one that would not fit into what is left of --budget-s is left for the next run. Prints
+their value; one that would not fit into what is left of --budget-s is left for the next run. What
+is left of the budget at the end goes to cases that were measured while the machine was slow. Prints
 a table at the end.
 
 Exits with 1 if a case failed. Too little memory and a missing package are results, not failures.
@@ -15,21 +16,18 @@ import argparse
 import gc
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from bench import cases, ceilings, extrapolation, host, measure, report, timing
+from bench import cases, ceilings, extrapolation, host, report, timing
 from bench.cases import Case
-from bench.estimate import Estimate
 from bench.fresh import Setup
-from bench.methods import METHODS, Unavailable
 from bench.record import Record
+from bench.run import Run, is_failure
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "cpu": lambda device_type: cases.cpu(),
@@ -38,7 +36,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "short": cases.short,
 }
 PRECISION = {
-    "cpu": timing.Precision(error=0.009, min_rounds=10, max_rounds=100, seconds=14.0),
+    "cpu": timing.Precision(error=0.009, min_rounds=20, max_rounds=100, seconds=14.0),
     "gpu": timing.Precision(min_rounds=10, seconds=5.0),
     "toy": timing.Precision(error=1.0, min_rounds=2, max_rounds=2),
     "short": timing.Precision(error=0.003, min_rounds=10, seconds=15.0),
@@ -71,8 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     gc.collect()
     gc.freeze()  # what the imports made stays, and need not be looked at after every case
     prepare(device)
+    run = Run(record, setup, deadline, known)
     with host.within_free_memory(device):
-        run(missing(chosen, record), record, setup, deadline, known)
+        run.measure(missing(chosen, record))
+        if args.suite != "toy":  # whose steps are too short for a machine's moods to tell
+            run.repeat_disturbed(chosen)
 
     entries = [record.entries[case.fullname] for case in chosen if case.fullname in record.entries]
     if entries:
@@ -145,100 +146,11 @@ def unexpected(entries: list[dict]) -> Iterator[str]:
             yield line + (f" by a model of which holds: {model['fits']}" if model["fits"] else "")
 
 
-def is_failure(entry: dict) -> bool:
-    return entry["extra_info"]["status"].startswith("failed")
-
-
 def prepare(device: torch.device) -> None:
     """Has cuBLAS take its workspaces, of this thread and of autograd's, before a peak is read."""
     if device.type == "cuda":
         x = torch.ones(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
         (x @ x).sum().backward()
-
-
-def equal(case: Case, known: dict[str, dict]) -> dict | None:
-    """The entry of `case` as a copy of one in `known` that is equal but for its suite, if any."""
-    params = case.params()
-    for entry in known.values():
-        if entry["params"] == params and not is_failure(entry):
-            names = {"group": case.suite, "name": case.id, "fullname": case.fullname}
-            return entry | names | {"extra_info": entry["extra_info"] | {"copy_of": entry["name"]}}
-    return None
-
-
-def is_available(case: Case, device: torch.device) -> bool:
-    try:
-        METHODS[case.method].check(device, case.options)
-    except Unavailable:
-        return False
-    return True
-
-
-def run(
-    todo: list[Case],
-    record: Record,
-    setup: Setup,
-    deadline: float | None,
-    known: dict[str, dict],
-) -> None:
-    """Measures `todo` in order, and writes each; leaves out what would end after `deadline`.
-
-    A case equal to one in `known` but for its suite is a copy of that; what is measured joins them.
-    A case that fails is noted and the next one begun, unless the GPU is lost to this process. One
-    that does not return, because the process is killed, is noted too: the next run begins with the
-    others.
-    """
-    clock = Estimate(setup)
-    left_out = 0
-    with tqdm(todo, unit="case", disable=None if todo else True) as bar:
-        for case in bar:
-            bar.set_postfix_str(case.id)
-            if (copy := equal(case, known)) is not None:
-                record.add(copy)
-                continue
-            needed = clock.seconds(case) if is_available(case, setup.device) else 0.0
-            if deadline is not None and time.perf_counter() + needed > deadline:
-                left_out += 1
-                continue
-            start = time.perf_counter()
-            record.add(not_finished(case))
-            try:
-                entry = measure.measure(case, setup)
-            except Exception as error:
-                traceback.print_exc()
-                entry = failure(case, error)
-            record.add(entry)
-            known[case.fullname] = entry
-            seconds = time.perf_counter() - start
-            if entry["stats"] is not None:
-                clock.took(case, seconds)
-            tqdm.write(f"{case.id}: {in_short(entry)}, {seconds:.1f} s", file=sys.stdout)
-            if is_failure(entry):
-                timing.synchronize(setup.device)  # raises again what a kernel has broken for good
-    if left_out:
-        print(f"{left_out} cases did not fit into the budget; the same command goes on with them")
-
-
-def in_short(entry: dict) -> str:
-    extra = entry["extra_info"]
-    if entry["stats"] is None:
-        return extra["status"]
-    return f"{extra['ratio_to_floor']['median']:.3f} x floor"
-
-
-def failure(case: Case, error: Exception) -> dict:
-    first_line = (str(error).splitlines() or [""])[0]
-    return _failed(case, f"{type(error).__name__}: {first_line}")
-
-
-def not_finished(case: Case) -> dict:
-    """What the file says of a case while it is measured, and ever after if nothing follows."""
-    return _failed(case, "not finished")
-
-
-def _failed(case: Case, why: str) -> dict:
-    known = {"status": f"failed: {why}", "total_parameters": case.shape.parameters()}
-    return measure.entry(case, None, known)
 
 
 if __name__ == "__main__":

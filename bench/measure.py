@@ -60,6 +60,7 @@ def entry(case: Case, times: Times | None, extra: dict) -> dict:
     if times is not None:
         extra = extra | {
             "ratio_to_floor": timing.quartiles(times.ratios),
+            "floor_seconds": timing.quartiles(times.floor),
             "seconds": times.parts,
             "tokens_per_second": case.tokens / statistics.median(times.seconds),
             "paired": times.paired,

@@ -26,10 +26,12 @@ PARTS = ("forward", "backward", "optimizer")
 class Times:
     """Seconds of every timed step, its share of periodic work in them, and the parts of a step.
 
+    floor: seconds of every timed step of the floor.
     ratios: to the floor's step in the same round if paired, else to the floor's median.
     """
 
     seconds: list[float]
+    floor: list[float]
     ratios: list[float]
     parts: dict[str, float]  # medians; "periodic" is the share of one step
     paired: bool
@@ -46,14 +48,15 @@ def time_beside_floor(case: Case, budget: Budget, setup: Setup) -> Times:
         paired = False
     if paired:
         ratios = timing.paired_ratios(times.seconds, floor.seconds)
-        return Times(times.seconds, ratios, times.parts, paired)
+        return Times(times.seconds, floor.seconds, ratios, times.parts, paired)
     release(setup.device)  # not in the handler: its traceback keeps the two models alive
     # Right before, each time: the clocks of a device are not what they were some cases ago.
     (floor,) = time_rounds([case.floor()], budget, setup)
     release(setup.device)
     (times,) = time_rounds([case], budget, setup)
     reference = statistics.median(floor.seconds)
-    return Times(times.seconds, [s / reference for s in times.seconds], times.parts, paired)
+    ratios = [s / reference for s in times.seconds]
+    return Times(times.seconds, floor.seconds, ratios, times.parts, paired)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 class Shape:
     """Sizes of a decoder of the Llama family.
 
-    layers: those that are built; of_layers: those of the whole model, more than layers if cut.
+    layers: those that are built; of_layers: those of the whole model, more than layers if cut. So
+    with vocab and of_vocab, the rows of embedding and head.
     tied: the embedding is the weight of the head as well.
     """
 
@@ -35,16 +36,20 @@ class Shape:
     head_dim: int
     vocab: int
     of_layers: int
+    of_vocab: int
     tied: bool = False
 
-    def cut(self, layers: int) -> "Shape":
-        """The same model with its first `layers` layers only.
+    def cut(self, layers: int, vocab: int | None = None) -> "Shape":
+        """The same model with its first `layers` layers only, and with `vocab` tokens if given.
 
         Raises ValueError where it has not so many.
         """
         if not 1 <= layers <= self.of_layers:
             raise ValueError(f"layers must be from 1 to {self.of_layers}, got {layers}")
-        return replace(self, layers=layers)
+        vocab = self.of_vocab if vocab is None else vocab
+        if not 1 <= vocab <= self.of_vocab:
+            raise ValueError(f"vocab must be from 1 to {self.of_vocab}, got {vocab}")
+        return replace(self, layers=layers, vocab=vocab)
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(N, K), out_features and in_features, of the linears of one layer, in forward order."""
@@ -150,7 +155,7 @@ def _whole(
     tied: bool = False,
 ) -> Shape:
     widths = hidden, intermediate, layers, heads, kv_heads, head_dim, vocab
-    return Shape(name, model_type, *widths, of_layers=layers, tied=tied)
+    return Shape(name, model_type, *widths, of_layers=layers, of_vocab=vocab, tied=tied)
 
 
 # From the published configurations; "small" and "toy" are ours, for machines without a GPU.

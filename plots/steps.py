@@ -17,6 +17,8 @@ class Step:
     shape: str
     layers: int
     of_layers: int  # of the whole model
+    vocab: int
+    of_vocab: int  # of the whole model
     batch: int
     length: int
     dtype: str
@@ -56,14 +58,13 @@ class Step:
 
     @property
     def model_name(self) -> str:
-        """The shape and, where the model was cut, how many of its layers were run."""
-        cut = self.layers != self.of_layers
-        return f"{self.shape}, {self.layers} of {self.of_layers} layers" if cut else self.shape
+        """The shape and, where the model was cut, what of it was run."""
+        return ", ".join([self.shape, *_cuts([self])])
 
     @property
     def size(self) -> tuple:
         """The model and the batch."""
-        return self.shape, self.layers, self.tokens, self.length, self.batch, self.dtype
+        return self.shape, self.layers, self.vocab, self.tokens, self.length, self.batch, self.dtype
 
     @property
     def setting(self) -> tuple:
@@ -119,10 +120,7 @@ def byte_unit(steps: list[Step]) -> tuple[float, str]:
 
 def caption(document: dict, steps: list[Step], *notes: str) -> str:
     """What all the steps of a figure have in common, notes, and what they ran on."""
-    words = sorted({step.shape for step in steps})
-    if any(step.layers != step.of_layers for step in steps):
-        layers = "/".join(str(number) for number in sorted({step.layers for step in steps}))
-        words.append(f"{layers} of {steps[0].of_layers} layers")
+    words = [*sorted({step.shape for step in steps}), *_cuts(steps)]
     words += sorted({step.dtype for step in steps})
     options = {step.options for step in steps}
     if len(options) == 1:
@@ -133,13 +131,25 @@ def caption(document: dict, steps: list[Step], *notes: str) -> str:
     return f"{' '.join(sentences)}\n{style.machine(document)}."
 
 
+def _cuts(steps: list[Step]) -> list[str]:
+    """How much of their layers and of their vocabulary models of one shape have, where cut."""
+    cuts = []
+    for name, what in (("layers", "layers"), ("vocab", "tokens of the vocabulary")):
+        whole = getattr(steps[0], f"of_{name}")
+        numbers = sorted({getattr(step, name) for step in steps})
+        if numbers != [whole]:
+            cuts.append(f"{'/'.join(f'{n:,}' for n in numbers)} of {whole:,} {what}")
+    return cuts
+
+
 def _step(entry: dict) -> Step:
     params, extra = entry["params"], entry["extra_info"]
     status = extra["status"]
     if not status.startswith(tuple(MARKS)):
         raise ValueError(f"status of {entry['name']!r} must begin as {[*MARKS]}, got {status!r}")
     return Step(
-        **{name: params[name] for name in ("shape", "layers", "of_layers", "batch", "length")},
+        **{name: params[name] for name in ("shape", "layers", "of_layers", "vocab", "of_vocab")},
+        **{name: params[name] for name in ("batch", "length")},
         **{name: params[name] for name in ("dtype", "method", "share")},
         options=", ".join(_unusual(params["options"])),
         status=status,

@@ -15,7 +15,8 @@ SLOWNESS = dict(
 PARAMETERS = {"small": 25_000_000, "wide-1b": 1_100_048_384}
 PARAMETERS |= {"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320}
 LAYERS = {"small": 8, "wide-1b": 22, "llama-2-7b": 32, "llama-2-13b": 40}
-WIDE = {"shape": "wide-1b", "layers": 2}
+WIDE = {"shape": "wide-1b", "layers": 2, "vocab": 2880}
+VOCAB = 32_000
 PLAIN = {
     **{"checkpointing": False, "liger": False, "attention": "sdpa"},
     **{"compile": False, "full_depth": False},
@@ -39,6 +40,7 @@ def step(
     *,
     shape: str = "small",
     layers: int | None = None,
+    vocab: int = VOCAB,
     batch: int = 1,
     length: int = 128,
     dtype: str = "float32",
@@ -80,8 +82,9 @@ def step(
         "group": suite,
         "name": f"{suite}/{shape}:{layers}/{batch}x{length}/{method}/{share}/{options}",
         "params": {
-            **{"shape": shape, "layers": layers, "of_layers": depth, "batch": batch},
-            **{"length": length, "tokens": tokens, "dtype": dtype, "method": method},
+            **{"shape": shape, "layers": layers, "of_layers": depth},
+            **{"vocab": vocab, "of_vocab": VOCAB, "batch": batch, "length": length},
+            **{"tokens": tokens, "dtype": dtype, "method": method},
             **{"options": {**PLAIN, **options}, "share": share},
         },
         "stats": stats if ran else None,

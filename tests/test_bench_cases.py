@@ -37,6 +37,9 @@ def test_ids_say_what_a_case_is():
     case = Case("share", shape, 4, 512, "bfloat16", "lora", options, share=0.001)
     assert case.id == "share/llama-2-7b:2of32/4x512/bfloat16/lora+checkpointing+flash/0.10%"
     assert case.params()["tokens"] == 2048 and case.params()["of_layers"] == 32
+    case = replace(case, shape=shape.cut(2, vocab=1000), options=PLAIN, share=None)
+    assert case.id == "share/llama-2-7b:2of32,1000of32000/4x512/bfloat16/lora"
+    assert case.params()["vocab"] == 1000 and case.params()["of_vocab"] == 32000
 
 
 @pytest.mark.parametrize("device_type, suite", [("cpu", cases.cpu()), ("cuda", cases.gpu())])

@@ -20,7 +20,7 @@ from s2kernels import fast_ops
 
 # Widths that divide nothing, grouped heads whose widths do not add up to the hidden size, qwen's
 # norms of heads and biases, an embedding that is the head too.
-GROUPED = Shape("grouped", "llama", 48, 104, 2, 6, 2, 16, 97, 2)
+GROUPED = Shape("grouped", "llama", 48, 104, 2, 6, 2, 16, 97, 2, 97)
 SHAPES = [
     GROUPED,
     replace(GROUPED, name="qwen3", model_type="qwen3", kv_heads=3, tied=True),

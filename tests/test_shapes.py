@@ -93,10 +93,20 @@ def test_a_cut_model_is_the_same_with_fewer_layers():
     assert (cut.name, cut.layers, cut.of_layers) == (whole.name, 3, 32)
     removed = 29 * whole.layer_parameters()
     assert cut.parameters() == whole.parameters() - removed
-    assert cut.cut(5).layers == 5  # a cut goes by the whole model
+    fewer = whole.cut(3, vocab=1000)
+    assert (fewer.vocab, fewer.of_vocab) == (1000, 32000) == (1000, cut.vocab)
+    assert fewer.parameters() == cut.parameters() - 2 * 31000 * whole.hidden
+    again = fewer.cut(5)  # a cut goes by the whole model
+    assert (again.layers, again.vocab) == (5, 32000)
 
 
 @pytest.mark.parametrize("layers", [0, 33])
 def test_a_cut_needs_layers_that_are_there(layers):
     with pytest.raises(ValueError, match=f"layers must be from 1 to 32, got {layers}"):
         TABLE["llama-2-7b"].cut(layers)
+
+
+@pytest.mark.parametrize("vocab", [0, 32001])
+def test_a_cut_needs_tokens_that_are_there(vocab):
+    with pytest.raises(ValueError, match=f"vocab must be from 1 to 32000, got {vocab}"):
+        TABLE["llama-2-7b"].cut(2, vocab=vocab)

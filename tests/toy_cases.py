@@ -15,11 +15,10 @@ def toy_case(method: str, **other) -> Case:
     )
 
 
-def fake_entry(case: Case, ratio: float = 1.2, **extra) -> dict:
+def fake_entry(case: Case, ratio: float = 1.2, floor: float = 0.1, **extra) -> dict:
     data = [ratio * 0.99, ratio, ratio * 1.01]
-    times = rounds.Times(
-        [0.1, 0.11, 0.12], data, dict.fromkeys((*rounds.PARTS, "periodic"), 0.1), True
-    )
+    parts = dict.fromkeys((*rounds.PARTS, "periodic"), 0.1)
+    times = rounds.Times([0.1, 0.11, 0.12], [floor] * 3, data, parts, True)
     sizes = dict.fromkeys(("weights", "gradients", "optimizer", "temporaries", "unseen"), 0)
     sizes |= {"saved": 1000, "peak": 10_000, "first_step_peak": 9_000}
     known = {"status": "measured", "trained_parameters": 7, "bytes": sizes, "ops": 9, "model": None}
