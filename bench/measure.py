@@ -55,6 +55,18 @@ def measure(case: Case, setup: Setup) -> dict:
     return entry(case, times, extra)
 
 
+def time_again(before: dict, case: Case, setup: Setup, limit: float) -> dict:
+    """The entry of `case` with new times, and what was counted in the one `before`.
+
+    Raises Disturbed where the floor takes longer than `limit` seconds, and whatever goes wrong.
+    """
+    release(setup.device)
+    if case.options.compile:
+        torch.compiler.reset()
+    budget = comparable(case.shape.config(case.length), share=case.share)
+    return entry(case, time_beside_floor(case, budget, setup, limit), before["extra_info"])
+
+
 def entry(case: Case, times: Times | None, extra: dict) -> dict:
     """The entry of `case` in pytest-benchmark's JSON; `extra` is its extra_info, without times."""
     if times is not None:

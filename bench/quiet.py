@@ -9,29 +9,27 @@ at the ratio.
 
 from collections.abc import Iterable
 
-SLOWER = 0.04  # than the fastest floor of the same model and size
+SLOWER = 0.06  # than the fastest floor of the same model and size
 
 
-def disturbed(entries: Iterable[dict]) -> list[dict]:
+def disturbed(entries: Iterable[dict]) -> list[tuple[dict, float]]:
     """Measured entries whose floor was slower than others of its size by SLOWER, worst first.
 
-    Copies are left out.
+    With each the seconds that its floor may take at the most. Copies are left out.
     """
     entries = [
         entry
         for entry in entries
         if entry["stats"] is not None and "copy_of" not in entry["extra_info"]
     ]
-    fastest: dict[tuple, float] = {}
+    allowed: dict[tuple, float] = {}
     for entry in entries:
-        size = floor_of(entry)
-        fastest[size] = min(seconds(entry), fastest.get(size, seconds(entry)))
-
-    def slowness(entry: dict) -> float:
-        return seconds(entry) / fastest[floor_of(entry)]
-
-    slow = [entry for entry in entries if slowness(entry) > 1 + SLOWER]
-    return sorted(slow, key=slowness, reverse=True)
+        size, limit = floor_of(entry), seconds(entry) * (1 + SLOWER)
+        allowed[size] = min(limit, allowed.get(size, limit))
+    slow = [
+        (entry, limit) for entry in entries if seconds(entry) > (limit := allowed[floor_of(entry)])
+    ]
+    return sorted(slow, key=lambda pair: seconds(pair[0]) / pair[1], reverse=True)
 
 
 def seconds(entry: dict) -> float:

@@ -3,6 +3,7 @@
 Tokens are random, a new batch every timed step.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,11 @@ WARM_UP = 2  # steps before the clock: compilation, first allocations, the optim
 TIMING_LR = 1e-6  # with which the model stays what it is however many rounds there are
 PERIODIC_STEPS, PERIODIC_SECONDS = 3, 5.0  # of periodic work: so many, but none after so long
 PARTS = ("forward", "backward", "optimizer")
+PROBED = 5  # rounds after which a slow floor is believed
+
+
+class Disturbed(RuntimeError):
+    """The machine is slower than it was."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,13 @@ class Times:
     paired: bool
 
 
-def time_beside_floor(case: Case, budget: Budget, setup: Setup) -> Times:
-    """Times of `case` in rounds with a floor of its own, or alone where two models do not fit."""
+def time_beside_floor(case: Case, budget: Budget, setup: Setup, limit: float = math.inf) -> Times:
+    """Times of `case` in rounds with a floor of its own, or alone where two models do not fit.
+
+    Raises Disturbed, and soon, where the floor takes longer than `limit` seconds.
+    """
     try:
-        times, floor = time_rounds([case, case.floor()], budget, setup)
+        times, floor = time_rounds([case, case.floor()], budget, setup, limit)
         paired = True
     except Exception as error:
         if not out_of_memory(error):
@@ -51,7 +60,7 @@ def time_beside_floor(case: Case, budget: Budget, setup: Setup) -> Times:
         return Times(times.seconds, floor.seconds, ratios, times.parts, paired)
     release(setup.device)  # not in the handler: its traceback keeps the two models alive
     # Right before, each time: the clocks of a device are not what they were some cases ago.
-    (floor,) = time_rounds([case.floor()], budget, setup)
+    (floor,) = time_rounds([case.floor()], budget, setup, limit)
     release(setup.device)
     (times,) = time_rounds([case], budget, setup)
     reference = statistics.median(floor.seconds)
@@ -65,11 +74,15 @@ class _Run:
     parts: dict[str, float]
 
 
-def time_rounds(cases: list[Case], budget: Budget, setup: Setup) -> list[_Run]:
+def time_rounds(
+    cases: list[Case], budget: Budget, setup: Setup, limit: float = math.inf
+) -> list[_Run]:
     """Fresh models of `cases` take a step each a round, on one batch, until setup.precision.
 
     What decides is the ratio of the first to the last, or the seconds of one alone. Steps with
     periodic work are made and not timed: `periodic_share` has it.
+
+    Raises Disturbed where the median of PROBED steps of the last is above `limit` seconds.
     """
     device = setup.device
     methods = [build(case, budget, device, TIMING_LR) for case in cases]
@@ -93,6 +106,8 @@ def time_rounds(cases: list[Case], budget: Budget, setup: Setup) -> list[_Run]:
             laps[place].append(step_laps(methods[place], batch, device))
         first, last = sum(laps[0][-1]), sum(laps[-1][-1])
         decisive.append(first / last if len(methods) > 1 else first)
+        if len(decisive) == PROBED and statistics.median(map(sum, laps[-1])) > limit:
+            raise Disturbed(f"a step of the floor takes longer than {limit:.3g} s")
     if not bool(torch.isfinite(methods[0].loss(batch))):
         raise WrongMethod(f"the loss of {methods[0].name} is not finite after its timed steps")
     return [

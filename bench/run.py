@@ -16,8 +16,10 @@ from bench.estimate import Estimate
 from bench.fresh import Setup
 from bench.methods import METHODS, Unavailable
 from bench.record import Record
+from bench.rounds import Disturbed
 
-REPEATS = 3  # of a case that the machine was slow for
+REPEATS = 4  # of a case that the machine was slow for
+PAUSE = 5.0  # seconds, after which it may be faster
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Run:
             print(f"{left_out} cases did not fit into the budget; the same command goes on there")
 
     def repeat_disturbed(self, cases: Iterable[Case]) -> None:
-        """Measures again those of `cases` that the machine was slow for, worst first.
+        """Times again those of `cases` that the machine was slow for, worst first.
 
         Each at most REPEATS times, as long as the budget lasts. What is measured beside a faster
         floor takes the place of what there was, whatever its ratio.
@@ -72,26 +74,34 @@ class Run:
         by_name = {case.fullname: case for case in cases}
         tried: Counter[str] = Counter()
 
-        def due() -> list[dict]:
+        def due() -> list[tuple[dict, float]]:
             entries = [self.record.entries[n] for n in by_name if n in self.record.entries]
             return [
-                entry
-                for entry in quiet.disturbed(entries)
+                (entry, limit)
+                for entry, limit in quiet.disturbed(entries)
                 if tried[entry["fullname"]] < REPEATS and self._fits(by_name[entry["fullname"]])
             ]
 
         while again := due():
-            before = again[0]
-            name = before["fullname"]
-            tried[name] += 1
-            tqdm.write(f"beside a slow floor, {len(again)} cases in all; again:", file=sys.stdout)
-            entry = self._measure(by_name[name])
-            if entry["stats"] is not None and quiet.seconds(entry) < quiet.seconds(before):
+            before, limit = again[0]
+            tried[before["fullname"]] += 1
+            said = f"{len(again)} beside a slow floor; again {before['name']}: {in_short(before)}"
+            try:
+                entry = measure.time_again(before, by_name[before["fullname"]], self.setup, limit)
+            except Disturbed:
+                tqdm.write(f"{said}, still slow", file=sys.stdout)
+                time.sleep(PAUSE)
+                continue
+            except Exception:  # what there was is kept
+                traceback.print_exc()
+                timing.synchronize(self.setup.device)
+                continue
+            tqdm.write(f"{said}, now {in_short(entry)}", file=sys.stdout)
+            if quiet.seconds(entry) < quiet.seconds(before):
                 self.record.add(entry)
                 for other in list(self.record.entries.values()):
                     if other["extra_info"].get("copy_of") == before["name"]:
                         self.record.add(copy_for(other, entry))
-            timing.synchronize(self.setup.device)
 
     def _fits(self, case: Case) -> bool:
         """Whether it would end in time; what is unavailable takes none."""

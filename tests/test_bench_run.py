@@ -7,27 +7,30 @@ import pytest
 import torch
 from toy_cases import CEILINGS, fake_entry, toy_case
 
-from bench import estimate, fresh, measure, quiet, timing
+from bench import estimate, fresh, measure, quiet, rounds, timing
 from bench.cases import CHECKPOINTING, FULL_DEPTH
 from bench.record import Record
 from bench.run import REPEATS, Run
 
-LORA, FULL, DORA = (toy_case(name) for name in ("lora", "full", "dora"))
+LORA, FULL, DORA, SHIRA = (toy_case(name) for name in ("lora", "full", "dora", "shira"))
+EIGHT = timing.Precision(min_rounds=8, max_rounds=8)
+SETUP = fresh.Setup(torch.device("cpu"), EIGHT, CEILINGS)
 
 
-def names(entries: list[dict]) -> list[str]:
-    return [entry["params"]["method"] for entry in entries]
+def slow(*entries: dict) -> list[str]:
+    return [entry["params"]["method"] for entry, _ in quiet.disturbed(entries)]
 
 
-def test_the_floor_tells_whose_machine_was_slow():
-    entries = [fake_entry(LORA, floor=0.100), fake_entry(FULL, floor=0.103)]
-    assert quiet.disturbed(entries) == []
-    entries += [fake_entry(DORA, floor=0.11), fake_entry(toy_case("shira"), floor=0.2)]
-    assert names(quiet.disturbed(entries)) == ["shira", "dora"]
-    assert names(quiet.disturbed(entries[2:])) == ["shira"]  # the others lie in the same file only
+def test_the_floor_tells_when_the_machine_was_slow():
+    entries = [fake_entry(LORA, floor=0.100), fake_entry(FULL, floor=0.105)]
+    assert slow(*entries) == []
+    entries += [fake_entry(DORA, floor=0.12), fake_entry(SHIRA, floor=0.2)]
+    assert slow(*entries) == ["shira", "dora"]
+    assert [limit for _, limit in quiet.disturbed(entries)] == [pytest.approx(0.106)] * 2
+    assert slow(*entries[2:]) == ["shira"]  # nothing tells of a faster one
     # The ratio has no part in it.
-    entries[-1] = fake_entry(toy_case("shira"), ratio=9.0, floor=0.1)
-    assert names(quiet.disturbed(entries)) == ["dora"]
+    entries[-1] = fake_entry(SHIRA, ratio=9.0, floor=0.1)
+    assert slow(*entries) == ["dora"]
 
 
 @pytest.mark.parametrize(
@@ -43,46 +46,67 @@ def test_the_floor_tells_whose_machine_was_slow():
     ids=lambda other: next(iter(other)),
 )
 def test_floors_of_other_sizes_say_nothing(other):
-    slower = fake_entry(replace(FULL, **other), floor=0.5)
-    assert quiet.disturbed([fake_entry(LORA), slower]) == []
+    assert slow(fake_entry(LORA), fake_entry(replace(FULL, **other), floor=0.5)) == []
 
 
 @pytest.mark.parametrize("other", [{"options": FULL_DEPTH}, {"share": 0.1}, {"suite": "share"}])
 def test_the_floor_does_not_depend_on_what_is_trained(other):
-    slower = fake_entry(replace(FULL, **other), floor=0.5)
-    assert names(quiet.disturbed([fake_entry(LORA), slower])) == ["full"]
+    assert slow(fake_entry(LORA), fake_entry(replace(FULL, **other), floor=0.5)) == ["full"]
 
 
 def test_what_was_not_measured_and_copies_are_left_out():
     missing = measure.entry(FULL, None, {"status": "out of memory"})
     copy = fake_entry(DORA, floor=0.5, copy_of="another")
-    assert quiet.disturbed([fake_entry(LORA), missing, copy]) == []
+    assert slow(fake_entry(LORA), missing, copy) == []
+
+
+@pytest.mark.parametrize("limit, enough", [(1e-9, False), (1e9, True)])
+def test_a_slow_floor_is_found_out_soon(monkeypatch, limit, enough):
+    timed, real = [], rounds.step_laps
+
+    def step_laps(method, batch, device):
+        timed.append(method.name)
+        return real(method, batch, device)
+
+    monkeypatch.setattr(rounds, "step_laps", step_laps)
+    before = fake_entry(LORA, ratio=9.0, floor=0.5)
+    if enough:
+        entry = measure.time_again(before, LORA, SETUP, limit)
+        assert entry["extra_info"]["ratio_to_floor"]["median"] < 9.0
+        assert quiet.seconds(entry) < 0.5 and entry["stats"]["rounds"] == 8
+        assert entry["extra_info"]["bytes"] == before["extra_info"]["bytes"]
+    else:
+        with pytest.raises(rounds.Disturbed):
+            measure.time_again(before, LORA, SETUP, limit)
+    counted = 8 if enough else rounds.PROBED
+    assert timed.count("frozen") == timed.count("lora") == rounds.WARM_UP + counted
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Run:
     """With three entries of which that of `full`, and its copy, had a slow floor."""
+    monkeypatch.setattr("bench.run.PAUSE", 0.0)
     monkeypatch.setattr(estimate.Estimate, "seconds", lambda self, case: 100.0)
     record = Record(tmp_path / "steps.json", torch.device("cpu"), {})
-    setup = fresh.Setup(torch.device("cpu"), timing.Precision(), CEILINGS)
     record.add(fake_entry(LORA, floor=0.1))
     record.add(fake_entry(FULL, ratio=1.5, floor=0.2))
     record.add(fake_entry(replace(FULL, suite="tokens"), floor=0.2, copy_of=FULL.id))
-    return Run(record, setup, None, {})
+    return Run(record, SETUP, None, {})
 
 
 def measures(monkeypatch, *found: dict | Exception) -> list[str]:
-    """What measuring returns in turn, the last for ever; the ids of what was measured."""
+    """What timing again returns in turn, the last for ever; the ids of what was timed."""
     results, done = list(found), []
 
-    def measured(case, setup):
+    def time_again(before, case, setup, limit):
+        assert (before["name"], limit) == (case.id, pytest.approx(0.106))
         done.append(case.id)
         result = results.pop(0) if len(results) > 1 else results[0]
         if isinstance(result, Exception):
             raise result
         return result
 
-    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(measure, "time_again", time_again)
     return done
 
 
@@ -104,7 +128,8 @@ def test_a_case_that_the_machine_was_slow_for_is_measured_again(run, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "result", [fake_entry(FULL, ratio=1.0, floor=0.3), ZeroDivisionError("of this case")]
+    "result",
+    [fake_entry(FULL, floor=0.3), rounds.Disturbed("slow"), ZeroDivisionError("of this case")],
 )
 def test_what_is_no_better_is_not_kept(run, monkeypatch, result):
     done = measures(monkeypatch, result)
