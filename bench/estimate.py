@@ -38,7 +38,7 @@ class Estimate:
         floor = 4 * products * case.tokens * passes / rate
         step = floor * (1.5 if case.method in DENSE_GRADIENTS else 1.0)
         precision = self.setup.precision
-        timed = self.quiet * precision.seconds / (step + floor)
+        timed = max(self.quiet * precision.seconds, precision.min_seconds) / (step + floor)
         timed = min(max(timed, precision.min_rounds), precision.max_rounds)
         seconds = self.fixed + self.steps_counted * step
         seconds += (timed + rounds.WARM_UP) * (step + floor)

@@ -74,11 +74,12 @@ class Precision:
     error: float = 0.005  # standard error of the median, as a share of it
     min_rounds: int = 7
     max_rounds: int = 40
+    min_seconds: float = 0.0  # steps of a moment agree, and those of the next are others
     seconds: float = 12.0  # after which min_rounds are enough
 
     def reached(self, data: Sequence[float], seconds: float) -> bool:
         """Whether `data`, one value a round, which took `seconds` in all, are enough."""
-        if len(data) < max(2, self.min_rounds):
+        if len(data) < max(2, self.min_rounds) or seconds < self.min_seconds:
             return False
         known = standard_error(data) <= self.error
         return known or len(data) >= self.max_rounds or seconds >= self.seconds

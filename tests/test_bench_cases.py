@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,6 +83,19 @@ def test_standard_error_falls_with_the_rounds():
 def test_precision_reached(data, seconds, reached):
     precision = timing.Precision(error=0.01, min_rounds=5, max_rounds=10, seconds=10.0)
     assert precision.reached(data, seconds) is reached
+
+
+def test_a_short_step_is_measured_for_some_time():
+    precision = timing.Precision(min_rounds=5, min_seconds=3.0)
+    assert not precision.reached([1.0] * 50, 2.9)
+    assert precision.reached([1.0] * 5, 3.0)
+
+
+def test_minutes_lie_between_cases_of_one_size_on_a_cpu():
+    """So that the floors of a size are those of several moods of the machine: see bench.quiet."""
+    ids = [case.id for case in cases.cpu()]
+    cut = [number for number, id_ in enumerate(ids) if "small:1of8" in id_]
+    assert len(cut) == 4 and all(later - one > 5 for one, later in pairwise(cut))
 
 
 def test_ceilings_are_rates(monkeypatch):
