@@ -122,7 +122,7 @@ def cpu() -> list[Case]:
 
     A cut flatters a method that stops at its first trained layer, hence those at equal depth, too.
     With the whole vocabulary the head would be 43 % of the products of a cut, where it is 6 % of
-    the model's: two layers of 22 have 2/22 of it, in whole tiles.
+    the model's: two layers of 22 have 2/22 of it, in whole 64s.
     """
     wide, small = TABLE["tinyllama-1.1b"].cut(2, vocab=2880), TABLE["small"]
     dtype, size = "float32", [(1, 128)]
@@ -140,7 +140,7 @@ def cpu() -> list[Case]:
         *grid("density", small.cut(2), [(1, 16)], dtype, (FLOOR, "full")),
         *grid("density", small.cut(2), [(1, 16)], dtype, ("spiel",), shares=DENSITIES),
     ]
-    # Method by method, so that minutes lie between cases of one size: see bench.quiet.
+    # Method by method, so that other cases lie between those of one size: see bench.quiet.
     in_small.sort(key=lambda case: (*CORE, *METHODS).index(case.method))
     return [
         *grid("figure5", wide, size, dtype, CORE),

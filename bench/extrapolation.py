@@ -42,7 +42,7 @@ def _series(entries: list[dict]) -> dict[tuple, dict[int, dict]]:
     for entry in entries:
         if entry["stats"] is not None:
             params = entry["params"]
-            names = ("shape", "batch", "length", "dtype", "method", "share")
+            names = ("shape", "vocab", "batch", "length", "dtype", "method", "share")
             options = tuple(params["options"].values())
             key = (entry["group"], *(params[name] for name in names), options)
             series.setdefault(key, {})[params["layers"]] = entry

@@ -6,8 +6,8 @@ Writes bench/results/<device>/steps.json after every case, and goes on where it 
 that the file has already, from the same machine and versions, is not measured again. Nor is one
 that is equal to such a case but for its suite: its entry is a copy. Cases come in the order of
 their value; one that would not fit into what is left of --budget-s is left for the next run. At the
-end cases that were measured while the machine was slow are timed again, as far as the budget goes,
-and so they are when the same command is given again. Prints a table at the end.
+end cases that were measured while the machine was slow are timed again, at most four times each and
+as far as the budget goes; the same command without --again goes on with them. Prints a table.
 
 Exits with 1 if a case failed. Too little memory and a missing package are results, not failures.
 """
@@ -36,7 +36,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "short": cases.short,
 }
 PRECISION = {
-    "cpu": timing.Precision(0.009, min_rounds=20, max_rounds=1000, min_seconds=6.0, seconds=10.0),
+    "cpu": timing.Precision(0.009, 20, max_rounds=1000, min_seconds=6.0, seconds=10.0),
     "gpu": timing.Precision(min_rounds=10, seconds=5.0),
     "toy": timing.Precision(error=1.0, min_rounds=2, max_rounds=2),
     "short": timing.Precision(error=0.003, min_rounds=10, seconds=15.0),
@@ -60,10 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     machine = {"allocator": allocator} if allocator else {}
     machine |= {"ceilings": ceilings.measure(device), "clocks": report.gpu_clocks(device)}
     record = Record(args.results / report.device_name(device) / FILE, device, machine)
-    known = {} if args.again else record.entries
     if args.again:
-        for case in chosen:
-            record.entries.pop(case.fullname, None)
+        record.forget(case.fullname for case in chosen)
+    known = {} if args.again else record.entries
     setup = Setup(device, PRECISION[args.suite], record.machine["ceilings"])
     deadline = None if args.budget_s is None else began + args.budget_s
     gc.collect()
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(record, setup, deadline, known)
     with host.within_free_memory(device):
         run.measure(missing(chosen, record))
-        if args.suite != "toy":  # whose steps are too short for a machine's moods to tell
+        if args.suite in ("cpu", "gpu"):
             run.repeat_disturbed(chosen)
 
     entries = [record.entries[case.fullname] for case in chosen if case.fullname in record.entries]

@@ -61,18 +61,22 @@ def time_again(before: dict, case: Case, setup: Setup, limit: float) -> dict:
     Raises Disturbed where the floor takes longer than `limit` seconds, and whatever goes wrong.
     """
     release(setup.device)
-    if case.options.compile:
-        torch.compiler.reset()
     budget = comparable(case.shape.config(case.length), share=case.share)
-    return entry(case, time_beside_floor(case, budget, setup, limit), before["extra_info"])
+    times = time_beside_floor(case, budget, setup, limit)
+    release(setup.device)
+    return entry(case, times, before["extra_info"])
 
 
 def entry(case: Case, times: Times | None, extra: dict) -> dict:
-    """The entry of `case` in pytest-benchmark's JSON; `extra` is its extra_info, without times."""
+    """The entry of `case` in pytest-benchmark's JSON; `extra` is its extra_info, without times.
+
+    repeats: how often the case was timed again, as the machine had been slow; see `bench.quiet`.
+    """
     if times is not None:
         extra = extra | {
             "ratio_to_floor": timing.quartiles(times.ratios),
             "floor_seconds": timing.quartiles(times.floor),
+            "repeats": extra.get("repeats", 0),
             "seconds": times.parts,
             "tokens_per_second": case.tokens / statistics.median(times.seconds),
             "paired": times.paired,

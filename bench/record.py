@@ -1,6 +1,7 @@
 """A results file that grows case by case and survives being stopped at any moment."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,24 +12,34 @@ from bench import report
 class Record:
     """The entries of one file, by their fullname; the file is written after every one.
 
-    Entries of another machine, or of other versions of what they were measured with, must not stand
-    beside new ones: such a file is begun anew. Of the same machine, what the file says beyond
-    `report.machine_info` (ceilings, clocks) stays: it is what its entries were measured beside.
+    Entries of another machine, or of other versions of what they were measured with or of this
+    format, must not stand beside new ones: such a file is begun anew. Of the same machine, what the
+    file says beyond `report.machine_info` (ceilings, clocks) stays as long as any of its entries
+    does: it is what they were measured beside.
     """
 
     def __init__(self, path: Path, device: torch.device, machine: dict):
         self.path, self.device = path, device
-        self.machine = report.machine_info(device) | machine
+        self.machine = self._found = report.machine_info(device) | machine
         self.entries: dict[str, dict] = {}
         if not path.is_file():
             return
         document = json.loads(path.read_text())
-        if report.same_machine(document["machine_info"], self.machine):
+        same_format = document["version"] == report.VERSION
+        if same_format and report.same_machine(document["machine_info"], self.machine):
             self.entries = {entry["fullname"]: entry for entry in document["benchmarks"]}
             before = document["machine_info"]
-            self.machine |= {name: before[name] for name in machine if before.get(name) is not None}
+            kept = {name: before[name] for name in machine if before.get(name) is not None}
+            self.machine = self.machine | kept
         else:
             print(f"{path} is of another machine or of other versions: begun anew")
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Leaves out the entries of these fullnames from the next time that the file is written."""
+        for name in names:
+            self.entries.pop(name, None)
+        if not self.entries:
+            self.machine = self._found
 
     def add(self, entry: dict) -> None:
         self.entries[entry["fullname"]] = entry

@@ -17,7 +17,7 @@ from s2kernels.files import replacing
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 FIGURES = ROOT / "plots" / "figures"
-VERSION = "1"
+VERSION = "2"  # of the format of the files
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
 

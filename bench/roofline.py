@@ -183,9 +183,10 @@ def _galore_bytes(weight: Value, budget: Budget) -> tuple[int, int]:
     """
     few, many = min(weight.shape), max(weight.shape)
     rank = min(budget.galore_rank, few)
-    held = few if weight.itemsize == 4 else rank
+    vectors = few if weight.itemsize == 4 else rank
     low = rank * many
-    return (2 * low + held * few) * weight.itemsize, (3 * low + 2 * few * many) * weight.itemsize
+    held, taken = 2 * low + vectors * few, 3 * low + 2 * few * many
+    return held * weight.itemsize, taken * weight.itemsize
 
 
 def _seconds(kernel: Kernel, names: dict[int, str], ceilings: dict) -> float:

@@ -19,9 +19,10 @@ from bench.methods import Budget, Method
 
 WARM_UP = 2  # steps before the clock: compilation, first allocations, the optimizer's state
 TIMING_LR = 1e-6  # with which the model stays what it is however many rounds there are
-PERIODIC_STEPS, PERIODIC_SECONDS = 3, 5.0  # of periodic work: so many, but none after so long
+PERIODIC_STEPS, PERIODIC_SECONDS = 15, 5.0  # of periodic work: so many, but none after so long
 PARTS = ("forward", "backward", "optimizer")
-PROBED = 5  # rounds after which a slow floor is believed
+# Rounds, and seconds at the least, after which a slow floor is believed.
+PROBED, PROBED_SECONDS = 5, 0.5
 
 
 class Disturbed(RuntimeError):
@@ -82,7 +83,7 @@ def time_rounds(
     What decides is the ratio of the first to the last, or the seconds of one alone. Steps with
     periodic work are made and not timed: `periodic_share` has it.
 
-    Raises Disturbed where the median of PROBED steps of the last is above `limit` seconds.
+    Raises Disturbed where the median step of the last is above `limit` seconds at the first look.
     """
     device = setup.device
     methods = [build(case, budget, device, TIMING_LR) for case in cases]
@@ -106,8 +107,14 @@ def time_rounds(
             laps[place].append(step_laps(methods[place], batch, device))
         first, last = sum(laps[0][-1]), sum(laps[-1][-1])
         decisive.append(first / last if len(methods) > 1 else first)
-        if len(decisive) == PROBED and statistics.median(map(sum, laps[-1])) > limit:
-            raise Disturbed(f"a step of the floor takes longer than {limit:.3g} s")
+        if (
+            limit < math.inf
+            and len(decisive) >= PROBED
+            and time.perf_counter() - began >= PROBED_SECONDS
+        ):
+            if statistics.median(map(sum, laps[-1])) > limit:
+                raise Disturbed(f"a step of the floor takes longer than {limit:.3g} s")
+            limit = math.inf
     if not bool(torch.isfinite(methods[0].loss(batch))):
         raise WrongMethod(f"the loss of {methods[0].name} is not finite after its timed steps")
     return [

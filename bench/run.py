@@ -18,7 +18,7 @@ from bench.methods import METHODS, Unavailable
 from bench.record import Record
 from bench.rounds import Disturbed
 
-REPEATS = 4  # of a case that the machine was slow for
+REPEATS = 4  # of a case that the machine was slow for, in one run
 PAUSE = 5.0  # seconds, after which it may be faster
 
 
@@ -66,42 +66,54 @@ class Run:
             print(f"{left_out} cases did not fit into the budget; the same command goes on there")
 
     def repeat_disturbed(self, cases: Iterable[Case]) -> None:
-        """Times again those of `cases` that the machine was slow for, worst first.
+        """Times again those of `cases` that the machine was slow for, in turn, worst first.
 
-        Each at most REPEATS times, as long as the budget lasts. What is measured beside a faster
-        floor takes the place of what there was, whatever its ratio.
+        Each at most REPEATS times, as long as the budget lasts; says how many are left. What is
+        measured beside a faster floor takes the place of what there was, whatever its ratio.
         """
         by_name = {case.fullname: case for case in cases}
         tried: Counter[str] = Counter()
 
+        def slow() -> list[tuple[dict, float]]:
+            found = quiet.disturbed(self.record.entries.values())
+            return [(entry, limit) for entry, limit in found if entry["fullname"] in by_name]
+
         def due() -> list[tuple[dict, float]]:
-            entries = [self.record.entries[n] for n in by_name if n in self.record.entries]
-            return [
-                (entry, limit)
-                for entry, limit in quiet.disturbed(entries)
-                if tried[entry["fullname"]] < REPEATS and self._fits(by_name[entry["fullname"]])
-            ]
+            names = {name for name, case in by_name.items() if self._fits(case)}
+            names -= {name for name, times in tried.items() if times == REPEATS}
+            return [(entry, limit) for entry, limit in slow() if entry["fullname"] in names]
 
         while again := due():
-            before, limit = again[0]
-            tried[before["fullname"]] += 1
-            said = f"{len(again)} beside a slow floor; again {before['name']}: {in_short(before)}"
-            try:
-                entry = measure.time_again(before, by_name[before["fullname"]], self.setup, limit)
-            except Disturbed:
-                tqdm.write(f"{said}, still slow", file=sys.stdout)
-                time.sleep(PAUSE)
-                continue
-            except Exception:  # what there was is kept
-                traceback.print_exc()
-                timing.synchronize(self.setup.device)
-                continue
-            tqdm.write(f"{said}, now {in_short(entry)}", file=sys.stdout)
-            if quiet.seconds(entry) < quiet.seconds(before):
-                self.record.add(entry)
-                for other in list(self.record.entries.values()):
-                    if other["extra_info"].get("copy_of") == before["name"]:
-                        self.record.add(copy_for(other, entry))
+            # first what was tried least, in earlier runs too: one may have ended the process
+            before, limit = min(again, key=lambda pair: pair[0]["extra_info"]["repeats"])
+            name, extra = before["fullname"], before["extra_info"]
+            tried[name] += 1
+            before = before | {"extra_info": extra | {"repeats": extra["repeats"] + 1}}
+            self.record.add(before)
+            result = self._time_again(by_name[name], before, limit)
+            told = f"{len(again)} beside a slow floor; {before['name']}: {in_short(before)}, again"
+            tqdm.write(f"{told} {result}", file=sys.stdout)
+        if left := len(slow()):
+            print(f"{left} cases were timed beside a slow floor; without --again they are so again")
+
+    def _time_again(self, case: Case, before: dict, limit: float) -> str:
+        """What came of it, in words."""
+        try:
+            entry = measure.time_again(before, case, self.setup, limit)
+        except Disturbed:
+            time.sleep(PAUSE)
+            return "slow"
+        except Exception as error:
+            traceback.print_exc()
+            timing.synchronize(self.setup.device)  # raises again what broke the GPU
+            return f"failed: {type(error).__name__}"
+        if not entry["extra_info"]["paired"] or quiet.seconds(entry) > quiet.seconds(before):
+            return f"{in_short(entry)}, not taken"
+        self.record.add(entry)
+        for other in list(self.record.entries.values()):
+            if other["extra_info"].get("copy_of") == before["name"]:
+                self.record.add(copy_for(other, entry))
+        return in_short(entry)
 
     def _fits(self, case: Case) -> bool:
         """Whether it would end in time; what is unavailable takes none."""

@@ -40,7 +40,7 @@ class Shape:
     tied: bool = False
 
     def cut(self, layers: int, vocab: int | None = None) -> "Shape":
-        """The same model with its first `layers` layers only, and with `vocab` tokens if given.
+        """The whole model with its first `layers` layers only, and with `vocab` tokens if given.
 
         Raises ValueError where it has not so many.
         """

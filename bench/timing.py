@@ -79,10 +79,12 @@ class Precision:
 
     def reached(self, data: Sequence[float], seconds: float) -> bool:
         """Whether `data`, one value a round, which took `seconds` in all, are enough."""
-        if len(data) < max(2, self.min_rounds) or seconds < self.min_seconds:
+        if len(data) < max(2, self.min_rounds):
             return False
+        if len(data) >= self.max_rounds:
+            return True
         known = standard_error(data) <= self.error
-        return known or len(data) >= self.max_rounds or seconds >= self.seconds
+        return seconds >= self.min_seconds and (known or seconds >= self.seconds)
 
 
 def standard_error(data: Sequence[float]) -> float:

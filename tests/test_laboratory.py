@@ -134,6 +134,7 @@ def test_periodic_work_is_a_share_of_every_step(monkeypatch):
             self.due = False
 
     monkeypatch.setitem(METHODS, "lora", Pauses)
+    monkeypatch.setattr(rounds, "PERIODIC_STEPS", 3)
     (run,) = rounds.time_rounds([toy_case("lora")], budget(toy_case("lora")), setup())
     assert 0.09 < run.parts["periodic"] < 0.2
     assert min(run.seconds) > run.parts["periodic"]
