@@ -171,11 +171,12 @@ def moves_of(before: dict, after: dict, same_versions: bool) -> Iterator[Move]:
     if "measured" not in (old["status"], new["status"]) or old["status"] != new["status"]:
         return
 
-    ratios = old["ratio_to_floor"], new["ratio_to_floor"]
-    change = ratios[1]["median"] / ratios[0]["median"] - 1
-    if abs(change) > spread(*ratios):
-        words = (f"{ratio['median']:.3f}" for ratio in ratios)
-        yield Move(name, "step / floor", *words, change > 0)
+    if "ratio_to_floor" in old and "ratio_to_floor" in new:
+        ratios = old["ratio_to_floor"], new["ratio_to_floor"]
+        change = ratios[1]["median"] / ratios[0]["median"] - 1
+        if abs(change) > spread(*ratios):
+            words = (f"{ratio['median']:.3f}" for ratio in ratios)
+            yield Move(name, "step / floor", *words, change > 0)
 
     trained = [extra["trained_parameters"] for extra in (old, new)]
     if trained[0] != trained[1]:  # more or fewer: it is not the same work

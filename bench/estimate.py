@@ -41,7 +41,8 @@ class Estimate:
         timed = max(self.quiet * precision.seconds, precision.min_seconds) / (step + floor)
         timed = min(max(timed, precision.min_rounds), precision.max_rounds)
         seconds = self.fixed + self.steps_counted * step
-        seconds += (timed + rounds.WARM_UP) * (step + floor)
+        if case.timed:
+            seconds += (timed + rounds.WARM_UP) * (step + floor)
         if self.setup.device.type == "cpu":
             seconds += 3 * case.shape.parameters() / self.filled_per_second
         if case.options.compile:

@@ -137,7 +137,7 @@ def unexpected(entries: list[dict]) -> Iterator[str]:
     """A line for each case that keeps other activations than the model of its method says."""
     for entry in entries:
         model = entry["extra_info"].get("model")
-        if entry["stats"] is None or model is None:
+        if "bytes" not in entry["extra_info"] or model is None:
             continue
         saved = entry["extra_info"]["bytes"]["saved"]
         if saved not in (None, model["saved"]):

@@ -44,7 +44,7 @@ def measure(case: Case, setup: Setup) -> dict:
         extra |= count(case, budget, setup.device)
         extra["model"] = checked(extra["model"], extra["bytes"]["saved"])
         release(setup.device)
-        times = time_beside_floor(case, budget, setup)
+        times = time_beside_floor(case, budget, setup) if case.timed else None
     except Unavailable as reason:
         extra["status"] = f"unavailable: {reason}"
     except Exception as error:

@@ -146,33 +146,42 @@ def steps_table(entries: Sequence[dict]) -> str:
     rows = [head + ["tokens/s", "peak", "first", "saved", "ops", "model"]]
     for entry in entries:
         extra, stats = entry["extra_info"], entry["stats"]
-        if stats is None:
+        if extra["status"] != "measured":
             rows.append([entry["name"], extra["status"].partition(":")[0]])
             rows[-1] += [""] * (len(rows[0]) - 2)
             continue
-        ratio, seconds, sizes = extra["ratio_to_floor"], extra["seconds"], extra["bytes"]
-        parts = [seconds[part] for part in ("forward", "backward", "optimizer")]
+        sizes = extra["bytes"]
         memory = [sizes[part] for part in ("peak", "first_step_peak", "saved")]
         rows.append(
             [
                 entry["name"],
                 f"{extra['trained_parameters']:,}",
-                f"{ratio['median']:.3f}" + ("" if extra["paired"] else "~"),
-                f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
-                *(f"{value * 1e3:.1f}" for value in (stats["median"], *parts)),
-                f"{extra['tokens_per_second']:,.0f}",
+                *(["-"] * 7 if stats is None else _times(extra, stats["median"])),
                 *("-" if size is None else f"{size / 2**20:.1f}" for size in memory),
                 "-" if extra["ops"] is None else str(extra["ops"]),
-                _predicted(extra["model"], stats["median"], sizes["peak"]),
+                _predicted(extra["model"], stats and stats["median"], sizes["peak"]),
             ]
         )
     return table(rows)
 
 
-def _predicted(model: dict | None, seconds: float, peak: int) -> str:
+def _times(extra: dict, median: float) -> list[str]:
+    """Seven cells of `steps_table`, from "x floor" to "tokens/s"."""
+    ratio, seconds = extra["ratio_to_floor"], extra["seconds"]
+    parts = [seconds[part] for part in ("forward", "backward", "optimizer")]
+    return [
+        f"{ratio['median']:.3f}" + ("" if extra["paired"] else "~"),
+        f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
+        *(f"{value * 1e3:.1f}" for value in (median, *parts)),
+        f"{extra['tokens_per_second']:,.0f}",
+    ]
+
+
+def _predicted(model: dict | None, seconds: float | None, peak: int) -> str:
     if model is None:
         return "-"
-    return f"{model['seconds'] / seconds:.2f} {model['peak'] / peak:.2f}"
+    of_step = "-" if seconds is None else f"{model['seconds'] / seconds:.2f}"
+    return f"{of_step} {model['peak'] / peak:.2f}"
 
 
 def _cpu_name() -> str:

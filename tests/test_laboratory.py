@@ -96,6 +96,28 @@ def test_entry_of_a_method(method):
     assert extra["ops"] > 100
 
 
+def test_what_is_not_timed_is_counted(tmp_path, monkeypatch, capsys):
+    name = "density/toy/2x8/float32/spiel/1.00%"
+    assert run_main(tmp_path / "before", "--only", name) == 0
+    (entry,) = written(tmp_path / "before").values()
+    extra = entry["extra_info"]
+    assert entry["stats"] is None and extra["status"] == "measured" and extra["bytes"]["peak"] > 0
+    assert "ratio_to_floor" not in extra and entry["params"]["timed"] is False
+    (line,) = (row for row in capsys.readouterr().out.splitlines() if row.startswith(f"{name}  "))
+    assert line.split()[2:9] == ["-"] * 7 and float(line.split()[9]) > 0
+
+    counted = measure.count
+
+    def leaking(*arguments):
+        found = counted(*arguments)
+        return found | {"bytes": found["bytes"] | {"saved": found["bytes"]["saved"] + 8}}
+
+    monkeypatch.setattr(measure, "count", leaking)
+    run_main(tmp_path / "after", "--only", name)
+    assert compare.main(files(tmp_path)) == 1
+    assert f"LOSS  {name}: saved" in capsys.readouterr().out
+
+
 def test_the_floor_beside_itself_trains_nothing():
     extra = measure.measure(toy_case("frozen"), setup())["extra_info"]
     assert extra["trained_parameters"] == 0
