@@ -623,6 +623,9 @@ def test_layers_of_another_kind_are_refused():
         (dict(num_tunable_weights=0), "num_tunable_weights must be an int of at least 1, got 0"),
         (dict(accumulation_steps=20), "less than reselection_steps, got 20 and 20"),
         (dict(initial_replacement_rate=2.0), r"initial_rate must lie in \[0, 1\]"),
+        (dict(target_modules=".*o_proj", layers_to_transform=0), "layers_to_transform does not go"),
+        (dict(target_modules=".*o_proj", layers_pattern="h"), "layers_pattern does not go with"),
+        (dict(layers_pattern="layers"), "layers_pattern needs layers_to_transform"),
     ],
 )
 def test_config_refuses(fields, message):

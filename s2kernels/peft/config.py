@@ -3,28 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.config import PeftConfig
-
 from s2kernels.autograd.checks import MODES, check_choice
 from s2kernels.peft.card import write_card
+from s2kernels.peft.targets import TargetsConfig, _PeftType
 from s2kernels.select import SCOPES, STRATEGIES
 
 LAYOUTS = ("auto", "permute", "block", "gather")
 SELECTIONS = ("random", *STRATEGIES)
-
-
-class _PeftType(str):
-    """A value like those of `peft.PeftType`, which is a closed enumeration."""
-
-    value = property(str.__str__)
-    name = property(str.__str__)
-
-
 PEFT_TYPE = _PeftType("S2FT")
 
 
 @dataclass
-class S2FTConfig(PeftConfig):
+class S2FTConfig(TargetsConfig):
     """Structured sparse fine-tuning (S2FT, arXiv 2412.06289).
 
     In every attention and FFN block some heads and channels are trained: the input channels of
@@ -124,44 +114,14 @@ class S2FTConfig(PeftConfig):
             "is not. The results differ by rounding."
         },
     )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of modules, or a regular expression, that are not to be trained."},
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to train. Default: all."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list of layers, where layers_to_transform cannot guess it."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Further modules that are trained and saved whole, such as a head."},
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
         check_choice("mode", self.mode, MODES + ("auto",))
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("selection", self.selection, SELECTIONS)
         check_choice("scope", self.scope, SCOPES)
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} does not go with target_modules given as a regular expression, "
-                        f"got {name}={getattr(self, name)!r}"
-                    )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                f"layers_pattern needs layers_to_transform, got {self.layers_pattern!r} alone"
-            )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes adapter_config.json, and into README.md how the adapter is loaded."""

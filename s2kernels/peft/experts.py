@@ -239,6 +239,14 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing, as in `merge`."""
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT puts in the place of this. It goes no deeper, to where there is to merge."""
+        for layer in self.tensors if merge else []:
+            layer.merge(safe_merge, adapter_names)
+        return self.base_layer
+
 
 def tensors_to_train(
     config: S2FTConfig, structures: Mapping[str, Structure], saved: Iterable[str] | None

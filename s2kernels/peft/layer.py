@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from s2kernels.adapter import Slice, check_fingerprint, fingerprint
 from s2kernels.architectures import Member
 from s2kernels.autograd.experts import check_positions
 from s2kernels.coupling import not_plain
+from s2kernels.peft.lifecycle import AdapterLayer
 from s2kernels.peft.loaded import Sources, changed, sources
 from s2kernels.reference import Index
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from s2kernels.peft.base_weights import BaseWeights
 
 
-class S2FTLayer(nn.Module, BaseTunerLayer):
+class S2FTLayer(AdapterLayer):
     """A frozen base weight (N, K) with, per adapter, a trained slice on `dim`.
 
     Saved per adapter, in the original basis:
@@ -262,26 +262,8 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
             self.base_weights.engage()
             self.base_weights.write([(self, name)])
 
-    def check_merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> list[str]:
-        """The adapters that `merge` would merge, in that order.
-
-        Raises ValueError for a base that is not a plain dense weight, and with safe_merge for a
-        result that is not finite.
-        """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
-        if names and (reason := self.not_inplace()):
-            raise ValueError(
-                f"an adapter can only be merged into a plain dense weight: {reason}; "
-                "load the base in a floating dtype to merge"
-            )
-        self.restore()
-        for name in names if safe_merge else []:
-            merged = self.take_base_slice(name) + self.s2ft_delta[name].detach()
-            if not torch.isfinite(merged.to(self.weight.dtype)).all():
-                raise ValueError(f"adapter {name!r} gives a merged weight that is not finite")
-        return names
+    def merged_values(self, adapter_name: str) -> Tensor:
+        return self.take_base_slice(adapter_name) + self.s2ft_delta[adapter_name].detach()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write base + delta into the weight, rounded once, until `unmerge` restores every bit.
@@ -304,18 +286,10 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
             self.base_weights.write_entries(self.entries(name, None))
         self.base_slice = None
 
-    def enable_adapters(self, enabled: bool) -> None:
-        if not enabled:
-            self.restore()
-        super().enable_adapters(enabled)
-
     def delete_adapter(self, adapter_name: str) -> None:
         # the permutation may have been made for that adapter
         self.base_weights.release()
         super().delete_adapter(adapter_name)
-
-    def _present(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.s2ft_delta]
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)

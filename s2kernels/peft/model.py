@@ -1,4 +1,4 @@
-"""The tuner: which layers are replaced, which of their channels are trained, and the life cycle."""
+"""The tuner: which layers are replaced, which of their channels are trained, mixed batches."""
 
 import copy
 from collections.abc import Iterator
@@ -7,26 +7,28 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from s2kernels.adapter import combine
 from s2kernels.architectures import TABLE, Member, in_projections
-from s2kernels.coupling import Structure, find, is_conv1d, structures
+from s2kernels.coupling import find, is_conv1d, structures
 from s2kernels.peft.base_weights import BaseWeights
 from s2kernels.peft.config import S2FTConfig
-from s2kernels.peft.experts import S2FTExperts, S2FTExpertTensor, tensors_to_train
+from s2kernels.peft.experts import S2FTExperts, tensors_to_train
 from s2kernels.peft.layer import S2FTLayer
+from s2kernels.peft.lifecycle import AdapterModel
 from s2kernels.peft.linear import S2FTLinear, features
 from s2kernels.peft.selection import drawn_index, select_indices
 from s2kernels.select import budget, random_units
 
 
-class S2FTModel(BaseTuner):
+class S2FTModel(AdapterModel):
     """S2FT adapters in a transformers model; made by `get_peft_model` and its kin."""
 
+    base_weights: BaseWeights
     prefix: str = "s2ft_"
     tuner_layer_cls = S2FTLayer
     target_module_mapping = {model_type: in_projections(model_type) for model_type in TABLE}
@@ -47,9 +49,7 @@ class S2FTModel(BaseTuner):
             if config.layout != "gather":
                 raise
             found = {}
-        existing = [module for module in model.modules() if isinstance(module, S2FTLayer)]
-        if any(layer.merged for layer in existing):
-            raise ValueError("no adapter can be added to merged ones: call unmerge_adapter first")
+        existing = self._existing_layers(model)
         self.base_weights = existing[0].base_weights if existing else BaseWeights(model)
         self.base_weights.release()
         self.base_weights.inspect()
@@ -63,21 +63,16 @@ class S2FTModel(BaseTuner):
                 )
             config.indices = select_indices(model, config, progress=False).indices
 
-        children = [(module, dict(module._modules)) for module in model.modules()]
-        trainable = [(value, value.requires_grad) for value in model.parameters()]
         state = kwargs.get("state_dict")
         # PEFT looks for modules alone: those of the experts stand in for their tensors
         self._expert_targets = tensors_to_train(config, found, state)
         if state is not None:
             marks = {f"{name}.{self.prefix}experts": None for name in self._expert_targets}
             kwargs["state_dict"] = {**state, **marks}
-        try:
+        with self._adding(model, adapter_name, existing):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            trained = {
-                module.name
-                for module in self.model.modules()
-                if isinstance(module, S2FTLayer) and adapter_name in module.modes
-            }
+            layers = self._layers_of(self.model)
+            trained = {layer.name for layer in layers if adapter_name in layer.modes}
             # PEFT shortens many names until they match no other *module*, and tensors are none.
             if tensors_to_train(config, found, None) != self._expert_targets:
                 config.target_modules = trained
@@ -85,23 +80,10 @@ class S2FTModel(BaseTuner):
                 raise ValueError(
                     f"indices names what is not a target of the adapter: {', '.join(lost)}"
                 )
-            self._attach(found)
-        except BaseException:
-            self.base_weights.detach()
-            for module, modules in children:
-                module._modules.clear()
-                module._modules.update(modules)
-            for layer in existing:
-                layer.delete_adapter(adapter_name)
-            for value, requires_grad in trainable:
-                value.requires_grad_(requires_grad)
-            if existing:
-                self._attach(found)
-            raise
 
-    def _attach(self, found: dict[str, Structure]) -> None:
-        layers = [module for module in self.model.modules() if isinstance(module, S2FTLayer)]
-        self.base_weights.attach(layers, found)
+    def _attach(self) -> None:
+        layers = self._layers_of(self.model)
+        self.base_weights.attach(layers, self.base_weights.structures)
 
     def _check_target_module_exists(  # type: ignore[override] # PEFT calls it on the instance
         self, peft_config: Any, key: str
@@ -238,16 +220,6 @@ class S2FTModel(BaseTuner):
             for hook in hooks:
                 hook.remove()
 
-    def disable_adapter_layers(self) -> None:
-        self.base_weights.restore(self.base_weights.layers)
-        super().disable_adapter_layers()
-
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        self._check_merge(safe_merge, adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
-
     @torch.no_grad()
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str
@@ -282,28 +254,6 @@ class S2FTModel(BaseTuner):
             raise
         for name, part in combined.items():
             layers[name].s2ft_delta[adapter_name].copy_(part.delta)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        if merge:
-            self._check_merge(safe_merge, adapter_names)
-        self.base_weights.detach()
-        for layer in self.base_weights.layers:
-            if not merge:
-                layer.unmerge()
-            elif isinstance(layer, S2FTExpertTensor):  # PEFT goes no deeper than S2FTExperts
-                layer.merge(safe_merge, adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-
-    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Every layer is looked at before the first one is changed."""
-        for layer in self.base_weights.layers:
-            layer.check_merge(safe_merge, adapter_names)
 
 
 def _given_index(config: S2FTConfig, key: str) -> torch.Tensor:

@@ -2,19 +2,17 @@
 
 from dataclasses import dataclass, field
 
-from peft.config import PeftConfig
-
 from s2kernels.autograd.checks import MODES, check_choice
-from s2kernels.peft.config import PEFT_TYPE as S2FT_TYPE
 from s2kernels.peft.spiel.schedule import DECAYS, Schedule
+from s2kernels.peft.targets import TargetsConfig, _PeftType
 
 SELECTIONS = ("accumulated_gradient", "momentum_approximation")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-PEFT_TYPE = type(S2FT_TYPE)("SPIEL")
+PEFT_TYPE = _PeftType("SPIEL")
 
 
 @dataclass
-class SpIELConfig(PeftConfig):
+class SpIELConfig(TargetsConfig):
     """Sparse fine-tuning of scattered entries that are dropped and grown (SpIEL, arXiv 2401.16405).
 
     Of every target, as many entries of the weight are trained as its share of all targets' entries
@@ -94,29 +92,10 @@ class SpIELConfig(PeftConfig):
             "where it is legal, else additive."
         },
     )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of modules, or a regular expression, that are not to be trained."},
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to train. Default: all."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list of layers, where layers_to_transform cannot guess it."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Further modules that are trained and saved whole, such as a head."},
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
         check_choice("mode", self.mode, MODES + ("auto",))
         check_choice("selection", self.selection, SELECTIONS)
         check_choice("replacement_schedule", self.replacement_schedule, DECAYS)

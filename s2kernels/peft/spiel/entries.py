@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from s2kernels.adapter import fingerprint
 from s2kernels.autograd.sparse import Observer, check_entries
 from s2kernels.coupling import not_plain
+from s2kernels.peft.lifecycle import AdapterLayer
 from s2kernels.peft.loaded import Sources, changed, sources
 from s2kernels.peft.spiel.dequantize import check_order
 from s2kernels.peft.spiel.replace import Replacement
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from s2kernels.peft.spiel.weights import EntryWeights
 
 
-class EntryLayer(nn.Module, BaseTunerLayer):
+class EntryLayer(AdapterLayer):
     """A frozen linear layer, weight (N, K), with k trained entries per adapter.
 
     Saved per adapter:
@@ -169,6 +169,9 @@ class EntryLayer(nn.Module, BaseTunerLayer):
     def take_base_entries(self, adapter_name: str) -> Tensor:
         """A copy of what the weight holds at the adapter's entries, (k,)."""
         return self.weight.data[rows_and_columns(self.spiel_index[adapter_name], self.in_features)]
+
+    def merged_values(self, adapter_name: str) -> Tensor:
+        return self.take_base_entries(adapter_name) + self.spiel_delta[adapter_name].detach()
 
     def is_moved(self) -> bool:
         """Whether the entries are written in a weight that is not the layer's any more."""

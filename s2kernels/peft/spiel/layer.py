@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from s2kernels.autograd.sparse import Weight, linear
@@ -27,7 +26,7 @@ class SpIELLinear(EntryLayer):
         """
         if self.disable_adapters or self.merged:
             return None
-        names = [name for name in self.active_adapters if name in self.spiel_delta]
+        names = self._present(self.active_adapters)
         if len(names) > 1:
             raise ValueError(f"one SpIEL adapter can be active at a time, got {names}")
         return names[0] if names else None
@@ -110,28 +109,6 @@ class SpIELLinear(EntryLayer):
         if self.written != name:
             self.weights.write([(self, name)])
 
-    def check_merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> list[str]:
-        """The adapters that `merge` would merge, in that order.
-
-        Raises ValueError for a base that is not a plain dense weight, and with safe_merge for a
-        result that is not finite.
-        """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.spiel_delta]
-        if names and (reason := self.not_inplace()):
-            raise ValueError(
-                f"an adapter can only be merged into a plain dense weight: {reason}; "
-                "load the base in a floating dtype to merge"
-            )
-        self.restore()
-        for name in names if safe_merge else []:
-            merged = self.take_base_entries(name) + self.spiel_delta[name]
-            if not torch.isfinite(merged.to(self.weight.dtype)).all():
-                raise ValueError(f"adapter {name!r} gives a merged weight that is not finite")
-        return names
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write base + delta into the weight, rounded once, until `unmerge` restores every bit.
 
@@ -149,11 +126,6 @@ class SpIELLinear(EntryLayer):
         while self.merged_adapters:
             write_entries([self._merged_entries.pop()], None)
             self.merged_adapters.pop()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        if not enabled:
-            self.restore()
-        super().enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.restore()

@@ -1,4 +1,4 @@
-"""SpIEL in PEFT: which layers are replaced, the entries they start with, the life cycle."""
+"""SpIEL in PEFT: which layers are replaced, and the entries they start with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import (
-    BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
 from torch import Tensor, nn
 
+from s2kernels.peft.lifecycle import AdapterModel
 from s2kernels.peft.spiel.config import SpIELConfig
 from s2kernels.peft.spiel.dequantize import is_quantized
 from s2kernels.peft.spiel.layer import SpIELLinear
@@ -21,9 +21,10 @@ from s2kernels.plan import index_dtype
 from s2kernels.select import seeded_generator
 
 
-class SpIELModel(BaseTuner):
+class SpIELModel(AdapterModel):
     """SpIEL adapters in a model; made by `get_peft_model` and its kin."""
 
+    base_weights: EntryWeights
     prefix: str = "spiel_"
     tuner_layer_cls = SpIELLinear
     target_module_mapping: dict = {}  # the default is all linear layers of any model
@@ -37,34 +38,13 @@ class SpIELModel(BaseTuner):
         not; TypeError for a target that is no linear layer.
         """
         config: Any = self.peft_config[adapter_name]
-        existing = [module for module in model.modules() if isinstance(module, SpIELLinear)]
-        if any(layer.merged for layer in existing):
-            raise ValueError("no adapter can be added to merged ones: call unmerge_adapter first")
-        self.weights = existing[0].weights if existing else EntryWeights(model)
-        self.weights.restore(existing)
-        self.weights.inspect()
+        existing = self._existing_layers(model)
+        self.base_weights = existing[0].weights if existing else EntryWeights(model)
+        self.base_weights.restore(existing)
+        self.base_weights.inspect()
         self._counts = budgets(model, config)
-
-        children = [(module, dict(module._modules)) for module in model.modules()]
-        trainable = [(value, value.requires_grad) for value in model.parameters()]
-        try:
+        with self._adding(model, adapter_name, existing):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._attach()
-        except BaseException:
-            self.weights.detach()
-            for module, modules in children:
-                module._modules.clear()
-                module._modules.update(modules)
-            for layer in existing:
-                layer.delete_adapter(adapter_name)
-            for value, requires_grad in trainable:
-                value.requires_grad_(requires_grad)
-            if existing:
-                self._attach()
-            raise
-
-    def _attach(self) -> None:
-        self.weights.attach(m for m in self.model.modules() if isinstance(m, SpIELLinear))
 
     def _create_and_replace(
         self,
@@ -84,7 +64,7 @@ class SpIELModel(BaseTuner):
         if isinstance(target, SpIELLinear):
             target.update_layer(adapter_name, index, config.mode, dtype)
             return
-        layer = SpIELLinear(base, self.weights, current_key)
+        layer = SpIELLinear(base, self.base_weights, current_key)
         layer.update_layer(adapter_name, index, config.mode, dtype)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -100,36 +80,6 @@ class SpIELModel(BaseTuner):
                 "adapter_names, an adapter for each row of a batch, does not go with SpIEL"
             )
         yield
-
-    def disable_adapter_layers(self) -> None:
-        self.weights.restore(self.weights.layers)
-        super().disable_adapter_layers()
-
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        self._check_merge(safe_merge, adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        if merge:
-            self._check_merge(safe_merge, adapter_names)
-        self.weights.detach()
-        if not merge:
-            for layer in self.weights.layers:
-                layer.unmerge()
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-
-    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Every layer is looked at before the first one is changed."""
-        for layer in self.weights.layers:
-            layer.check_merge(safe_merge, adapter_names)
 
 
 def budgets(model: nn.Module, config: SpIELConfig) -> dict[str, int]:

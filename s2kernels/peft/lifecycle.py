@@ -1,0 +1,134 @@
+"""The life of adapters, where all methods lead it alike: added, disabled, merged, unloaded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A frozen base weight with adapters, whose names are the keys of `modes`."""
+
+    modes: dict[str, str]
+
+    def not_inplace(self) -> str | None:
+        """Why nothing can be written into the base weight; None if it can."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Put back, bit for bit, what an inplace adapter has taken the place of."""
+        raise NotImplementedError
+
+    def merged_values(self, adapter_name: str) -> Tensor:
+        """What a merge would write into the weight, shaped like delta, before it is rounded."""
+        raise NotImplementedError
+
+    def check_merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> list[str]:
+        """The adapters that `merge` would merge, in that order.
+
+        Raises ValueError for a base that is not a plain dense weight, and with safe_merge for a
+        result that is not finite.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if names and (reason := self.not_inplace()):
+            raise ValueError(
+                f"an adapter can only be merged into a plain dense weight: {reason}; "
+                "load the base in a floating dtype to merge"
+            )
+        self.restore()
+        for name in names if safe_merge else []:
+            if not torch.isfinite(self.merged_values(name).to(self.weight.dtype)).all():
+                raise ValueError(f"adapter {name!r} gives a merged weight that is not finite")
+        return names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.restore()
+        super().enable_adapters(enabled)
+
+    def _present(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.modes]
+
+
+class AdapterModel(BaseTuner):
+    """Adapters in a model. Whoever inherits makes `base_weights`, the keeper of what the weights
+    hold, in `inject_adapter`.
+    """
+
+    tuner_layer_cls: type[AdapterLayer]
+    base_weights: Any
+
+    def _existing_layers(self, model: nn.Module) -> list[Any]:
+        """Those that the adapters before have made.
+
+        Raises ValueError where one is merged.
+        """
+        layers = self._layers_of(model)
+        if any(layer.merged for layer in layers):
+            raise ValueError("no adapter can be added to merged ones: call unmerge_adapter first")
+        return layers
+
+    @contextmanager
+    def _adding(self, model: nn.Module, adapter_name: str, existing: list[Any]) -> Iterator[None]:
+        """Layers and adapters that are made inside are attached at the end. If anything fails, the
+        model is as it was before, with the layers `existing` alone.
+        """
+        children = [(module, dict(module._modules)) for module in model.modules()]
+        trainable = [(value, value.requires_grad) for value in model.parameters()]
+        try:
+            yield
+            self._attach()
+        except BaseException:
+            self.base_weights.detach()
+            for module, modules in children:
+                module._modules.clear()
+                module._modules.update(modules)
+            for layer in existing:
+                layer.delete_adapter(adapter_name)
+            for value, requires_grad in trainable:
+                value.requires_grad_(requires_grad)
+            if existing:
+                self._attach()
+            raise
+
+    def _attach(self) -> None:
+        """Have the keeper take charge of all layers."""
+        self.base_weights.attach(self._layers_of(self.model))
+
+    def _layers_of(self, model: nn.Module) -> list[Any]:
+        return [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def disable_adapter_layers(self) -> None:
+        self.base_weights.restore(self.base_weights.layers)
+        super().disable_adapter_layers()
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        self._check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
+        self.base_weights.detach()
+        if not merge:
+            for layer in self.base_weights.layers:
+                layer.unmerge()
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Every layer is looked at before the first one is changed."""
+        for layer in self.base_weights.layers:
+            layer.check_merge(safe_merge, adapter_names)

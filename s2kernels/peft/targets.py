@@ -1,0 +1,55 @@
+"""What the configurations of all methods share: their type, and which modules are meant."""
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+
+class _PeftType(str):
+    """A value like those of `peft.PeftType`, which is a closed enumeration."""
+
+    value = property(str.__str__)
+    name = property(str.__str__)
+
+
+@dataclass
+class TargetsConfig(PeftConfig):
+    """The fields that choose modules. Each method says itself what `target_modules` may name.
+
+    Raises ValueError for layers_to_transform and layers_pattern where they would decide nothing.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of modules, or a regular expression, that are not to be trained."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to train. Default: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list of layers, where layers_to_transform cannot guess it."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules that are trained and saved whole, such as a head."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} does not go with target_modules given as a regular expression, "
+                        f"got {name}={getattr(self, name)!r}"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern needs layers_to_transform, got {self.layers_pattern!r} alone"
+            )
