@@ -45,15 +45,12 @@ def held_bytes(shape: Shape, entries: int, itemsize: int) -> int:
 
 
 def state_bytes(shape: Shape, entries: int, method: str) -> int:
-    """Between steps, of the optimizer and, for "spiel", of a window in which gradients are watched.
-
-    Probes, of which there are few, are taken to lie in the tiles of the first rows.
-    """
+    """Between steps: of the optimizer and, for "spiel", of a window with watched gradients."""
     if method == "spiel_ma":
         return 4 * sum(shape)
     probes = min(NUM_PROBES, entries)
     watched = (position_bytes(shape) + 8) * entries + plan_bytes(shape, entries)
-    watched += position_bytes(shape) * probes + plan_bytes((1, shape[1]), probes)
+    watched += (position_bytes(shape) + 8) * probes + plan_bytes(shape, probes)
     return AGED_ADAMW * entries + watched
 
 

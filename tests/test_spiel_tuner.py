@@ -283,8 +283,27 @@ def test_gradients_that_tell_no_entries_apart_name_no_candidates(disturb, distri
             dist.destroy_process_group()
 
 
-def test_a_step_is_left_out_for_one_gradient_that_is_not_finite():
-    """As GradScaler does, wherever that gradient is: here far from the entries that are probed."""
+def test_the_loss_scale_is_seen_where_most_outputs_have_no_gradient():
+    """As GradScaler does: gradients of the backward are scaled, those of the optimizer are not."""
+    base, x, y, _, _ = regression()
+    model = get_peft_model(base, config(num_tunable_weights=300, accumulation_steps=3))
+    optimizer = make_optimizer(model, lr=0.01)
+    tuner = SpIELTuner(model, optimizer, total_steps=50)
+    (model(x) - y).square().mean(0)[-4:].sum().mul(1024.0).backward()
+    delta_of(model).grad /= 1024.0
+    assert not delta_of(model).grad[:64].any()  # the entries of the first outputs
+    optimizer.step()
+    tuner.step()
+    (watch,) = tuner.watches
+    dy = torch.zeros_like(y)
+    dy[:, -4:] = 2 * (x @ base[0].base_layer.weight.T - y)[:, -4:] / len(y)
+    want = (dy.T @ x).flatten()[watch.candidates]
+    torch.testing.assert_close(watch.total, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_is_left_out_for_one_gradient_that_is_not_finite(monkeypatch):
+    """As GradScaler does, wherever that gradient is: here far from the entry that is probed."""
+    monkeypatch.setattr("s2kernels.peft.spiel.growth.NUM_PROBES", 1)
     base, x, y, _, _ = regression()
     model = get_peft_model(base, config(num_tunable_weights=300, accumulation_steps=3))
     optimizer = make_optimizer(model, lr=0.01)
@@ -295,7 +314,7 @@ def test_a_step_is_left_out_for_one_gradient_that_is_not_finite():
         loss = (model(x) - y).square().mean(0)
         (loss[:-1].sum() + loss[-1] * (float("inf") if step else 1.0)).backward()
         tuner.step()
-    assert delta_of(model).grad[:64].isfinite().all()
+    assert delta_of(model).grad[:64].isfinite().all() and watch.probed.tolist() == [0]
     assert watch.steps == 1 and watch.total.isfinite().all()
 
 

@@ -25,14 +25,17 @@ class Watch:
         steps    how many steps these are
 
     agreed: whether the candidates are those of all processes, where there are several.
-    shape: (N, K) of the weight; index: (k,) the entries that are trained, of which some are watched
-    as `probes`, see `close_step`.
+    shape: (N, K) of the weight; index: (k,) the entries that are trained. Some of these, at
+    `probed`, spread over all so that not all lie in outputs without a gradient, are watched as
+    `probes`: see `close_step`.
     """
 
     def __init__(self, shape: tuple[int, int], index: Tensor) -> None:
         self.shape, self.num = shape, len(index)
         self.agreed = False
-        self.probes = index[:NUM_PROBES].clone()
+        num_probes = min(NUM_PROBES, self.num)
+        self.probed = torch.arange(num_probes, device=index.device) * self.num // num_probes
+        self.probes = index[self.probed]
         self.candidates: Tensor | None = None
         self.total: Tensor | None = None
         self.squares: Tensor | None = None
@@ -107,7 +110,7 @@ def close_step(watched: Sequence[Watched], group: object) -> None:
                 "zero_grad()"
             )
         seen += watch.probe_grad.abs().sum(dtype=torch.float64).to(seen.device)
-        got += delta.grad[: len(watch.probes)].abs().sum(dtype=torch.float64).to(got.device)
+        got += delta.grad[watch.probed].abs().sum(dtype=torch.float64).to(got.device)
     if bool(finite) and 0 < float(seen) < float("inf") and float(got) == 0:
         raise ValueError(
             "the gradients are all 0, and those of the backward were not: tuner.step() goes after "
