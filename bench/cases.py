@@ -151,10 +151,10 @@ def cpu() -> list[Case]:
         *grid("figure5", wide, size, dtype, CORE),
         *grid("depth", wide, size, dtype, STOPPING, [FULL_DEPTH]),
         *grid("figure5", wide, size, dtype, others),
-        *in_small,
         # few tokens and narrow layers, for entries to show beside activations: 7,000 operators in
         # 20 ms say nothing of SpIEL's speed
         *(replace(case, timed=False) for case in density),
+        *in_small,
     ]
 
 

@@ -36,7 +36,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "short": cases.short,
 }
 PRECISION = {
-    "cpu": timing.Precision(0.009, 20, max_rounds=1000, min_seconds=6.0, seconds=10.0),
+    "cpu": timing.Precision(0.009, 20, max_rounds=1000, min_seconds=5.0, seconds=8.0),
     "gpu": timing.Precision(min_rounds=10, seconds=5.0),
     "toy": timing.Precision(error=1.0, min_rounds=2, max_rounds=2),
     "short": timing.Precision(error=0.003, min_rounds=10, seconds=15.0),
