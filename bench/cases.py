@@ -63,11 +63,11 @@ class Case:
     def params(self) -> dict:
         """The case as its entry in the JSON states it."""
         shape = self.shape
-        sizes = ("layers", "of_layers", "hidden", "intermediate", "heads", "kv_heads")
-        sizes += ("vocab", "of_vocab")
+        cuts = ("layers", "of_layers", "vocab", "of_vocab")
+        widths = ("hidden", "intermediate", "heads", "kv_heads")
         return {
             "shape": shape.name,
-            **{name: getattr(shape, name) for name in sizes},
+            **{name: getattr(shape, name) for name in (*cuts, *widths)},
             "batch": self.batch,
             "length": self.length,
             "tokens": self.tokens,
@@ -130,7 +130,6 @@ def cpu() -> list[Case]:
     wide, small = TABLE["tinyllama-1.1b"].cut(2, vocab=2880), TABLE["small"]
     dtype, size = "float32", [(1, 128)]
     others = [name for name in METHODS if name not in (*CORE, *WHOLE)]
-    options = [PLAIN, CHECKPOINTING]
     in_small = [
         *grid("figure5", small, size, dtype, (*EXTRAPOLATED, *WHOLE)),
         *grid("tokens", small, [(1, 64), *size, (1, 256)], dtype, EXTRAPOLATED),
@@ -139,7 +138,7 @@ def cpu() -> list[Case]:
         *grid("extrapolation", small, size, dtype, EXTRAPOLATED),
         *grid("share", small, size, dtype, (FLOOR,)),
         *grid("share", small, size, dtype, ("s2ft_inplace", "lora"), shares=SHARES[1:]),
-        *grid("checkpointing", small, size, dtype, EXTRAPOLATED, options),
+        *grid("checkpointing", small, size, dtype, EXTRAPOLATED, [PLAIN, CHECKPOINTING]),
     ]
     density = [
         *grid("density", small.cut(2), [(1, 16)], dtype, (FLOOR, "full")),

@@ -79,9 +79,11 @@ class Run:
             return [(entry, limit) for entry, limit in found if entry["fullname"] in by_name]
 
         def due() -> list[tuple[dict, float]]:
-            names = {name for name, case in by_name.items() if self._fits(case)}
-            names -= {name for name, times in tried.items() if times == REPEATS}
-            return [(entry, limit) for entry, limit in slow() if entry["fullname"] in names]
+            return [
+                (entry, limit)
+                for entry, limit in slow()
+                if tried[entry["fullname"]] < REPEATS and self._fits(by_name[entry["fullname"]])
+            ]
 
         while again := due():
             # first what was tried least, in earlier runs too: one may have ended the process
