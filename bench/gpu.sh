@@ -55,8 +55,9 @@ else
     }
     nvidia-smi || true
     tests=(tests/test_*kernel*.py tests/test_autograd_*.py tests/test_bench_memory.py)
-    tests+=(tests/test_peft.py tests/test_peft_fused.py tests/test_fast_ops.py)
-    tests+=(tests/test_flat.py tests/test_captured_step.py)
+    tests+=(tests/test_peft_{training,states,adapters,saving,injection}.py)
+    tests+=(tests/test_peft_fused*.py tests/test_peft_projections.py tests/test_fast_ops.py)
+    tests+=(tests/test_flat.py tests/test_captured_*.py)
     steps=(--suite gpu) tune=()
 fi
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from model_states import assert_same, base_state
 from numerics import assert_as_accurate
 from peft import (
     PeftModel,
@@ -12,20 +13,18 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
-from safetensors.torch import load_file
-from test_peft import (
+from s2ft_models import (
     EVERY_COMBINATION,
     MODES,
     WIDE,
     assert_own_gradient_despite_a_later_pass,
-    assert_same,
-    base_state,
     config,
     deltas,
     indices,
     randomized,
     train,
 )
+from safetensors.torch import load_file
 from tiny_models import tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 

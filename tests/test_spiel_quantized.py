@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from quantized_models import KINDS, WIDE, dequantized, quantized
-from test_spiel import deltas, layers, randomized, train
+from spiel_models import deltas, layers, randomized, train
 from tiny_models import tiny_model, token_ids
 
 from s2kernels.peft import SpIELConfig
