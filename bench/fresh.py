@@ -27,7 +27,7 @@ class Setup:
     """Where and how exactly to measure."""
 
     device: torch.device
-    precision: timing.Precision
+    precision: timing.Precision  # of one visit
     ceilings: dict | None = None  # of bench.ceilings; None: no prediction
 
 

@@ -3,11 +3,12 @@
     python -m bench.laboratory --suite cpu [--budget-s 600] [--only SUBSTRING] [--list]
 
 Writes bench/results/<device>/steps.json after every case, and goes on where it was stopped: a case
-that the file has already, from the same machine and versions, is not measured again. Nor is one
+that the file has already, of the same code, machine and versions, is not measured again. Nor is one
 that is equal to such a case but for its suite: its entry is a copy. Cases come in the order of
-their value; one that would not fit into what is left of --budget-s is left for the next run. At the
-end cases that were measured while the machine was slow are timed again, at most four times each and
-as far as the budget goes; the same command without --again goes on with them. Prints a table.
+their value; one that would not fit into what is left of --budget-s is left for the next run. Then
+all are visited again, in turn, until each ratio is known to what GOAL says from rounds in which the
+machine was quiet, as far as the budget goes; the same command without --again goes on with that.
+Prints a table.
 
 Exits with 1 if a case failed. Too little memory and a missing package are results, not failures.
 """
@@ -27,7 +28,7 @@ from bench import cases, ceilings, extrapolation, host, report, timing
 from bench.cases import Case
 from bench.fresh import Setup
 from bench.record import Record
-from bench.run import Run, is_failure
+from bench.run import Goal, Run, is_available, is_failure, is_of_this_code
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "cpu": lambda device_type: cases.cpu(),
@@ -36,11 +37,14 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "short": cases.short,
 }
 PRECISION = {
-    "cpu": timing.Precision(0.009, 20, max_rounds=1000, min_seconds=5.0, seconds=8.0),
+    "cpu": timing.Precision(0.009, 8, max_rounds=1000, min_seconds=2.5, seconds=4.0),
     "gpu": timing.Precision(min_rounds=10, seconds=5.0),
     "toy": timing.Precision(error=1.0, min_rounds=2, max_rounds=2),
     "short": timing.Precision(error=0.003, min_rounds=10, seconds=15.0),
 }
+# Of all visits together, for as long as the budget lasts.
+GOAL = {"cpu": Goal(visits=2, quiet_rounds=20, error=0.009), "gpu": Goal()}
+LAUNCHES = 0.1  # of the budget, for counting them at its end
 FILE = "steps.json"
 
 
@@ -64,15 +68,20 @@ def main(argv: list[str] | None = None) -> int:
         record.forget(case.fullname for case in chosen)
     known = {} if args.again else record.entries
     setup = Setup(device, PRECISION[args.suite], record.machine["ceilings"])
-    deadline = None if args.budget_s is None else began + args.budget_s
+    end = None if args.budget_s is None else began + args.budget_s
+    deadline = end
+    if end is not None and device.type == "cuda":
+        deadline = end - LAUNCHES * args.budget_s
     gc.collect()
     gc.freeze()  # what the imports made stays, and need not be looked at after every case
     prepare(device)
     run = Run(record, setup, deadline, known)
     with host.within_free_memory(device):
-        run.measure(missing(chosen, record))
-        if args.suite in ("cpu", "gpu"):
-            run.repeat_disturbed(chosen)
+        run.measure(missing(chosen, record, device))
+        if args.suite in GOAL:
+            run.visit(chosen, GOAL[args.suite])
+        run.deadline = end
+        run.count_launches(chosen)
 
     entries = [record.entries[case.fullname] for case in chosen if case.fullname in record.entries]
     if entries:
@@ -124,13 +133,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def missing(chosen: list[Case], record: Record) -> list[Case]:
-    """What is not measured yet; last what failed or is equal to what did, which may fail again."""
-    failures = {name: entry for name, entry in record.entries.items() if is_failure(entry)}
-    failed = [entry["params"] for entry in failures.values()]
-    known = record.entries.keys() - failures.keys()
-    todo = [case for case in chosen if case.fullname not in known]
-    return sorted(todo, key=lambda case: case.params() in failed)
+def missing(chosen: list[Case], record: Record, device: torch.device) -> list[Case]:
+    """What is to be measured, in the order of `chosen` but for what may wait.
+
+    First what is not measured yet, or lacked a package that is here now; then what other code was
+    measured of; last what failed or is equal to what did, which may fail again.
+    """
+    failures = [entry["params"] for entry in record.entries.values() if is_failure(entry)]
+
+    def rank(case: Case) -> int | None:
+        """None for what is known."""
+        entry = record.entries.get(case.fullname)
+        if entry is None:
+            return 2 if case.params() in failures else 0
+        if is_failure(entry):
+            return 2
+        if entry["extra_info"]["status"].startswith("unavailable"):
+            return 0 if is_available(case, device) else None
+        return None if is_of_this_code(entry) else 1
+
+    ranks = [(rank(case), case) for case in chosen]
+    todo = [(place, case) for place, case in ranks if place is not None]
+    return [case for _, case in sorted(todo, key=lambda pair: pair[0])]
 
 
 def unexpected(entries: list[dict]) -> Iterator[str]:

@@ -4,17 +4,17 @@ The two do not share a model, so what the counting does to the allocator is in n
 are of a method that is alone on the device.
 """
 
-import statistics
 from dataclasses import asdict
+from math import inf
 
 import torch
 
-from bench import counts, memory, roofline, timing
+from bench import counts, memory, report, roofline, rounds, visits
 from bench.cases import FLOOR, Case
 from bench.fresh import Setup, WrongMethod, build, out_of_memory, random_batches, release
 from bench.methods import METHODS, Budget, Method, Unavailable, comparable
 from bench.projections import PROJECTIONS
-from bench.rounds import Times, time_beside_floor
+from bench.visits import Visit
 
 STEADY_STEPS = 3  # whose highest peak is the peak of a step
 # Where every trained number should move, norms of bf16 ones too.
@@ -34,17 +34,18 @@ def measure(case: Case, setup: Setup) -> dict:
     budget = comparable(case.shape.config(case.length), share=case.share)
     extra: dict = {
         "status": "measured",
+        "source": report.source_hash(),
         "total_parameters": case.shape.parameters(),
         "budget": asdict(budget),
         "model": predict(case, budget, setup),
     }
-    times = None
+    visit = None
     try:
         METHODS[case.method].check(setup.device, case.options)
         extra |= count(case, budget, setup.device)
         extra["model"] = checked(extra["model"], extra["bytes"]["saved"])
         release(setup.device)
-        times = time_beside_floor(case, budget, setup) if case.timed else None
+        visit = rounds.visit(case, budget, setup) if case.timed else None
     except Unavailable as reason:
         extra["status"] = f"unavailable: {reason}"
     except Exception as error:
@@ -52,43 +53,32 @@ def measure(case: Case, setup: Setup) -> dict:
             raise
         extra["status"] = "out of memory"
     release(setup.device)
-    return entry(case, times, extra)
+    return entry(case, visit, extra)
 
 
-def time_again(before: dict, case: Case, setup: Setup, limit: float) -> dict:
-    """The entry of `case` with new times, and what was counted in the one `before`.
+def visit_again(case: Case, setup: Setup, limit: float) -> Visit:
+    """One more visit to a case that was measured.
 
     Raises Disturbed where the floor takes longer than `limit` seconds, and whatever goes wrong.
     """
     release(setup.device)
     budget = comparable(case.shape.config(case.length), share=case.share)
-    times = time_beside_floor(case, budget, setup, limit)
+    visit = rounds.visit(case, budget, setup, limit)
     release(setup.device)
-    return entry(case, times, before["extra_info"])
+    return visit
 
 
-def entry(case: Case, times: Times | None, extra: dict) -> dict:
-    """The entry of `case` in pytest-benchmark's JSON; `extra` is its extra_info, without times.
-
-    repeats: how often the case was timed again, as the machine had been slow; see `bench.quiet`.
-    """
-    if times is not None:
-        extra = extra | {
-            "ratio_to_floor": timing.quartiles(times.ratios),
-            "floor_seconds": timing.quartiles(times.floor),
-            "repeats": extra.get("repeats", 0),
-            "seconds": times.parts,
-            "tokens_per_second": case.tokens / statistics.median(times.seconds),
-            "paired": times.paired,
-        }
-    return {
+def entry(case: Case, visit: Visit | None, extra: dict) -> dict:
+    """The entry of `case` in pytest-benchmark's JSON; `extra` is its extra_info, without times."""
+    entry = {
         "group": case.suite,
         "name": case.id,
         "fullname": case.fullname,
         "params": case.params(),
-        "stats": None if times is None else timing.stats(times.seconds),
+        "stats": None,
         "extra_info": extra,
     }
+    return entry if visit is None else visits.summed_up(visits.with_visit(entry, visit), inf)
 
 
 def predict(case: Case, budget: Budget, setup: Setup) -> dict | None:
@@ -162,8 +152,22 @@ def count(case: Case, budget: Budget, device: torch.device) -> dict:
             "first_step_peak": first,
         },
         "ops": None if compiled else counts.operators(lambda: method.step(batch)),
-        "launches": counts.launches(lambda: method.step(batch), device),
+        "launches": None,  # of `launches`, which is called after all times
     }
+
+
+def launches(case: Case, setup: Setup) -> int | None:
+    """CUDA kernels that a step launches; None without CUDA.
+
+    Not a part of `count`: a process may be slower for good once it has been profiled.
+    """
+    release(setup.device)
+    budget = comparable(case.shape.config(case.length), share=case.share)
+    method = build(case, budget, setup.device, COUNTING_LR)
+    batches = random_batches(case, setup.device)
+    for _ in range(rounds.WARM_UP):
+        method.step(next(batches))
+    return counts.launches(lambda: method.step(next(batches)), setup.device)
 
 
 def checksums(method: Method) -> dict[str, int]:

@@ -1,46 +1,43 @@
-"""Which cases were measured while the machine was slow, as their floors tell.
+"""When the machine was quiet, as the floors tell.
 
 A ratio to the floor stands on its own only as long as what slows the machine slows both alike. A
 busy neighbour, or a GPU that is hot, does not: products on all cores lose more than what waits for
 memory, so the ratio of a method with much of the latter is too good there. What the floor of one
 model and size takes should be one number in a whole run, and tells when it is not.
-
-The floor is a part of the ratio, so to choose by it is not quite neutral: a floor that was slow for
-a reason of its own, as by where its model lies in memory, is measured again, one that was fast is
-not. Hence a floor is judged by the faster half of its like, and not by the fastest of all.
 """
 
 import statistics
 from collections.abc import Iterable
 
-SLOWER = 0.06  # than the lower quartile of the floors of the same model and size
+from bench import visits
+
+SLOWER = 0.06  # than the lower quartile of the visits to the same model and size
 
 
-def disturbed(entries: Iterable[dict]) -> list[tuple[dict, float]]:
-    """Entries measured beside a floor slower than those of its size by SLOWER, worst first.
+def limits(entries: Iterable[dict]) -> dict[tuple, float]:
+    """Seconds that a floor may take while the machine is quiet, by `floor_of` its entry.
 
-    With each the seconds that its floor may take at the most. Left out are copies, those that were
-    timed apart from their floor, and compiled ones: to compile them again takes minutes.
+    From the faster visits of all cases of one size, but not from the fastest, which may be chance.
+    Left out are copies, what was timed apart from its floor, and compiled models: to compile them
+    again takes minutes. A size with one visit has no limit.
     """
-    sizes: dict[tuple, list[dict]] = {}
+    sizes: dict[tuple, list[float]] = {}
     for entry in entries:
-        extra = entry["extra_info"]
-        measured = entry["stats"] is not None and "copy_of" not in extra
-        if measured and extra["paired"] and not entry["params"]["options"]["compile"]:
-            sizes.setdefault(floor_of(entry), []).append(entry)
-    slow = []
-    for alike in sizes.values():
-        if len(alike) < 2:
-            continue
-        floors = [seconds(entry) for entry in alike]
-        limit = statistics.quantiles(floors, n=4, method="inclusive")[0] * (1 + SLOWER)
-        slow += [(entry, limit) for entry in alike if seconds(entry) > limit]
-    return sorted(slow, key=lambda pair: seconds(pair[0]) / pair[1], reverse=True)
+        if may_be_visited(entry):
+            medians = [statistics.median(visit.floor) for visit in visits.of(entry)]
+            sizes.setdefault(floor_of(entry), []).extend(medians)
+    return {
+        size: statistics.quantiles(floors, n=4, method="inclusive")[0] * (1 + SLOWER)
+        for size, floors in sizes.items()
+        if len(floors) > 1
+    }
 
 
-def seconds(entry: dict) -> float:
-    """The median step of the floor beside which `entry` was measured."""
-    return entry["extra_info"]["floor_seconds"]["median"]
+def may_be_visited(entry: dict) -> bool:
+    """Whether a visit more would say more of the case: it was timed, beside its floor."""
+    extra = entry["extra_info"]
+    timed = entry["stats"] is not None and "copy_of" not in extra
+    return timed and extra["paired"] and not entry["params"]["options"]["compile"]
 
 
 def floor_of(entry: dict) -> tuple:

@@ -41,6 +41,6 @@ class Record:
         if not self.entries:
             self.machine = self._found
 
-    def add(self, entry: dict) -> None:
-        self.entries[entry["fullname"]] = entry
+    def add(self, *entries: dict) -> None:
+        self.entries |= {entry["fullname"]: entry for entry in entries}
         report.write_json(self.path, list(self.entries.values()), self.device, self.machine)

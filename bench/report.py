@@ -1,6 +1,8 @@
 """Results as files and as a table. The files have the shape of pytest-benchmark's JSON."""
 
 import datetime
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +19,7 @@ from s2kernels.files import replacing
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 FIGURES = ROOT / "plots" / "figures"
-VERSION = "2"  # of the format of the files
+VERSION = "3"  # of the format of the files
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
@@ -56,6 +58,17 @@ def commit_info() -> dict:
         "time": _output("git", "log", "-1", "--format=%cI"),
         "dirty": None if commit is None else bool(changed),
     }
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of the code that a training step runs: the package but for its commands, and the methods."""
+    package, commands = ROOT / "s2kernels", ROOT / "s2kernels" / "cli"
+    files = [file for file in package.rglob("*.py") if commands not in file.parents]
+    digest = hashlib.sha256()
+    for file in sorted([*files, *(ROOT / "bench" / "methods").rglob("*.py")]):
+        digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def same_machine(a: dict, b: dict) -> bool:

@@ -16,63 +16,51 @@ from bench import timing
 from bench.cases import Case
 from bench.fresh import Setup, WrongMethod, build, out_of_memory, random_batches, release
 from bench.methods import Budget, Method
+from bench.visits import Visit
 
 WARM_UP = 2  # steps before the clock: compilation, first allocations, the optimizer's state
 TIMING_LR = 1e-6  # with which the model stays what it is however many rounds there are
-PERIODIC_STEPS, PERIODIC_SECONDS = 15, 5.0  # of periodic work: so many, but none after so long
-PARTS = ("forward", "backward", "optimizer")
+PERIODIC_STEPS, PERIODIC_SECONDS = 8, 4.0  # of periodic work: so many, but none after so long
 # Rounds, and seconds at the least, after which a slow floor is believed.
-PROBED, PROBED_SECONDS = 5, 0.5
+PROBED, PROBED_SECONDS = 3, 0.5
 
 
 class Disturbed(RuntimeError):
     """The machine is slower than it was."""
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of every timed step, its share of periodic work in them, and the parts of a step.
-
-    floor: seconds of every timed step of the floor.
-    ratios: to the floor's step in the same round if paired, else to the floor's median.
-    """
-
-    seconds: list[float]
-    floor: list[float]
-    ratios: list[float]
-    parts: dict[str, float]  # medians; "periodic" is the share of one step
-    paired: bool
+class Cramped(RuntimeError):
+    """The allocator had to give memory back and take it anew within timed steps."""
 
 
-def time_beside_floor(case: Case, budget: Budget, setup: Setup, limit: float = math.inf) -> Times:
+def visit(case: Case, budget: Budget, setup: Setup, limit: float = math.inf) -> Visit:
     """Times of `case` in rounds with a floor of its own, or alone where two models do not fit.
 
     Raises Disturbed, and soon, where the floor takes longer than `limit` seconds.
     """
+    began = time.perf_counter()
     try:
-        times, floor = time_rounds([case, case.floor()], budget, setup, limit)
+        run, floor = time_rounds([case, case.floor()], budget, setup, limit)
         paired = True
     except Exception as error:
-        if not out_of_memory(error):
+        if not (isinstance(error, Cramped) or out_of_memory(error)):
             raise
         paired = False
-    if paired:
-        ratios = timing.paired_ratios(times.seconds, floor.seconds)
-        return Times(times.seconds, floor.seconds, ratios, times.parts, paired)
-    release(setup.device)  # not in the handler: its traceback keeps the two models alive
-    # Right before, each time: the clocks of a device are not what they were some cases ago.
-    (floor,) = time_rounds([case.floor()], budget, setup, limit)
-    release(setup.device)
-    (times,) = time_rounds([case], budget, setup)
-    reference = statistics.median(floor.seconds)
-    ratios = [s / reference for s in times.seconds]
-    return Times(times.seconds, floor.seconds, ratios, times.parts, paired)
+    if not paired:
+        # Not in the handler: its traceback keeps the two models alive. The floor right before, each
+        # time: the clocks of a device are not what they were some cases ago.
+        release(setup.device)
+        (floor,) = time_rounds([case.floor()], budget, setup, limit)
+        release(setup.device)
+        (run,) = time_rounds([case], budget, setup)
+    took = time.perf_counter() - began
+    return Visit(run.laps, [sum(lap) for lap in floor.laps], run.periodic, paired, took)
 
 
 @dataclass(frozen=True)
 class _Run:
-    seconds: list[float]
-    parts: dict[str, float]
+    laps: list[list[float]]  # seconds of zeroing, forward, backward, update, by round
+    periodic: float  # share of a step, in seconds
 
 
 def time_rounds(
@@ -83,7 +71,8 @@ def time_rounds(
     What decides is the ratio of the first to the last, or the seconds of one alone. Steps with
     periodic work are made and not timed: `periodic_share` has it.
 
-    Raises Disturbed where the median step of the last is above `limit` seconds at the first look.
+    Raises Disturbed where the median step of the last is above `limit` seconds at the first look,
+    and Cramped where two models leave the allocator of a GPU so little that steps wait for it.
     """
     device = setup.device
     methods = [build(case, budget, device, TIMING_LR) for case in cases]
@@ -93,6 +82,7 @@ def time_rounds(
         for method in methods:
             step_laps(method, batch, device)
 
+    cramped = retries(device)
     laps: list[list[list[float]]] = [[] for _ in methods]
     places = [str(place) for place in range(len(methods))]
     began = time.perf_counter()
@@ -115,10 +105,12 @@ def time_rounds(
             if statistics.median(map(sum, laps[-1])) > limit:
                 raise Disturbed(f"a step of the floor takes longer than {limit:.3g} s")
             limit = math.inf
+    if len(methods) > 1 and retries(device) > cramped:
+        raise Cramped(f"{methods[0].name} beside its floor")
     if not bool(torch.isfinite(methods[0].loss(batch))):
         raise WrongMethod(f"the loss of {methods[0].name} is not finite after its timed steps")
     return [
-        summary(of_steps, periodic_share(method, of_steps, batches, device))
+        _Run(of_steps, periodic_share(method, of_steps, batches, device))
         for method, of_steps in zip(methods, laps, strict=True)
     ]
 
@@ -149,8 +141,6 @@ def periodic_share(
     return max(0.0, statistics.median(due) - usual) / method.period
 
 
-def summary(laps: list[list[float]], periodic: float) -> _Run:
-    medians = [statistics.median(of_part) for of_part in zip(*laps, strict=True)]
-    zeroing, forward, backward, update = medians
-    parts = dict(zip(PARTS, (forward, backward, zeroing + update), strict=True))
-    return _Run([sum(lap) + periodic for lap in laps], parts | {"periodic": periodic})
+def retries(device: torch.device) -> int:
+    """How often the caching allocator of a GPU has freed what it kept to find room; else 0."""
+    return torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0

@@ -6,11 +6,12 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from tqdm import tqdm
 
-from bench import measure, quiet, timing
+from bench import measure, quiet, report, timing, visits
 from bench.cases import Case
 from bench.estimate import Estimate
 from bench.fresh import Setup
@@ -18,8 +19,25 @@ from bench.methods import METHODS, Unavailable
 from bench.record import Record
 from bench.rounds import Disturbed
 
-REPEATS = 4  # of a case that the machine was slow for, in one run
-PAUSE = 5.0  # seconds, after which it may be faster
+VISITS = 6  # to a case in one run, after the first
+PAUSE = 5.0  # seconds, after which a machine that is slow may be faster
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be known of a case."""
+
+    visits: int = 1
+    quiet_rounds: int = 10
+    error: float = 0.005  # standard error of the median ratio, as a share of it
+
+    def reached(self, entry: dict) -> bool:
+        extra = entry["extra_info"]
+        return (
+            len(extra["visits"]) >= self.visits
+            and extra["quiet_rounds"] >= self.quiet_rounds
+            and timing.standard_error(extra["ratio_to_floor"]["data"]) <= self.error
+        )
 
 
 @dataclass
@@ -65,43 +83,52 @@ class Run:
         if left_out:
             print(f"{left_out} cases did not fit into the budget; the same command goes on there")
 
-    def repeat_disturbed(self, cases: Iterable[Case]) -> None:
-        """Times again those of `cases` that the machine was slow for, in turn, worst first.
+    def visit(self, cases: Iterable[Case], goal: Goal) -> None:
+        """Visits `cases` again, in turn, until `goal` is reached of each of them.
 
-        Each at most REPEATS times, as long as the budget lasts; says how many are left. What is
-        measured beside a faster floor takes the place of what there was, whatever its ratio.
+        Each at most VISITS times, as long as the budget lasts; says how many are left.
         """
         by_name = {case.fullname: case for case in cases}
         tried: Counter[str] = Counter()
+        self.sum_up()
 
-        def slow() -> list[tuple[dict, float]]:
-            found = quiet.disturbed(self.record.entries.values())
-            return [(entry, limit) for entry, limit in found if entry["fullname"] in by_name]
-
-        def due() -> list[tuple[dict, float]]:
+        def left() -> list[dict]:
             return [
-                (entry, limit)
-                for entry, limit in slow()
-                if tried[entry["fullname"]] < REPEATS and self._fits(by_name[entry["fullname"]])
+                entry
+                for name, entry in self.record.entries.items()
+                if name in by_name and may_be_visited(entry) and not goal.reached(entry)
             ]
 
-        while again := due():
-            # first what was tried least, in earlier runs too: one may have ended the process
-            before, limit = min(again, key=lambda pair: pair[0]["extra_info"]["repeats"])
-            name, extra = before["fullname"], before["extra_info"]
-            tried[name] += 1
-            before = before | {"extra_info": extra | {"repeats": extra["repeats"] + 1}}
-            self.record.add(before)
-            result = self._time_again(by_name[name], before, limit)
-            told = f"{len(again)} beside a slow floor; {before['name']}: {in_short(before)}, again"
-            tqdm.write(f"{told} {result}", file=sys.stdout)
-        if left := len(slow()):
-            print(f"{left} cases were timed beside a slow floor; without --again they are so again")
+        def due() -> list[dict]:
+            return [
+                entry
+                for entry in left()
+                if tried[entry["fullname"]] < VISITS and self._has(visits.of(entry)[-1].took)
+            ]
 
-    def _time_again(self, case: Case, before: dict, limit: float) -> str:
+        with tqdm(unit="visit", disable=None if left() else True) as bar:
+            while again := due():
+                # first what was visited least, in earlier runs too: one may have ended the process
+                before = min(again, key=lambda entry: attempts(entry["extra_info"]))
+                tried[before["fullname"]] += 1
+                bar.set_postfix_str(f"{len(again)} cases to go, {before['name']}")
+                result = self._visit(by_name[before["fullname"]], before)
+                tqdm.write(f"{before['name']}: {in_short(before)}, {result}", file=sys.stdout)
+                bar.update()
+        if number := len(left()):
+            print(
+                f"{number} cases are not known well enough; without --again they are visited again"
+            )
+
+    def _visit(self, case: Case, before: dict) -> str:
         """What came of it, in words."""
+        extra = before["extra_info"]
+        given_up = {"given_up": extra.get("given_up", 0) + 1}
+        # What the file says if the visit ends the process.
+        self.record.add(before | {"extra_info": extra | given_up})
+        limit = quiet.limits(self.record.entries.values()).get(quiet.floor_of(before), inf)
         try:
-            entry = measure.time_again(before, case, self.setup, limit)
+            visit = measure.visit_again(case, self.setup, limit)
         except Disturbed:
             time.sleep(PAUSE)
             return "slow"
@@ -109,19 +136,50 @@ class Run:
             traceback.print_exc()
             timing.synchronize(self.setup.device)  # raises again what broke the GPU
             return f"failed: {type(error).__name__}"
-        if not entry["extra_info"]["paired"] or quiet.seconds(entry) > quiet.seconds(before):
-            return f"{in_short(entry)}, not taken"
-        self.record.add(entry)
-        for other in list(self.record.entries.values()):
-            if other["extra_info"].get("copy_of") == before["name"]:
-                self.record.add(copy_for(other, entry))
-        return in_short(entry)
+        if not visit.paired:
+            return "no longer fits beside its floor"
+        self.record.add(visits.with_visit(before, visit))
+        self.sum_up()
+        return in_short(self.record.entries[case.fullname])
+
+    def sum_up(self) -> None:
+        """Has every entry say what its quiet rounds do, and every copy what its original does."""
+        found = self.record.entries
+        limits = quiet.limits(found.values())
+        found |= {
+            name: visits.summed_up(entry, limits.get(quiet.floor_of(entry), inf))
+            for name, entry in found.items()
+            if visits.of(entry)
+        }
+        originals = {entry["name"]: entry for entry in found.values()}
+        self.record.add(
+            *(
+                copy_for(entry, originals[original])
+                for entry in found.values()
+                if (original := entry["extra_info"].get("copy_of")) in originals
+            )
+        )
+
+    def count_launches(self, cases: Iterable[Case]) -> None:
+        """CUDA kernels of a step of each of `cases` that was measured. After all times: a process
+        that has been profiled may be slower for good."""
+        if self.setup.device.type != "cuda":
+            return
+        for case in cases:
+            entry = self.record.entries.get(case.fullname)
+            if entry is None or not lacks_launches(entry) or not self._fits(case):
+                continue
+            number = measure.launches(case, self.setup)
+            self.record.add(entry | {"extra_info": entry["extra_info"] | {"launches": number}})
+        self.sum_up()
 
     def _fits(self, case: Case) -> bool:
         """Whether it would end in time; what is unavailable takes none."""
-        if self.deadline is None or not is_available(case, self.setup.device):
-            return True
-        return time.perf_counter() + self.clock.seconds(case) <= self.deadline
+        return not is_available(case, self.setup.device) or self._has(self.clock.seconds(case))
+
+    def _has(self, seconds: float) -> bool:
+        """Whether so many are left."""
+        return self.deadline is None or time.perf_counter() + seconds <= self.deadline
 
     def _measure(self, case: Case) -> dict:
         """The entry of a case, a failure if that is what came of it; prints it in short."""
@@ -149,9 +207,30 @@ def equal(case: Case, known: dict[str, dict]) -> dict | None:
 
 
 def copy_for(names: dict, entry: dict) -> dict:
-    """`entry` under the group, name and fullname of `names`."""
+    """`entry`, or what it is a copy of, under the group, name and fullname of `names`."""
     named = {key: names[key] for key in ("group", "name", "fullname")}
-    return entry | named | {"extra_info": entry["extra_info"] | {"copy_of": entry["name"]}}
+    extra = {key: value for key, value in entry["extra_info"].items() if key != "visits"}
+    return entry | named | {"extra_info": {"copy_of": entry["name"]} | extra}
+
+
+def may_be_visited(entry: dict) -> bool:
+    return quiet.may_be_visited(entry) and is_of_this_code(entry)
+
+
+def is_of_this_code(entry: dict) -> bool:
+    return entry["extra_info"].get("source") == report.source_hash()
+
+
+def attempts(extra: dict) -> int:
+    """How often the case of this extra_info was visited or was begun to be."""
+    return len(extra["visits"]) + extra.get("given_up", 0)
+
+
+def lacks_launches(entry: dict) -> bool:
+    """Whether they can be counted: not of a copy, nor of a compiled model, which takes minutes."""
+    extra = entry["extra_info"]
+    counted = extra["status"] == "measured" and "copy_of" not in extra
+    return counted and extra["launches"] is None and not entry["params"]["options"]["compile"]
 
 
 def is_available(case: Case, device: torch.device) -> bool:

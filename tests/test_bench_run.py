@@ -1,72 +1,24 @@
-"""Cases that the machine was slow for: which they are, and that they are measured again."""
+"""Cases are visited until enough is known of them, in turn and within the budget."""
 
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from toy_cases import CEILINGS, fake_entry, toy_case
+from toy_cases import CEILINGS, a_visit, fake_entry, toy_case
 
-from bench import estimate, fresh, measure, quiet, rounds, timing
-from bench.cases import CHECKPOINTING, FULL_DEPTH, PLAIN
+from bench import counts, estimate, fresh, laboratory, measure, report, rounds, timing
+from bench.cases import PLAIN
+from bench.methods import METHODS, Unavailable
 from bench.record import Record
-from bench.run import REPEATS, Run
+from bench.run import VISITS, Goal, Run
 
 LORA, FULL, DORA, SHIRA = (toy_case(name) for name in ("lora", "full", "dora", "shira"))
 EIGHT = timing.Precision(min_rounds=8, max_rounds=8)
-SETUP = fresh.Setup(torch.device("cpu"), EIGHT, CEILINGS)
-
-
-def slow(*entries: dict) -> list[str]:
-    return [entry["params"]["method"] for entry, _ in quiet.disturbed(entries)]
-
-
-def test_the_floor_tells_when_the_machine_was_slow():
-    entries = [fake_entry(LORA, floor=0.100), fake_entry(FULL, floor=0.104)]
-    assert slow(*entries) == [] == slow(entries[0])
-    entries += [fake_entry(DORA, floor=0.12), fake_entry(SHIRA, floor=0.2)]
-    assert slow(*entries) == ["shira", "dora"]
-    limit = 1.06 * (0.25 * 0.100 + 0.75 * 0.104)  # from their lower quartile
-    assert [limit for _, limit in quiet.disturbed(entries)] == [pytest.approx(limit)] * 2
-    assert slow(*entries[2:]) == ["shira"]  # nothing tells of a faster one
-    # The ratio has no part in it.
-    entries[-1] = fake_entry(SHIRA, ratio=9.0, floor=0.1)
-    assert slow(*entries) == ["dora"]
-
-
-def test_one_lucky_floor_makes_no_others_slow():
-    found = [fake_entry(replace(LORA, share=n / 100), floor=0.1) for n in range(1, 8)]
-    assert slow(*found, fake_entry(FULL, floor=0.05)) == []
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"length": 16},
-        {"batch": 1},
-        {"dtype": "bfloat16"},
-        {"shape": LORA.shape.cut(1)},
-        {"shape": LORA.shape.cut(2, vocab=100)},
-        {"options": CHECKPOINTING},
-    ],
-    ids=lambda other: next(iter(other)),
-)
-def test_floors_of_other_sizes_say_nothing(other):
-    assert slow(fake_entry(LORA), fake_entry(replace(FULL, **other), floor=0.5)) == []
-
-
-@pytest.mark.parametrize("other", [{"options": FULL_DEPTH}, {"share": 0.1}, {"suite": "share"}])
-def test_the_floor_does_not_depend_on_what_is_trained(other):
-    assert slow(fake_entry(LORA), fake_entry(replace(FULL, **other), floor=0.5)) == ["full"]
-
-
-def test_what_was_not_measured_and_copies_are_left_out():
-    missing = measure.entry(FULL, None, {"status": "out of memory"})
-    copy = fake_entry(DORA, floor=0.5, copy_of="another")
-    apart = fake_entry(SHIRA, floor=0.5)
-    apart["extra_info"]["paired"] = False
-    compiled = fake_entry(replace(SHIRA, options=replace(PLAIN, compile=True)), floor=0.5)
-    assert slow(fake_entry(LORA), missing, copy, apart, compiled) == []
+CPU = torch.device("cpu")
+SETUP = fresh.Setup(CPU, EIGHT, CEILINGS)
+TWICE = Goal(visits=2, quiet_rounds=5, error=1.0)
+COPY = replace(FULL, suite="tokens")
 
 
 @pytest.mark.parametrize("limit, enough", [(1e-9, False), (1e9, True)])
@@ -79,98 +31,209 @@ def test_a_slow_floor_is_found_out_soon(monkeypatch, limit, enough):
 
     monkeypatch.setattr(rounds, "step_laps", step_laps)
     monkeypatch.setattr(rounds, "PROBED_SECONDS", 0.0)
-    before = fake_entry(LORA, ratio=9.0, floor=0.5)
     if enough:
-        entry = measure.time_again(before, LORA, SETUP, limit)
-        assert entry["extra_info"]["ratio_to_floor"]["median"] < 9.0
-        assert quiet.seconds(entry) < 0.5 and entry["stats"]["rounds"] == 8
-        assert entry["extra_info"]["bytes"] == before["extra_info"]["bytes"]
+        visit = measure.visit_again(LORA, SETUP, limit)
+        assert len(visit.laps) == len(visit.floor) == 8
+        assert visit.took > sum(visit.seconds) > 0
     else:
         with pytest.raises(rounds.Disturbed):
-            measure.time_again(before, LORA, SETUP, limit)
-    counted = 8 if enough else 5
+            measure.visit_again(LORA, SETUP, limit)
+    counted = 8 if enough else rounds.PROBED
     assert timed.count("frozen") == timed.count("lora") == rounds.WARM_UP + counted
+
+
+def test_two_models_that_cramp_the_allocator_are_timed_apart(monkeypatch):
+    numbers = iter([3, 4])  # of the pair; one alone is not looked at twice
+    monkeypatch.setattr(rounds, "retries", lambda device: next(numbers, 9))
+    assert measure.visit_again(LORA, SETUP, float("inf")).paired is False
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Run:
-    """With three entries of which that of `full`, and its copy, had a slow floor."""
+    """With two entries, and a copy of the second."""
     monkeypatch.setattr("bench.run.PAUSE", 0.0)
     monkeypatch.setattr(estimate.Estimate, "seconds", lambda self, case: 100.0)
-    record = Record(tmp_path / "steps.json", torch.device("cpu"), {})
-    record.add(fake_entry(LORA, floor=0.1))
-    record.add(fake_entry(FULL, ratio=1.5, floor=0.2))
-    record.add(fake_entry(replace(FULL, suite="tokens"), floor=0.2, copy_of=FULL.id))
-    return Run(record, SETUP, None, {})
+    record = Record(tmp_path / "steps.json", CPU, {})
+    record.add(fake_entry(LORA), fake_entry(FULL, ratio=1.5))
+    record.add(fake_entry(COPY, ratio=1.5, copy_of=FULL.id))
+    run = Run(record, SETUP, None, {})
+    run.sum_up()
+    return run
 
 
-def measures(monkeypatch, *found: dict | Exception) -> list[str]:
-    """What timing again returns in turn, the last for ever; the ids of what was timed."""
+def visited(monkeypatch, *found) -> list[str]:
+    """What a visit returns or raises in turn, the last for ever; the ids of what was visited."""
     results, done = list(found), []
 
-    def time_again(before, case, setup, limit):
-        assert before["name"] == case.id and limit < 0.2
+    def visit_again(case, setup, limit):
         done.append(case.id)
         result = results.pop(0) if len(results) > 1 else results[0]
         if isinstance(result, Exception):
             raise result
-        counted = {"repeats": before["extra_info"]["repeats"]}
-        return result | {"extra_info": result["extra_info"] | counted}
+        return result
 
-    monkeypatch.setattr(measure, "time_again", time_again)
+    monkeypatch.setattr(measure, "visit_again", visit_again)
     return done
 
 
-def ratios(run: Run) -> list[float]:
-    """As the file has them."""
+def told(run: Run) -> dict[str, dict]:
+    """extra_info by the id of the case, as the file has it."""
     entries = json.loads(run.record.path.read_text())["benchmarks"]
-    return [entry["extra_info"]["ratio_to_floor"]["median"] for entry in entries]
+    return {entry["name"]: entry["extra_info"] for entry in entries}
 
 
-def test_a_case_that_the_machine_was_slow_for_is_measured_again(run, monkeypatch, capsys):
-    better = [
-        fake_entry(FULL, ratio=ratio, floor=floor) for ratio, floor in ((1.7, 0.15), (1.8, 0.1))
-    ]
-    done = measures(monkeypatch, *better)
-    run.repeat_disturbed([FULL])  # though the file alone knows of a faster floor
-    assert done == [FULL.id] * 2 and ratios(run) == [1.2, 1.8, 1.8]
-    assert run.record.entries[FULL.fullname]["extra_info"]["repeats"] == 2
-    assert "beside a slow floor; without" not in capsys.readouterr().out
-    copy = run.record.entries[replace(FULL, suite="tokens").fullname]
-    assert (copy["group"], copy["extra_info"]["copy_of"]) == ("tokens", FULL.id)
+def test_every_case_is_visited_until_enough_is_known(run, monkeypatch, capsys):
+    done = visited(monkeypatch, a_visit(1.2), a_visit(1.9))
+    run.visit([LORA, FULL, COPY], TWICE)
+    assert done == [LORA.id, FULL.id]
+    extra = told(run)
+    assert [extra[case.id]["quiet_rounds"] for case in (LORA, FULL)] == [6, 6]
+    assert extra[LORA.id]["ratio_to_floor"]["median"] == pytest.approx(1.2)
+    assert extra[FULL.id]["ratio_to_floor"]["median"] == pytest.approx(1.7, abs=0.01)
+    copy = {name: value for name, value in extra[FULL.id].items() if name != "visits"}
+    assert extra[COPY.id] == copy | {"copy_of": FULL.id}
+    assert "not known well enough" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "goal, visits",
+    [
+        (Goal(visits=3, quiet_rounds=0, error=1.0), 3),
+        (Goal(visits=1, quiet_rounds=10, error=1.0), 4),
+        (Goal(visits=1, quiet_rounds=0, error=0.005), 5),  # (1.253 / 1.349) 0.02 / sqrt(15)
+    ],
+)
+def test_goals(run, monkeypatch, goal, visits):
+    visited(monkeypatch, a_visit(1.2))
+    run.visit([LORA], goal)
+    assert len(told(run)[LORA.id]["visits"]) == visits
+
+
+def test_what_a_visit_says_of_the_machine_is_said_of_all_earlier_ones(run, monkeypatch):
+    """The first visits were slow, as the next ones show; the ratio in them was another."""
+    visited(monkeypatch, *[a_visit(ratio, floor=0.05) for ratio in (2.0, 2.0, 3.0, 3.0)])
+    run.visit([LORA, FULL], Goal(visits=3, quiet_rounds=5, error=1.0))
+    extra = told(run)
+    assert [extra[case.id]["quiet_rounds"] for case in (LORA, FULL)] == [6, 6]
+    assert extra[LORA.id]["ratio_to_floor"]["data"] == pytest.approx(
+        [2 * 0.99, 2, 2 * 1.01, 3 * 0.99, 3, 3 * 1.01], rel=1e-4
+    )
+    assert extra[FULL.id]["floor_seconds"]["median"] == 0.05
 
 
 @pytest.mark.parametrize(
     "result",
-    [fake_entry(FULL, floor=0.3), rounds.Disturbed("slow"), ZeroDivisionError("of this case")],
+    [a_visit(paired=False), rounds.Disturbed("slow"), ZeroDivisionError("of this case")],
 )
-def test_what_is_no_better_is_not_kept(run, monkeypatch, capsys, result):
-    done = measures(monkeypatch, result)
-    run.repeat_disturbed([LORA, FULL])
-    assert done == [FULL.id] * REPEATS and ratios(run) == [1.2, 1.5, 1.2]
-    assert "1 cases were timed beside a slow floor; without" in capsys.readouterr().out
-
-
-def test_what_no_longer_fits_beside_its_floor_is_not_kept(run, monkeypatch):
-    apart = fake_entry(FULL, ratio=1.0, floor=0.1)
-    apart["extra_info"]["paired"] = False
-    measures(monkeypatch, apart)
-    run.repeat_disturbed([LORA, FULL])
-    assert ratios(run) == [1.2, 1.5, 1.2]
+def test_what_a_visit_that_came_to_nothing_leaves(run, monkeypatch, capsys, result):
+    done = visited(monkeypatch, result)
+    before = told(run)
+    run.visit([LORA], TWICE)
+    assert done == [LORA.id] * VISITS
+    assert "1 cases are not known well enough" in capsys.readouterr().out
+    assert told(run) == before | {LORA.id: before[LORA.id] | {"given_up": VISITS}}
 
 
 def test_cases_take_turns(run, monkeypatch):
-    """So that a slow minute does not take all the tries of one."""
-    run.record.add(fake_entry(DORA, floor=0.3))
-    run.record.add(fake_entry(SHIRA, floor=0.1))
-    done = measures(monkeypatch, rounds.Disturbed("slow"))
-    run.repeat_disturbed([LORA, FULL, DORA, SHIRA])
-    assert done == [DORA.id, FULL.id] * REPEATS
+    """So that a slow minute does not take all the tries of one; in earlier runs, too."""
+    run.record.add(fake_entry(DORA, given_up=1), fake_entry(SHIRA))
+    done = visited(monkeypatch, rounds.Disturbed("slow"))
+    run.visit([LORA, FULL, DORA, SHIRA], TWICE)
+    assert done[:6] == [LORA.id, FULL.id, SHIRA.id, LORA.id, FULL.id, DORA.id]
+    assert len(done) == 4 * VISITS
 
 
-def test_only_chosen_cases_are_repeated_and_only_in_time(run, monkeypatch):
-    done = measures(monkeypatch, fake_entry(FULL))
-    run.repeat_disturbed([LORA])
+def test_a_process_that_a_visit_ends_leaves_the_others_their_turn(run, monkeypatch):
+    done = visited(monkeypatch, KeyboardInterrupt())
+    monkeypatch.setattr(measure, "visit_again", _interrupted(done))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run.visit([LORA, FULL], TWICE)
+    assert done == [LORA.id, FULL.id]
+
+
+def _interrupted(done: list[str]):
+    def visit_again(case, setup, limit):
+        done.append(case.id)
+        raise KeyboardInterrupt
+
+    return visit_again
+
+
+def test_only_chosen_cases_of_this_code_are_visited_and_only_in_time(run, monkeypatch):
+    done = visited(monkeypatch, a_visit())
+    run.record.add(fake_entry(DORA, source="another"))
+    run.visit([DORA, SHIRA], TWICE)
     run.deadline = 0.0
-    run.repeat_disturbed([LORA, FULL])
+    run.record.add(fake_entry(SHIRA, floor=0.2))
+    run.visit([LORA, FULL, SHIRA], TWICE)
     assert done == []
+    assert told(run)[SHIRA.id]["quiet_rounds"] == 0  # of its first visit, as the others tell
+
+
+def test_what_is_to_be_measured_comes_in_this_order(tmp_path, monkeypatch):
+    others = [toy_case(name) for name in ("loreft", "lisa", "lora_fused", "s2ft_additive")]
+    record = Record(tmp_path / "steps.json", CPU, {})
+    record.add(
+        measure.entry(LORA, None, {"status": "failed: ZeroDivisionError"}),
+        fake_entry(FULL, source="another"),
+        measure.entry(DORA, None, {"status": "unavailable: a package is not installed"}),
+        measure.entry(SHIRA, None, {"status": "unavailable: a package is not installed"}),
+        measure.entry(others[0], None, {"status": "out of memory", "source": report.source_hash()}),
+        fake_entry(others[1]),
+    )
+
+    def check(device, options):
+        raise Unavailable("a package is not installed")
+
+    monkeypatch.setattr(METHODS["shira"], "check", check)
+    chosen = [LORA, FULL, DORA, SHIRA, *others, replace(LORA, suite="tokens")]
+    todo = laboratory.missing(chosen, record, CPU)
+    assert todo == [DORA, *others[2:], FULL, LORA, replace(LORA, suite="tokens")]
+
+
+def test_launches_are_counted_last_where_they_are_not_known(run, monkeypatch):
+    run.setup = replace(SETUP, device=torch.device("cuda"))
+    compiled = replace(DORA, options=replace(PLAIN, compile=True))
+    run.record.add(fake_entry(compiled), fake_entry(SHIRA, launches=5))
+    run.record.add(measure.entry(toy_case("lisa"), None, {"status": "out of memory"}))
+    counted = []
+
+    def launches(case, setup):
+        counted.append(case.id)
+        return 7
+
+    monkeypatch.setattr(measure, "launches", launches)
+    run.count_launches([LORA, FULL, COPY, compiled, SHIRA, toy_case("lisa"), toy_case("loreft")])
+    assert counted == [LORA.id, FULL.id]
+    assert [told(run)[case.id]["launches"] for case in (LORA, FULL, COPY, SHIRA)] == [7, 7, 7, 5]
+
+
+def test_launches_are_those_of_one_step_after_the_first(monkeypatch):
+    seen = []
+
+    def launches(action, device):
+        action()
+        seen.append(device)
+        return 3
+
+    monkeypatch.setattr(counts, "launches", launches)
+    assert measure.launches(LORA, SETUP) == 3 and seen == [CPU]
+
+
+def test_the_source_is_of_what_a_step_runs(tmp_path, monkeypatch):
+    counted = ("s2kernels/kernels/a.py", "bench/methods/b.py")
+    others = ("s2kernels/cli/c.py", "bench/d.py")
+    for name in (*counted, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    read = report.source_hash.__wrapped__
+    before = read()
+    for name in others:
+        (tmp_path / name).write_text("x = 2\n")
+    assert read() == before
+    for name in counted:
+        (tmp_path / name).write_text("x = 2\n")
+        assert read() != before
+        before = read()

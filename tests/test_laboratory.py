@@ -22,6 +22,7 @@ from bench import (
     report,
     rounds,
     timing,
+    visits,
 )
 from bench.activations import not_covered
 from bench.cases import PLAIN
@@ -80,7 +81,7 @@ def test_entry_of_a_method(method):
     assert entry["stats"]["rounds"] == len(extra["ratio_to_floor"]["data"]) == 3
     assert extra["tokens_per_second"] == pytest.approx(16 / entry["stats"]["median"])
     assert set(extra["seconds"]) == {"forward", "backward", "optimizer", "periodic"}
-    assert extra["seconds"]["periodic"] == 0 < min(extra["seconds"][p] for p in rounds.PARTS)
+    assert extra["seconds"]["periodic"] == 0 < min(extra["seconds"][p] for p in visits.PARTS)
     assert sum(extra["seconds"].values()) < 2 * entry["stats"]["max"]
 
     weights = TABLE["toy"].parameters() * 4
@@ -158,8 +159,9 @@ def test_periodic_work_is_a_share_of_every_step(monkeypatch):
     monkeypatch.setitem(METHODS, "lora", Pauses)
     monkeypatch.setattr(rounds, "PERIODIC_STEPS", 3)
     (run,) = rounds.time_rounds([toy_case("lora")], budget(toy_case("lora")), setup())
-    assert 0.09 < run.parts["periodic"] < 0.2
-    assert min(run.seconds) > run.parts["periodic"]
+    assert 0.09 < run.periodic < 0.2
+    visit = visits.Visit(run.laps, [1.0] * len(run.laps), run.periodic, paired=False, took=1.0)
+    assert min(visit.seconds) > run.periodic
 
 
 @pytest.mark.parametrize("name, each", [("lisa", 0.1), ("spiel", 0.3)])
@@ -183,7 +185,7 @@ def test_steps_with_periodic_work_are_not_timed(monkeypatch, name, each):
     case = toy_case(name)
     (run,) = rounds.time_rounds([case], budget(case), setup(40))
     of_rounds = timed[rounds.WARM_UP : rounds.WARM_UP + 40]
-    assert not any(of_rounds) and len(run.seconds) == 40
+    assert not any(of_rounds) and len(run.laps) == 40
     assert all(due) and each * 40 <= len(due) <= 2 * each * 40
     assert timed[rounds.WARM_UP + 40 :] == [True] * rounds.PERIODIC_STEPS
 
@@ -312,7 +314,7 @@ def test_two_models_that_do_not_fit_are_timed_apart(monkeypatch):
     for entry, (_, floor) in zip(entries, alone[::2], strict=True):  # the floor right before it
         extra = entry["extra_info"]
         assert extra["status"] == "measured" and extra["paired"] is False
-        expected = entry["stats"]["median"] / timing.quartiles(floor.seconds)["median"]
+        expected = entry["stats"]["median"] / timing.quartiles(map(sum, floor.laps))["median"]
         assert extra["ratio_to_floor"]["median"] == pytest.approx(expected)
 
 
@@ -385,7 +387,9 @@ def test_a_case_of_two_suites_is_measured_once(tmp_path, quick):
         copy, first = entries[name], entries[names[0]]
         assert (copy["group"], copy["name"]) == (name.partition("/")[0], name)
         assert copy["fullname"].endswith(name) and copy["stats"] == first["stats"]
-        assert copy["extra_info"] == first["extra_info"] | {"copy_of": names[0]}
+        told = first["extra_info"] | {"copy_of": names[0]}
+        del told["visits"]
+        assert copy["extra_info"] == told
 
 
 def test_estimates_learn_from_what_was_measured_alone(tmp_path, monkeypatch, quick):

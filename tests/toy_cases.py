@@ -1,8 +1,9 @@
 """Cases of the laboratory at toy size, and entries as if they had been measured."""
 
-from bench import measure, rounds
+from bench import measure, report
 from bench.cases import Case
 from bench.shapes import TABLE
+from bench.visits import Visit
 
 CEILINGS = {"gemm_flops": {"float32": 1e11, "bfloat16": 1e11}, "copy_bytes_per_second": 1e10}
 
@@ -15,14 +16,19 @@ def toy_case(method: str, **other) -> Case:
     )
 
 
+def a_visit(ratio: float = 1.2, floor: float = 0.1, *, paired: bool = True) -> Visit:
+    """Three rounds, 2 % apart, in which every part of a step takes a quarter of it."""
+    laps = [[floor * ratio * spread / 4] * 4 for spread in (0.99, 1.0, 1.01)]
+    return Visit(laps, [floor] * 3, periodic=0.0, paired=paired, took=1.0)
+
+
 def fake_entry(case: Case, ratio: float = 1.2, floor: float = 0.1, **extra) -> dict:
-    data = [ratio * 0.99, ratio, ratio * 1.01]
-    parts = dict.fromkeys((*rounds.PARTS, "periodic"), 0.1)
-    times = rounds.Times([0.1, 0.11, 0.12], [floor] * 3, data, parts, True)
+    visit = a_visit(ratio, floor)
     sizes = dict.fromkeys(("weights", "gradients", "optimizer", "temporaries", "unseen"), 0)
     sizes |= {"saved": 1000, "peak": 10_000, "first_step_peak": 9_000}
     known = {"status": "measured", "trained_parameters": 7, "bytes": sizes, "ops": 9, "model": None}
-    return measure.entry(case, times, known | extra)
+    known |= {"source": report.source_hash(), "launches": None}
+    return measure.entry(case, visit, known | extra)
 
 
 def measure_at_once(monkeypatch) -> list[str]:
