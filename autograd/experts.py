@@ -8,7 +8,9 @@ sorted by expert. Subscript e: the pairs of expert e. With W_e = W0_e + scatter(
     dim="out"  d_delta_e = dy_e[:, index_e]ᵀ x_e     saves x
 
 Gradients of whole weights are never computed. y and dx are one grouped GEMM where torch has one,
-else a GEMM for each expert; what concerns the slices is an op for each expert.
+else a GEMM for each expert. The copy for dim="in" is made for all experts at once; the products of
+slices are an op for each expert: torch's grouped GEMM answers in the dtype of its operands, and
+d_delta is not to be rounded to bf16.
 """
 
 from collections.abc import Callable
@@ -145,7 +147,7 @@ def expert_delta(
         index_tensor,
         start,
         dim,
-        *(routing.order, routing.inverse, routing.ends),
+        *(routing.order, routing.inverse, routing.offsets, routing.ends),
         routing.experts_per_token if from_tokens else 0,
         impl,
     )
@@ -186,7 +188,7 @@ class S2ExpertLinearFunction(torch.autograd.Function):
         pairs = _of_pairs(x, order, per_token)
         operand = None
         if needs_delta:
-            operand = _take_each(pairs, index, start, delta, ends) if dim == "in" else x
+            operand = _take_each(pairs, index, start, delta, offsets) if dim == "in" else x
         ctx.save_for_backward(
             operand,
             weight if needs_dx else None,
@@ -221,12 +223,26 @@ class S2ExpertDeltaFunction(torch.autograd.Function):
     """y + the slices' part, in y; see `expert_delta` and `S2ExpertLinearFunction`."""
 
     @staticmethod
-    def forward(ctx, y, x, delta, index, start, dim, order, inverse, ends, per_token, impl):
+    def forward(
+        ctx,
+        y,
+        x,
+        delta,
+        index,
+        start,
+        dim,
+        order,
+        inverse,
+        offsets,
+        ends,
+        per_token,
+        impl,
+    ):
         ops = backend.select(x, impl)
         _, needs_dx, needs_delta = ctx.needs_input_grad[:3]
         pairs = _of_pairs(x, order, per_token)
         compact = dim == "in"
-        operand = _take_each(pairs, index, start, delta, ends) if compact else pairs
+        operand = _take_each(pairs, index, start, delta, offsets) if compact else pairs
         for expert, rows in _groups(ends):
             where = None if compact else _where(index, start, delta, dim, expert)
             ops.slice_linear_(y[rows], operand[rows], delta[expert], where, dim)
@@ -256,7 +272,7 @@ class S2ExpertDeltaFunction(torch.autograd.Function):
                 if ctx.dim == "out":
                     operand = _of_pairs(operand, order, ctx.per_token)
                 d_delta = _delta_grad(ops, dy, operand, delta, index, ctx)
-        return dy, dx, d_delta, *[None] * 8
+        return dy, dx, d_delta, *[None] * 9
 
 
 def _delta_grad(ops: Ops, dy: Tensor, operand: Tensor, delta: Tensor, index, ctx) -> Tensor | None:
@@ -307,12 +323,15 @@ def _where(index: Tensor | None, start: int, delta: Tensor, dim: str, expert: in
     return slice(start, start + delta.shape[2 if dim == "in" else 1])
 
 
-def _take_each(x: Tensor, index: Tensor | None, start: int, delta: Tensor, ends) -> Tensor:
+def _take_each(
+    x: Tensor, index: Tensor | None, start: int, delta: Tensor, offsets: Tensor
+) -> Tensor:
     """A copy (S, R) of the channels that each pair's expert trains."""
     if index is None:
         return take(x, _where(None, start, delta, "in", 0))
-    parts = [take(x[rows], index[expert]) for expert, rows in _groups(ends)]
-    return torch.cat(parts) if parts else x.new_empty(0, index.shape[1])
+    pairs = torch.arange(len(x), dtype=offsets.dtype, device=x.device)
+    experts = torch.searchsorted(offsets, pairs, right=True)
+    return x.gather(1, index.long().index_select(0, experts))
 
 
 def _of_pairs(x: Tensor, order: Tensor, per_token: int) -> Tensor:

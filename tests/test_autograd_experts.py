@@ -4,6 +4,7 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.memory import kept_by
 from s2kernels.autograd.experts import (
@@ -133,6 +134,55 @@ def test_gradients_are_those_of_dense_autograd(mode, layout, tokens):
         torch.testing.assert_close(got, grad, rtol=1e-11, atol=1e-11, msg=name)
     unseen = grads_of(ours(*given, mode), given[1])[2:]
     assert all((grad[-1] == 0).all() for grad in unseen)  # the expert without tokens
+
+
+@MODES
+@pytest.mark.parametrize("layout", ("gather", "run"))
+@pytest.mark.parametrize(
+    "chosen",
+    (
+        [[2, 3], [3, 2], [2, 3]],  # the first experts have no pairs
+        [[0, 3], [3, 0], [0, 3]],  # those in the middle
+        [[1, 1], [1, 1], [1, 1]],  # all but one
+    ),
+    ids=("last", "outer", "one"),
+)
+def test_experts_without_pairs(mode, layout, chosen):
+    *given, experts = case(layout=layout, tokens=3)
+    experts = torch.tensor(chosen, dtype=experts.dtype)
+    leaves = given[1]
+    ours(*given, experts, mode).square().sum().backward()
+    ours(*given, experts, mode).square().sum().backward()
+    for name, want in zip(leaves, grads_of(dense(*given, experts), leaves), strict=True):
+        torch.testing.assert_close(leaves[name].grad, 2 * want, rtol=1e-11, atol=1e-11, msg=name)
+    empty = [expert for expert in range(E) if expert not in experts]
+    assert not leaves["delta_in"].grad[empty].any()
+    assert not leaves["delta_out"].grad[empty].any()
+
+
+class Ops(TorchDispatchMode):
+    """The names of the ops of aten that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_forward_of_an_in_slice_has_as_many_ops_for_any_number_of_experts():
+    counts = []
+    for num in (3, 24):
+        x, weight = draw(9, 16, dtype=torch.bfloat16), draw(num, 8, 16, dtype=torch.bfloat16)
+        delta = draw(num, 8, 5, dtype=torch.float32).requires_grad_()
+        options = dict(delta=delta, index=drawn(num, 16, 5), dim="in", from_tokens=True)
+        routing = route(some_experts(num, 9), num)
+        with Ops() as ops:
+            expert_linear(x, weight, routing, **options)
+        counts.append(len(ops.names))
+    assert counts[0] == counts[1]
 
 
 def test_no_tokens():
