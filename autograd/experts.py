@@ -50,23 +50,25 @@ class Routing:
 
 
 def route(experts: Tensor, num_experts: int) -> Routing:
-    """The routing of `experts`, integers (M, T) below num_experts. It waits for the device.
+    """The routing of `experts`, integers (M, T) below num_experts. It waits for the device, once.
 
     Raises ValueError for an expert that is not among them, as expert parallelism marks those of
     other ranks.
     """
-    flat = experts.flatten()
-    order = flat.argsort(stable=True)
+    ranked, order = experts.flatten().sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
-    counts = torch.bincount(flat, minlength=num_experts)
-    if len(counts) > num_experts:
+    # not bincount, which asks the device twice by itself: for the smallest and the largest expert
+    up_to = torch.arange(-1, num_experts, dtype=ranked.dtype, device=ranked.device)
+    found = torch.searchsorted(ranked, up_to, right=True)
+    negative, *ends = found.tolist()
+    if negative or ends[-1] < len(ranked):
+        wrong = int(ranked[0 if negative else -1])
         raise ValueError(
-            f"experts 0 to {num_experts - 1} wanted, got {len(counts) - 1}: slices of experts that "
-            "are spread over processes cannot be trained"
+            f"experts 0 to {num_experts - 1} wanted, got {wrong}: slices of experts that are "
+            "spread over processes cannot be trained"
         )
-    offsets = counts.cumsum(0, dtype=torch.int32)
-    return Routing(order, inverse, offsets, tuple(offsets.tolist()), experts.shape[1])
+    return Routing(order, inverse, found[1:].int(), tuple(ends), experts.shape[1])
 
 
 def experts_forward(
