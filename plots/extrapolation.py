@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plots import panels, steps, style
+from plots import floors, panels, steps, style
 from plots.panels import Curve
 from plots.steps import Step
 
@@ -27,9 +27,10 @@ def draw(document: dict, folder: Path) -> list[Path]:
     for _, shape, found in steps.by_shape(document, "extrapolation"):
         if len({step.layers for step in found}) == 1:
             continue
-        for quantity, fig in (("time", time(found)), ("memory", memory(found))):
+        drawn = {"time": (time(found), [floors.NOTE]), "memory": (memory(found), [])}
+        for quantity, (fig, notes) in drawn.items():
             path = folder / f"extrapolation-{quantity}-{shape}.svg"
-            written.append(style.save(fig, path, steps.caption(document, found)))
+            written.append(style.save(fig, path, steps.caption(document, found, *notes)))
     return written
 
 

@@ -9,16 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from plots import bars, steps, style
+from plots import bars, floors, steps, style
 from plots.steps import Step
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
     """Draws a figure for each model of the suite "figure5"."""
-    return [
-        style.save(figure(found), folder / f"{suite}-{shape}.svg", steps.caption(document, found))
-        for suite, shape, found in steps.by_shape(document, "figure5")
-    ]
+    written = []
+    for suite, shape, found in steps.by_shape(document, "figure5"):
+        caption = steps.caption(document, found, floors.NOTE)
+        written.append(style.save(figure(found), folder / f"{suite}-{shape}.svg", caption))
+    return written
 
 
 def figure(found: list[Step]) -> Figure:

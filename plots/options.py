@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from plots import bars, steps, style
+from plots import bars, floors, steps, style
 from plots.steps import Step
 
 # Of the options of a figure, in their order.
@@ -25,8 +25,8 @@ def draw(document: dict, folder: Path) -> list[Path]:
         if all(step.options for step in found):
             plain = {(step.size, "", step.method) for step in found} & others.keys()
             found = [others[key] for key in sorted(plain)] + found
-        path = folder / f"{suite}-{shape}.svg"
-        written.append(style.save(figure(found), path, steps.caption(document, found)))
+        caption = steps.caption(document, found, floors.NOTE)
+        written.append(style.save(figure(found), folder / f"{suite}-{shape}.svg", caption))
     return written
 
 

@@ -1,13 +1,15 @@
 """The training steps of results/<device>/steps.json, as figures and tables want them."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from plots import style
+from plots import floors, style
 
 # What is drawn of a step, by how its status begins.
 MARKS = {"measured": "", "out of memory": "OOM", "unavailable": "n/a", "failed": "failed"}
 MARKS_MEANING = "OOM: out of memory; n/a: not available there; failed: not measured, by an error."
+LINE = 160  # characters of a caption that the width of a figure has room for
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Step:
     status: str  # begins as a key of MARKS
     trained: int | None
     total: int
-    seconds: dict | None  # median, q1, q3 of a step
+    seconds: dict | None  # median, q1, q3 of a step; see `plots.floors`
     ratio: dict | None  # median, q1, q3 of step / frozen floor, of the same round
     bytes: dict | None  # peak, first_step_peak and their parts
     model: dict | None  # seconds, peak, saved; fits: None, or where it does not fit
@@ -77,8 +79,7 @@ def read(document: dict, suite: str) -> list[Step]:
 
     Raises ValueError for a method that is unknown here, and for a case that comes twice.
     """
-    entries = [entry for entry in document["benchmarks"] if entry["group"] == suite]
-    steps = [_step(entry) for entry in entries]
+    steps = [_step(*timed) for timed in _timed(document) if timed[0]["group"] == suite]
     if unknown := {step.method for step in steps} - set(style.METHODS):
         raise ValueError(f"methods must be those of plots.style.METHODS, got {sorted(unknown)}")
     seen = set()
@@ -93,7 +94,7 @@ def read(document: dict, suite: str) -> list[Step]:
 def references(document: dict) -> dict[tuple, Step]:
     """The steps of all suites at the usual share, by size, options and method: what a figure shows
     beside those of its own suite."""
-    steps = map(_step, document["benchmarks"])
+    steps = (_step(*timed) for timed in _timed(document))
     return {(s.size, s.options, s.method): s for s in steps if s.share is None}
 
 
@@ -128,7 +129,7 @@ def caption(document: dict, steps: list[Step], *notes: str) -> str:
     sentences = [f"{', '.join(words)}.", *notes]
     if any(step.mark for step in steps):
         sentences.append(MARKS_MEANING)
-    return f"{' '.join(sentences)}\n{style.machine(document)}."
+    return f"{textwrap.fill(' '.join(sentences), LINE)}\n{style.machine(document)}."
 
 
 def _cuts(steps: list[Step]) -> list[str]:
@@ -142,7 +143,13 @@ def _cuts(steps: list[Step]) -> list[str]:
     return cuts
 
 
-def _step(entry: dict) -> Step:
+def _timed(document: dict) -> Iterator[tuple[dict, dict | None]]:
+    """Each entry with its seconds, for which the floors of all suites count."""
+    benchmarks = document["benchmarks"]
+    return zip(benchmarks, floors.steady_seconds(benchmarks), strict=True)
+
+
+def _step(entry: dict, seconds: dict | None) -> Step:
     params, extra = entry["params"], entry["extra_info"]
     status = extra["status"]
     if not status.startswith(tuple(MARKS)):
@@ -155,7 +162,7 @@ def _step(entry: dict) -> Step:
         status=status,
         trained=extra.get("trained_parameters"),
         total=extra["total_parameters"],
-        seconds=entry["stats"],
+        seconds=seconds,
         ratio=extra.get("ratio_to_floor"),
         bytes=extra.get("bytes"),
         model=extra.get("model"),

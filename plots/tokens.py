@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from plots import panels, paper, steps, style
+from plots import floors, panels, paper, steps, style
 from plots.panels import Curve
 from plots.steps import Step
 
@@ -24,10 +24,10 @@ def draw(document: dict, folder: Path) -> list[Path]:
     written = []
     for _, shape, found in steps.by_shape(document, "tokens"):
         notes = [paper.NOTE] if any(_printed(found).values()) else []
-        caption = steps.caption(document, found, *notes)
-        for quantity, fig in (("time", time(found)), ("memory", memory(found))):
+        drawn = {"time": (time(found), [*notes, floors.NOTE]), "memory": (memory(found), notes)}
+        for quantity, (fig, said) in drawn.items():
             path = folder / f"tokens-{quantity}-{shape}.svg"
-            written.append(style.save(fig, path, caption))
+            written.append(style.save(fig, path, steps.caption(document, found, *said)))
     return written
 
 

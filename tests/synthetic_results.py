@@ -47,16 +47,22 @@ def step(
     share: float | None = None,
     status: str = "measured",
     fits: str | None = None,
+    slowed: float = 1.0,
     **options,
 ) -> dict:
-    """One entry of steps.json. An entry that was not measured has a model, and nothing else."""
+    """One entry of steps.json. An entry that was not measured has a model, and nothing else.
+
+    slowed: how much longer all of its rounds took, those of its floor as well.
+    """
     depth = LAYERS[shape]
     layers = layers or depth
     tokens, total = batch * length, PARAMETERS[shape] * layers // depth
     speed = 6e-15 if dtype == "bfloat16" else 2e-12
     trained = {"frozen": 0, "full": total}.get(method, int(total * (share or 0.008)))
-    seconds = SLOWNESS[method] * (speed * total * tokens + 1e-4 * layers)
-    seconds *= (1.3 if options.get("checkpointing") else 1) * (1 + 3 * (share or 0))
+    floor = speed * total * tokens + 1e-4 * layers
+    floor *= 1.3 if options.get("checkpointing") else 1
+    ratio = SLOWNESS[method] * (1 + 3 * (share or 0)) + (options.get("checkpointing") or 0) / 20
+    seconds = ratio * floor
     weights, saved = (
         (2 if dtype == "bfloat16" else 4) * total,
         int(tokens * layers * 40_000 * SLOWNESS[method]),
@@ -64,7 +70,6 @@ def step(
     saved = saved // 5 if options.get("checkpointing") else saved
     held = max(saved, 4 * trained)
     peak = weights + 8 * trained + held + total // 9
-    ratio = SLOWNESS[method] * (1 + 3 * (share or 0)) + (options.get("checkpointing") or 0) / 20
     measured = {
         "trained_parameters": trained,
         "bytes": {
@@ -73,9 +78,10 @@ def step(
             **{"peak": peak, "first_step_peak": peak - 8 * trained},
         },
         "ratio_to_floor": {"median": ratio, "q1": ratio - 0.01, "q3": ratio + 0.02},
+        "floor_seconds": {"median": slowed * floor},
         "paired": True,
     }
-    stats = {"median": seconds, "q1": seconds * 0.98, "q3": seconds * 1.03}
+    stats = {"median": slowed * seconds}
     model = {"seconds": seconds * 0.8, "peak": int(peak * 0.95), "saved": saved, "fits": fits}
     ran = status == "measured"
     return {

@@ -150,6 +150,9 @@ def test_labels_have_units(drawn):
         assert ", GiB" in gpu[f"{kind}7b"]
         assert "OOM" in gpu[f"{kind}13b"] and "OOM" not in gpu[f"{kind}7b"]
     assert "printed in the paper, A100-80G" in gpu["tokens-time-llama-2-7b"]
+    for figure in drawn:
+        ratios = "Times: ratio to the frozen floor of the same rounds" in texts(figure)
+        assert ratios == ("time of a step" in texts(figure) or "per token" in texts(figure))
     cpu = {f.stem: texts(f) for f in drawn if f.parent.name == "cpu"}
     assert "n/a" in cpu["figure5-small"] and "not available" in cpu["figure5-small"]
     assert "paper" not in cpu["tokens-time-small"]
