@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from plots import steps, style
+from plots import floors, steps, style
 from plots.steps import Step
 
 COLUMNS = ["method", "trained", "step ms", "modelled", "step / floor", "modelled"]
@@ -22,7 +22,8 @@ def tables(document: dict) -> str:
     """Markdown: for each model its largest batch in the first suite that has it; what it ran on.
 
     The model with the most methods comes first. A step whose backward may end above the embedding
-    is also given at the depth of the floor, where that was measured.
+    is also given at the depth of the floor, where that was measured. Below them all, what the
+    milliseconds are and how small a difference says something.
     """
     largest: dict[str, list[Step]] = {}
     for _, shape, found in steps.by_shape(document, "figure5", "tokens"):
@@ -31,7 +32,8 @@ def tables(document: dict) -> str:
     deep = {(s.size, s.method): s for s in steps.read(document, "depth") if s.options == DEPTH}
     settings = sorted(largest.values(), key=lambda found: (-len(found), found[0].total))
     parts = [_table(found, deep) for found in settings]
-    return "\n\n".join([*parts, f"{style.machine(document)}."]) + "\n"
+    note = " ".join([floors.NOTE, *_resolution(document)])
+    return "\n\n".join([*parts, note, f"{style.machine(document)}."]) + "\n"
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
@@ -59,6 +61,20 @@ def _table(of_setting: list[Step], deep: dict[tuple, Step]) -> str:
             row.insert(place, "" if step is None else _ratio(step))
     table = markdown(columns, rows)
     return "\n\n".join([heading, table, *_notes(of_setting)])
+
+
+def _resolution(document: dict) -> list[str]:
+    """How far from 1 the floor's own ratios are, of all suites; a sentence, where there are any."""
+    found = [s.ratio for s in steps.references(document).values() if s.method == "frozen"]
+    ratios = sorted(ratio["median"] for ratio in found if ratio is not None)
+    if not ratios:
+        return []
+    between = " to ".join(dict.fromkeys(f"{ratio:.3f}" for ratio in (ratios[0], ratios[-1])))
+    furthest = max(abs(ratio - 1) for ratio in ratios)
+    return [
+        f"Resolution: the frozen floor beside an identical one came out at {between}; differences "
+        f"below {furthest:.1%}, or within the quartiles, say nothing."
+    ]
 
 
 def _notes(of_setting: list[Step]) -> list[str]:

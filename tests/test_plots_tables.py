@@ -1,0 +1,45 @@
+"""What the tables of the laboratory say about themselves, and which models have one."""
+
+import copy
+
+import pytest
+import synthetic_results as synthetic
+from synthetic_results import step
+
+from plots import laboratory
+
+
+def floor(ratio: float, **sizes) -> dict:
+    """A frozen floor that came out at `ratio` beside another one."""
+    entry = step("figure5", "frozen", **sizes)
+    entry["extra_info"]["ratio_to_floor"]["median"] = ratio
+    return entry
+
+
+def paragraph(entries: list[dict], start: str) -> str | None:
+    found = laboratory.tables(synthetic.document(entries)).split("\n\n")
+    return next((text for text in found if text.startswith(start)), None)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "between", "below"),
+    [
+        ([1.0228], "at 1.023;", "below 2.3%,"),
+        ([0.9916, 1.0019, 1.0052], "at 0.992 to 1.005;", "below 0.8%,"),
+    ],
+)
+def test_the_resolution_is_that_of_the_floors_beside_themselves(ratios, between, below):
+    floors = [floor(ratio, batch=batch) for batch, ratio in enumerate(ratios, start=1)]
+    others = [step("figure5", "lora"), step("figure5", "full", batch=2)]
+    missing = step("tokens", "frozen", length=4096, status="out of memory")
+    note = paragraph([*floors, *others, missing], "Times: ratio to the frozen floor")
+    assert f"an identical one came out {between} differences {below}" in note
+
+
+def test_a_copy_does_not_count_and_without_a_floor_there_is_no_resolution():
+    found = floor(1.01)
+    copied = copy.deepcopy(found) | {"group": "tokens"}
+    copied["extra_info"]["copy_of"] = found["name"]
+    entries = [found, copied, step("figure5", "lora")]
+    assert "came out at 1.010; differences below 1.0%" in paragraph(entries, "Times")
+    assert "Resolution" not in paragraph(entries[2:], "Times")
