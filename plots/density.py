@@ -13,14 +13,14 @@ PREDICTED = {"color": "#777777", "linewidth": 1.2, "marker": "D", "markerfacecol
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
-    """Draws a figure for each model of the suite "density" that has peaks of the floor and of some
-    density there."""
+    """Draws a figure for each model and batch of the suite "density" that has peaks of the floor
+    and of some density there."""
     written = []
-    for _, shape, found in steps.by_shape(document, "density"):
+    for name, found in steps.series(document, "density"):
         measured = [step for step in found if not step.mark]
         has_floor = any(step.method == "frozen" for step in measured)
         if has_floor and any(step.share is not None for step in measured):
-            path = folder / f"density-{shape}.svg"
+            path = folder / f"density-{name}.svg"
             written.append(style.save(figure(found), path, steps.caption(document, found)))
     return written
 

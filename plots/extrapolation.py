@@ -22,14 +22,15 @@ END = {
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
-    """Draws two figures for each model of the suite "extrapolation" with more than one depth."""
+    """Draws two figures for each model and batch of the suite "extrapolation" that has more than
+    one depth."""
     written = []
-    for _, shape, found in steps.by_shape(document, "extrapolation"):
+    for name, found in steps.series(document, "extrapolation", "layers"):
         if len({step.layers for step in found}) == 1:
             continue
         drawn = {"time": (time(found), [floors.NOTE]), "memory": (memory(found), [])}
         for quantity, (fig, notes) in drawn.items():
-            path = folder / f"extrapolation-{quantity}-{shape}.svg"
+            path = folder / f"extrapolation-{quantity}-{name}.svg"
             written.append(style.save(fig, path, steps.caption(document, found, *notes)))
     return written
 

@@ -21,14 +21,16 @@ def gpu_tables(results: Path) -> str:
 def tables(document: dict) -> str:
     """Markdown: for each model its largest batch in the first suite that has it; what it ran on.
 
-    The model with the most methods comes first. A step whose backward may end above the embedding
-    is also given at the depth of the floor, where that was measured. Below them all, what the
-    milliseconds are and how small a difference says something.
+    Two cuts of one shape are two models; the one with the most methods comes first. A step whose
+    backward may end above the embedding is also given at the depth of the floor, where that was
+    measured. Below them all, what the milliseconds are and how small a difference says something.
     """
-    largest: dict[str, list[Step]] = {}
-    for _, shape, found in steps.by_shape(document, "figure5", "tokens"):
-        *_, last = steps.groups(found, lambda step: step.setting).values()
-        largest.setdefault(shape, last)
+    largest: dict[object, list[Step]] = {}
+    for suite in ("figure5", "tokens"):
+        models = steps.groups(steps.read(document, suite), lambda step: step.cut)
+        for model, found in models.items():
+            *_, last = steps.groups(found, lambda step: step.setting).values()
+            largest.setdefault(model, last)
     deep = {(s.size, s.method): s for s in steps.read(document, "depth") if s.options == DEPTH}
     settings = sorted(largest.values(), key=lambda found: (-len(found), found[0].total))
     parts = [_table(found, deep) for found in settings]

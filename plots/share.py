@@ -13,12 +13,12 @@ References = dict[tuple, Step]  # of steps.references
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
-    """Draws two figures for each model of the suite "share"."""
+    """Draws two figures for each model and batch of the suite "share"."""
     written, others = [], steps.references(document)
-    for _, shape, found in steps.by_shape(document, "share"):
+    for name, found in steps.series(document, "share"):
         caption = steps.caption(document, found)
         for quantity, fig in (("time", time(found, others)), ("memory", memory(found, others))):
-            path = folder / f"share-{quantity}-{shape}.svg"
+            path = folder / f"share-{quantity}-{name}.svg"
             written.append(style.save(fig, path, caption))
     return written
 

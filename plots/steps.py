@@ -9,6 +9,7 @@ from plots import floors, style
 # What is drawn of a step, by how its status begins.
 MARKS = {"measured": "", "out of memory": "OOM", "unavailable": "n/a", "failed": "failed"}
 MARKS_MEANING = "OOM: out of memory; n/a: not available there; failed: not measured, by an error."
+SIZES = ("layers", "vocab", "batch", "length", "dtype")  # of the steps of a shape
 LINE = 160  # characters of a caption that the width of a figure has room for
 
 
@@ -64,6 +65,11 @@ class Step:
         return ", ".join([self.shape, *_cuts([self])])
 
     @property
+    def cut(self) -> tuple:
+        """The model as it was run."""
+        return self.shape, self.layers, self.vocab, self.dtype
+
+    @property
     def size(self) -> tuple:
         """The model and the batch."""
         return self.shape, self.layers, self.vocab, self.tokens, self.length, self.batch, self.dtype
@@ -113,6 +119,21 @@ def by_shape(document: dict, *suites: str) -> Iterator[tuple[str, str, list[Step
             yield suite, shape, steps
 
 
+def series(document: dict, suite: str, *along: str) -> Iterator[tuple[str, list[Step]]]:
+    """Yields name and steps of each figure of one suite whose lines run along some of SIZES only.
+
+    A figure has the name of its shape and, where that has several, of the sizes that differ.
+    """
+    for _, shape, steps in by_shape(document, suite):
+        sizes = [name for name in SIZES if name not in along]
+        apart = [name for name in sizes if len({getattr(step, name) for step in steps}) > 1]
+        figures: dict[str, list[Step]] = {}
+        for step in steps:
+            words = [f"{name}-{getattr(step, name)}" for name in apart]
+            figures.setdefault("-".join([shape, *words]), []).append(step)
+        yield from figures.items()
+
+
 def byte_unit(steps: list[Step]) -> tuple[float, str]:
     """The unit that suits the peaks of these steps, and its name."""
     peaks = [step.peak(1) or 0 for step in steps] + [step.modelled_peak(1) or 0 for step in steps]
@@ -123,6 +144,10 @@ def caption(document: dict, steps: list[Step], *notes: str) -> str:
     """What all the steps of a figure have in common, notes, and what they ran on."""
     words = [*sorted({step.shape for step in steps}), *_cuts(steps)]
     words += sorted({step.dtype for step in steps})
+    for name in ("length", "batch"):
+        numbers = {getattr(step, name) for step in steps}
+        if len(numbers) == 1:
+            words.append(f"{name} {numbers.pop():,}")
     options = {step.options for step in steps}
     if len(options) == 1:
         words += filter(None, options)

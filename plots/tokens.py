@@ -22,11 +22,11 @@ PAPER = {
 def draw(document: dict, folder: Path) -> list[Path]:
     """Draws two figures for each model of the suite "tokens"."""
     written = []
-    for _, shape, found in steps.by_shape(document, "tokens"):
+    for name, found in steps.series(document, "tokens", "batch", "length"):
         notes = [paper.NOTE] if any(_printed(found).values()) else []
         drawn = {"time": (time(found), [*notes, floors.NOTE]), "memory": (memory(found), notes)}
         for quantity, (fig, said) in drawn.items():
-            path = folder / f"tokens-{quantity}-{shape}.svg"
+            path = folder / f"tokens-{quantity}-{name}.svg"
             written.append(style.save(fig, path, steps.caption(document, found, *said)))
     return written
 

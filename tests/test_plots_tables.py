@@ -43,3 +43,28 @@ def test_a_copy_does_not_count_and_without_a_floor_there_is_no_resolution():
     entries = [found, copied, step("figure5", "lora")]
     assert "came out at 1.010; differences below 1.0%" in paragraph(entries, "Times")
     assert "Resolution" not in paragraph(entries[2:], "Times")
+
+
+def test_each_cut_of_a_shape_has_a_table():
+    cuts = [{"layers": 2}, {"layers": 2, "vocab": 2880}, {"dtype": "bfloat16"}, {}]
+    entries = [
+        step("tokens", name, batch=batch, **cut)
+        for cut in cuts
+        for batch in (1, 2)
+        for name in ("frozen", "lora")
+    ]
+    # the first suite that has a model gives its table
+    entries += [step("figure5", name, layers=2, vocab=2880) for name in ("frozen", "lora")]
+    text = laboratory.tables(synthetic.document(entries))
+    headings = [line for line in text.splitlines() if line.startswith("**")]
+    assert sorted(heading.partition("; ")[0] for heading in headings) == [
+        "**small**, bfloat16, length 128, batch 2",
+        "**small**, float32, length 128, batch 2",
+        "**small, 2 of 8 layers**, float32, length 128, batch 2",
+        "**small, 2 of 8 layers, 2,880 of 32,000 tokens of the vocabulary**, float32, "
+        "length 128, batch 1",
+    ]
+    for heading in headings:
+        _, _, below = text.partition(heading)
+        rows = below.split("\n\n")[1].splitlines()[2:]
+        assert [row.split(" | ")[0] for row in rows] == ["| frozen floor", "| lora"]
