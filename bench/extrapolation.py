@@ -2,10 +2,13 @@
 
 A step of n layers is a fixed part (embedding, head, loss) and n equal ones, so two depths are
 enough: q(n) = q(a) + (n - a) (q(b) - q(a)) / (b - a). Where the whole model was measured too, the
-line says how far off this is.
+line says how far off this is. Times are ratios to the floor times one floor for a size: the cases
+were measured minutes apart.
 """
 
 from collections.abc import Iterator
+
+from bench import quiet
 
 QUANTITIES = {"step ms": 1e-3, "peak MiB": 2**20}
 
@@ -17,6 +20,7 @@ def line_through(a: int, at_a: float, b: int, at_b: float, n: int) -> float:
 
 def lines(entries: list[dict]) -> Iterator[str]:
     """A line of text for each method and size of which two cuts were measured."""
+    references = quiet.references(entries)
     for by_layers in _series(entries).values():
         cuts = sorted(layers for layers, entry in by_layers.items() if _is_cut(entry))
         if len(cuts) < 2:
@@ -26,7 +30,10 @@ def lines(entries: list[dict]) -> Iterator[str]:
         whole = params["of_layers"]
         words = []
         for name, unit in QUANTITIES.items():
-            values = {layers: _quantity(by_layers[layers], name) / unit for layers in by_layers}
+            values = {
+                layers: _quantity(entry, name, references) / unit
+                for layers, entry in by_layers.items()
+            }
             expected = line_through(a, values[a], b, values[b], whole)
             words.append(f"{name} {expected:.1f}" + _beside(values.get(whole), expected))
         size = f"{params['batch']}x{params['length']}"
@@ -53,8 +60,11 @@ def _is_cut(entry: dict) -> bool:
     return entry["params"]["layers"] < entry["params"]["of_layers"]
 
 
-def _quantity(entry: dict, name: str) -> float:
-    return entry["stats"]["median"] if name == "step ms" else entry["extra_info"]["bytes"]["peak"]
+def _quantity(entry: dict, name: str, references: dict[tuple, float]) -> float:
+    extra = entry["extra_info"]
+    if name == "step ms":
+        return extra["ratio_to_floor"]["median"] * references[quiet.floor_of(entry)]
+    return extra["bytes"]["peak"]
 
 
 def _beside(measured: float | None, expected: float) -> str:

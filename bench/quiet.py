@@ -33,6 +33,20 @@ def limits(entries: Iterable[dict]) -> dict[tuple, float]:
     }
 
 
+def references(entries: Iterable[dict]) -> dict[tuple, float]:
+    """One floor, in seconds, for all cases of a size, by `floor_of` them: the median of theirs.
+
+    Times of cases that were measured minutes apart stand side by side as ratio times this.
+    """
+    sizes: dict[tuple, dict[str, float]] = {}
+    for entry in entries:
+        if entry["stats"] is not None:
+            extra = entry["extra_info"]
+            case = extra.get("copy_of", entry["name"])  # a copy is not one more measurement
+            sizes.setdefault(floor_of(entry), {})[case] = extra["floor_seconds"]["median"]
+    return {size: statistics.median(floors.values()) for size, floors in sizes.items()}
+
+
 def may_be_visited(entry: dict) -> bool:
     """Whether a visit more would say more of the case: it was timed, beside its floor."""
     extra = entry["extra_info"]

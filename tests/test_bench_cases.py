@@ -111,12 +111,27 @@ def test_ceilings_are_rates(monkeypatch):
 def test_extrapolation_says_how_far_off_it_is():
     shape = TABLE["small"]
     entries = []
-    for layers, seconds in ((1, 0.2), (2, 0.3), (8, 1.0)):
-        entry = fake_entry(toy_case("lora", shape=shape.cut(layers)))
-        entry["stats"]["median"] = seconds
-        entries.append(entry)
+    for layers, floor in ((1, 0.1), (2, 0.15), (8, 0.5)):
+        case = toy_case("lora", shape=shape.cut(layers))
+        entries.append(fake_entry(case, ratio=2.0, floor=floor))
     (line,) = extrapolation.lines(entries)
     assert "extrapolated from 1 and 2 layers to 8: step ms 900.0 (measured 1000.0: -10.0%)" in line
     (line,) = extrapolation.lines(entries[:2])
     assert "step ms 900.0 (not measured)" in line
     assert list(extrapolation.lines(entries[1:])) == []
+
+
+def test_extrapolation_is_of_ratios_to_one_floor_for_a_size():
+    """LoRA's cut of two layers was timed while the machine took twice as long."""
+    entries = [
+        fake_entry(toy_case(method, shape=TABLE["small"].cut(layers)), ratio=ratio, floor=floor)
+        for method, layers, ratio, floor in (
+            *(("full", 1, 1.5, 0.1), ("full", 2, 1.5, 0.2), ("dora", 2, 1.5, 0.2)),
+            *(("lora", 1, 1.2, 0.1), ("lora", 2, 1.2, 0.4)),
+        )
+    ]
+    copy = fake_entry(
+        toy_case("lora", shape=TABLE["small"].cut(8)), ratio=1.5, floor=0.8, copy_of="another"
+    )
+    *_, line = extrapolation.lines([*entries, copy])
+    assert "to 8: step ms 960.0 (measured 1200.0: -20.0%)" in line
