@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         work = args.prepare(args)
     except ModuleNotFoundError as error:
-        extra = "bench" if error.name == "matplotlib" else "peft"
-        args.parser.error(f"{error.name} is missing: pip install 's2kernels[{extra}]'")
+        args.parser.error(f"{error.name} is missing: pip install -e '.[peft]' in the clone")
     except (ValueError, OSError) as error:
         args.parser.error(str(error))
     if work is not None:
@@ -198,13 +197,15 @@ def _parser() -> _Parser:
         commands.select,
         "rank heads and channels",
         description="Rank the heads and channels of a model, without training: what is selected "
-        "goes into OUTPUT, a picture of all scores beside it.",
+        "goes into OUTPUT, a picture of all scores beside it if there is matplotlib.",
         epilog="example:\n  s2kernels select --model models/llama --data train.json "
         "--strategy product --output selection.json\n"
         "  s2kernels finetune --selection selection.json ...",
     )
     command.add_argument("--model", type=Path, required=True, metavar="DIR")
-    command.add_argument("--output", type=Path, required=True, metavar="FILE.json")
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.json", help="a new file"
+    )
     command.add_argument(
         "--strategy",
         choices=STRATEGIES,

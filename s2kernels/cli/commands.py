@@ -6,7 +6,7 @@ writes. What takes long is imported where it is used.
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +173,16 @@ def select(args: Namespace) -> None:
     """Write the heads and channels that rank first, and a picture of all scores."""
     if args.output.suffix != ".json":
         raise ValueError(f"--output: a name that ends in .json wanted, got {args.output}")
+    picture = args.output.with_suffix(".svg")
+    for path in (args.output, picture):
+        if path.exists():
+            raise ValueError(f"--output: {path} exists")
     if args.data is None and args.strategy != "weight":
         raise ValueError(f"--strategy {args.strategy} needs --data")
     import torch
 
     from s2kernels.cli.examples import collate, encode, read_records
+    from s2kernels.cli.figures import draw_scores
     from s2kernels.cli.models import load_model, load_tokenizer
     from s2kernels.coupling import structures
     from s2kernels.files import replacing
@@ -226,39 +231,14 @@ def select(args: Namespace) -> None:
     kinds = {name: structure.kind for name, structure in found.items()}
     with replacing(args.output.parent) as folder:
         (folder / args.output.name).write_text(json.dumps(selection, indent=1) + "\n", "utf-8")
-        _draw_scores(values, units, kinds, args.strategy, folder / f"{args.output.stem}.svg")
+    with replacing(args.output.parent) as folder:  # if it fails, the selection is there
+        draw_scores(values, units, kinds, args.strategy, folder / picture.name)
     for kind in dict.fromkeys(kinds.values()):
         chosen = sum(len(units.get(name, ())) for name in kinds if kinds[name] == kind)
         total = sum(len(values[name]) for name in kinds if kinds[name] == kind)
         print(f"{kind}: {chosen} of {total} {'heads' if kind == 'attention' else 'channels'}")
-    print(f"selection in {args.output}, its picture in {args.output.with_suffix('.svg')}")
-
-
-def _draw_scores(
-    values: dict[str, Any], units: dict[str, Any], kinds: Mapping[str, str], title: str, path: Path
-) -> None:
-    """A lane for each structure: scores to the right, positions upwards, selected ones marked."""
-    from matplotlib.figure import Figure
-
-    from s2kernels.cli.finetune import save_figure
-
-    panels = list(dict.fromkeys(kinds.values()))
-    names = {panel: [name for name in values if kinds[name] == panel] for panel in panels}
-    height = 1.2 + 0.25 * max(map(len, names.values()))
-    figure = Figure(figsize=(5.5 * len(panels), height), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for lane, name in enumerate(names[panel]):
-            score = values[name].numpy()
-            chosen = units[name].long().numpy() if name in units else []
-            place = [lane + 0.35 - 0.7 * (i + 0.5) / len(score) for i in range(len(score))]
-            picked = [place[unit] for unit in chosen]
-            raster = sum(len(values[name]) for name in names[panel]) > 5000
-            axes.plot(score, place, ".", color="#BBBBBB", ms=2, rasterized=raster)
-            axes.plot(score[chosen], picked, "o", color="#D55E00", ms=3, rasterized=raster)
-        axes.set_yticks(range(len(names[panel])), names[panel], fontsize=7)
-        axes.set(title=f"{panel}: {title}", xlabel="score", ylim=(len(names[panel]) - 0.5, -0.5))
-        axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+    beside = f", its picture in {picture}" if picture.exists() else ""
+    print(f"selection in {args.output}{beside}")
 
 
 def _text(value: Any) -> str:

@@ -22,6 +22,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from s2kernels.adapter import read_files
 from s2kernels.cli.examples import IGNORED, Example, collate, encode, pack, read_records
+from s2kernels.cli.figures import draw_losses
 from s2kernels.cli.models import load_model, load_tokenizer, random_model
 from s2kernels.files import replacing
 from s2kernels.peft import S2FTConfig, indices_of, save_pretrained, select_indices
@@ -140,30 +141,8 @@ class Job:
             save_pretrained(self.model, folder)
             self.tokenizer.save_pretrained(folder)
             _write_json(folder / "metrics.json", metrics)
-            try:
-                from matplotlib.figure import Figure
-            except ImportError:
-                print("note: no loss.svg, which needs matplotlib: pip install matplotlib")
-                return
-            figure = Figure(figsize=(6, 3.5), layout="constrained")
-            axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
-            for name, title, style in (
-                ("loss", "training", "-"),
-                ("held_out_loss", "held out", "o--"),
-            ):
-                steps, values = zip(*metrics[name], strict=True) if metrics[name] else ([], [])
-                axes.plot(steps, [math.nan if y is None else y for y in values], style, label=title)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False)
-            save_figure(figure, folder / "loss.svg")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as SVG; the same figure gives the same bytes."""
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": "s2kernels"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        with replacing(self.args.output) as folder:  # if it fails, the adapter is there
+            draw_losses(metrics, folder / "loss.svg")
 
 
 def _write_json(path: Path, value: Any) -> None:
