@@ -230,17 +230,24 @@ def fingerprint(base_slice: Tensor, dim: str) -> Tensor:
 def check_fingerprint(name: str, expected: Tensor, base_slice: Tensor, dim: str) -> None:
     """Raises ValueError, naming the module, unless base_slice has the `fingerprint` expected.
 
-    Channels of which that is 0, not known, pass.
+    Channels of which that is 0, not known, pass. Of a base_slice in fp16 the message says that it
+    may be the right base all the same, rounded from fp32.
     """
     got = fingerprint(base_slice, dim)
     check_shape(f"{name}: fingerprint", expected, *got.shape, why="one number per channel")
     expected = expected.cpu()
     different = int(((got != expected) & (expected != 0)).sum())
     if different:
+        hint = ""
+        if base_slice.dtype == torch.float16:
+            hint = (
+                ", or, if it is an fp32 checkpoint loaded in fp16: load it in fp32, and convert it "
+                "with .half() once the adapter is loaded"
+            )
         raise ValueError(
             f"{name}: the adapter was trained on another base: {different} of {got.numel()} "
             "trained channels of the weight are not as they were; load the base that it was "
-            "trained on"
+            f"trained on{hint}"
         )
 
 

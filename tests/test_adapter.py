@@ -372,6 +372,15 @@ def test_another_base_is_refused_by_name():
         fingerprint(weight.to("meta"), "in")
 
 
+def test_an_fp32_checkpoint_in_fp16_is_refused_with_a_way_out():
+    weight = base_weight(torch.float32)
+    expected = fingerprint(weight, "in")
+    with pytest.raises(ValueError, match=r"another base.* fp32 checkpoint loaded in fp16.*\.half"):
+        check_fingerprint("o_proj", expected, weight.half(), "in")
+    with pytest.raises(ValueError, match="load the base that it was trained on$"):
+        check_fingerprint("o_proj", expected, weight + 1, "in")
+
+
 def test_fingerprints_come_through_combine():
     weight = base_weight()
     parts = []

@@ -98,9 +98,17 @@ def merge(args: Namespace) -> None:
     from s2kernels.cli.models import load_model, with_adapter
     from s2kernels.files import replacing
 
-    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = with_adapter(load_model(base, dtype), args.adapter)
-    merged = model.merge_and_unload(safe_merge=args.safe)
+    model = load_model(base, "auto")
+    if args.dtype != "auto":
+        # Merged in a dtype that holds all values of both, and converted after that. An fp32
+        # checkpoint in fp16 would not be recognised as the base of the adapter either.
+        dtype = getattr(torch, args.dtype)
+        model.to(torch.promote_types(model.dtype, dtype))
+    merged = with_adapter(model, args.adapter).merge_and_unload(safe_merge=args.safe)
+    if args.dtype != "auto":
+        merged.to(dtype)
+        if args.safe:
+            _check_finite(merged)
     with replacing(args.output) as folder:
         merged.save_pretrained(folder)
         for source in (args.adapter, base):
@@ -108,6 +116,13 @@ def merge(args: Namespace) -> None:
                 AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
                 break
     print(f"merged model in {args.output}")
+
+
+def _check_finite(model: Any) -> None:
+    """Raises ValueError for a parameter that fp16, say, cannot hold."""
+    for name, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise ValueError(f"--safe: {name} is not finite in {model.dtype}")
 
 
 def export_lora(args: Namespace) -> None:
