@@ -55,9 +55,10 @@ def trained(base, data, tmp_path_factory) -> Path:
 
 
 def train(base, data, output, *options):
+    budgets = [] if "--selection" in options else ["--heads", "2", "--channels", "0.2"]
     cli.main(
         ["finetune", "--model", str(base), "--tokenizer", "bytes", "--data", str(data)]
-        + ["--output", str(output), "--heads", "2", "--channels", "0.2", "--lr", "0.02"]
+        + ["--output", str(output), *budgets, "--lr", "0.02"]
         + ["--max-steps", "12", "--save-steps", "6", "--batch-size", "4", "--held-out", "0.2"]
         + ["--device", "cpu", *options]
     )

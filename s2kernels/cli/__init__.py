@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from s2kernels.cli import commands
+from s2kernels.cli.runs import CHOICE
 
 STRATEGIES = ("weight", "activation", "product", "gradient")
 
@@ -237,7 +238,7 @@ def _add_budgets(command: argparse._ActionsContainer) -> None:
             type=_budget,
             default=default,
             metavar="N",
-            help=f"{what}: a count as in 2, or a share as in 0.02; default %(default)s",
+            help=f"{what}: a count as in 2, or a share as in 0.02; default {default}",
         )
 
 
@@ -314,7 +315,8 @@ def _add_finetune(command: _Parser) -> None:
         "--selection",
         type=Path,
         metavar="JSON",
-        help="heads and channels that `s2kernels select` chose, instead",
+        help="heads and channels that `s2kernels select` chose; goes with none of --heads, "
+        "--channels, --strategy, --smallest, --scope, --calibration-share",
     )
     _add_ranking(group)
     group.add_argument(
@@ -322,8 +324,11 @@ def _add_finetune(command: _Parser) -> None:
         type=_positive_share,
         default=0.01,
         metavar="SHARE",
-        help="of the training examples, for --strategy; default %(default)s",
+        help="of the training examples, for --strategy; default 0.01",
     )
+    # not given is not the same as the default: --selection goes with none of them
+    defaults = {name: command.get_default(name) for name in CHOICE}
+    command.set_defaults(**dict.fromkeys(CHOICE), defaults=defaults)
     group.add_argument("--seed", type=int, default=0, help="of everything drawn; default 0")
     group.add_argument(
         "--mode",

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from s2kernels.cli.runs import check_new, last_checkpoint, settle_choice
+
 
 def finetune(args: Namespace) -> Callable[[], None]:
     """Everything but the training, which is returned."""
     if not args.resume:
-        _check_free(args.output)
+        check_new(args.output)
+    settle_choice(args)
     from s2kernels.cli.finetune import prepare
 
     job = prepare(args)
@@ -23,7 +26,11 @@ def finetune(args: Namespace) -> Callable[[], None]:
         try:
             metrics = job.run()
         except KeyboardInterrupt:
-            args.parser.exit(130, "interrupted; --resume goes on from the last checkpoint\n")
+            found = last_checkpoint(args.output)
+            line = "interrupted before the first checkpoint; begin anew"
+            if found is not None:
+                line = f"interrupted; --resume goes on from {found.name}"
+            args.parser.exit(130, line + "\n")
         if metrics["held_out_loss"]:
             (_, first), (step, last) = metrics["held_out_loss"][0], metrics["held_out_loss"][-1]
             print(f"held-out loss {first:.4f} -> {last:.4f} in {step} steps")

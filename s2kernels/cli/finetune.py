@@ -4,10 +4,8 @@
 not fit; `Job.run` trains, with the Trainer of transformers, and writes.
 """
 
-import hashlib
 import json
 import math
-import os
 import random
 from argparse import Namespace
 from dataclasses import dataclass
@@ -24,28 +22,9 @@ from s2kernels.adapter import read_files
 from s2kernels.cli.examples import IGNORED, Example, collate, encode, pack, read_records
 from s2kernels.cli.figures import draw_losses
 from s2kernels.cli.models import load_model, load_tokenizer, random_model
+from s2kernels.cli.runs import BASE_NAME, OPTIONS_NAME, check_same, last_checkpoint, options_of
 from s2kernels.files import replacing
 from s2kernels.peft import S2FTConfig, indices_of, save_pretrained, select_indices
-
-# Options on which the result depends: a run is resumed with the same ones or not at all. The
-# number of steps is not among them, so that a run can be prolonged.
-_LASTING = (
-    "model config tokenizer heads channels targets strategy smallest scope calibration_share seed "
-    "lr batch_size accumulate max_length warmup bf16 packing held_out layout"
-).split()
-_FREE = "mode gradient_checkpointing epochs max_steps".split()
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that is whole: its trainer_state.json is written last."""
-    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            return path
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 class _Trainer(Trainer):
@@ -108,10 +87,10 @@ class Job:
         main = self.trainer.is_world_process_zero()
         if main and self.checkpoint is None:
             with replacing(output) as folder:
-                _write_json(folder / "options.json", self.options)
+                _write_json(folder / OPTIONS_NAME, self.options)
             if self.args.config is not None:
                 base = random_model(self.args.config, self.model.dtype, self.args.seed)
-                with replacing(output / "base") as folder:
+                with replacing(output / BASE_NAME) as folder:
                     base.save_pretrained(folder)
                     self.tokenizer.save_pretrained(folder)
         begin = perf_counter()
@@ -158,17 +137,17 @@ def prepare(args: Namespace) -> Job:
     if args.resume:
         checkpoint = last_checkpoint(args.output)
         if checkpoint is None:
-            raise ValueError(f"--resume: there is no checkpoint in {args.output}")
+            raise ValueError(f"--resume: there is no checkpoint in {args.output}: leave it out")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
     if args.strategy == "random" and args.smallest:
         raise ValueError("--smallest ranks by scores: it needs a --strategy other than random")
     records = read_records(args.data)
-    options = _options(args)
+    options = options_of(args)
     if checkpoint:
-        _check_same(json.loads((args.output / "options.json").read_text("utf-8")), options)
+        check_same(args.output, options)
 
-    base = args.output / "base" if args.config else args.model
+    base = args.output / BASE_NAME if args.config else args.model
     tokenizer = load_tokenizer(args.tokenizer or str(base))
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     if args.config:
@@ -200,17 +179,22 @@ def prepare(args: Namespace) -> Job:
     if left_out:
         print(f"note: {left_out} of {len(records)} examples have no output within {length} tokens")
 
+    choice: dict[str, Any] = {}
+    if args.selection is None:
+        choice = dict(
+            heads=args.heads,
+            channels=args.channels,
+            selection=args.strategy,
+            largest=not args.smallest,
+            scope=args.scope,
+        )
     config = S2FTConfig(
         task_type="CAUSAL_LM",
-        heads=args.heads,
-        channels=args.channels,
         target_modules=args.targets,
-        selection=args.strategy,
-        largest=not args.smallest,
-        scope=args.scope,
         seed=args.seed,
         mode=args.mode,
         layout=args.layout,
+        **choice,
     )
     if args.selection is not None:
         config.indices = indices_of(model, config, read_selection(args.selection))
@@ -329,29 +313,6 @@ def _arguments(args: Namespace, num_rows: int) -> TrainingArguments:
     arguments.eval_steps = max(1, math.ceil(steps / 4))
     arguments.save_steps = args.save_steps or max(1, math.ceil(steps / 10))
     return arguments
-
-
-def _options(args: Namespace) -> dict[str, Any]:
-    """What the run depends on, as it is kept in options.json."""
-    values = {name: getattr(args, name) for name in _LASTING + _FREE}
-    for name in ("model", "config", "tokenizer"):
-        if values[name] and os.path.exists(values[name]):
-            values[name] = str(Path(values[name]).resolve())
-    files = {"data": args.data, "selection": args.selection}
-    return values | {
-        name: None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
-        for name, path in files.items()
-    }
-
-
-def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in [*_LASTING, "data", "selection"]:
-        if before.get(name, now[name]) != now[name]:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"--resume: the run began with another {option}"
-                + ("" if name == "data" else f", {before[name]!r}, not {now[name]!r}")
-            )
 
 
 def _curve(history: list[dict[str, Any]], name: str) -> list[tuple[int, float | None]]:

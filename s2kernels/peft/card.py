@@ -31,8 +31,11 @@ def write_card(folder: str | Path, config: "S2FTConfig") -> None:
 def _section(config: "S2FTConfig") -> str:
     base = config.base_model_name_or_path or "PATH OF THE BASE MODEL"
     chosen = f"selection {config.selection}, heads {config.heads}, channels {config.channels}"
+    chosen += f", seed {config.seed}"
+    if config.indices is not None and (config.selection, config.scope) == ("random", "layer"):
+        chosen = "given by their indices"  # a random selection within layers leaves none behind
     return f"""Structured sparse fine-tuning: of every block some heads and channels were trained
-({chosen}, seed {config.seed}). The tensors are in the order of the checkpoint's channels.
+({chosen}). The tensors are in the order of the checkpoint's channels.
 
 ```python
 import s2kernels.peft  # makes the method known to PEFT

@@ -1,0 +1,144 @@
+"""A run of `s2kernels finetune` that has hardly begun, and one whose channels are given."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from s2kernels import cli
+from s2kernels.adapter import read_adapter
+from s2kernels.cli import finetune, runs
+from s2kernels.peft import S2FTConfig, indices_of
+
+
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory) -> list[str]:
+    """finetune for one step of a random model; what is missing is --output."""
+    path = tmp_path_factory.mktemp("data")
+    (path / "data.jsonl").write_text('{"text": "abcdefg"}\n' * 4)
+    config = tiny_model("llama", vocab_size=259).config
+    (path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
+    argv = ["finetune", "--config", str(path / "config.json"), "--tokenizer", "bytes"]
+    return argv + ["--data", str(path / "data.jsonl"), "--max-steps", "1", "--device", "cpu"]
+
+
+def stopped(capsys, *argv):
+    """The exit code and the last line on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(map(str, argv)))
+    return stop.value.code, capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
+    argv, tmp_path, capsys, monkeypatch
+):
+    def interrupted(trainer, **options):
+        (tmp_path / "checkpoint-1").mkdir()  # half way through the writing of it
+        raise KeyboardInterrupt
+
+    argv = [*argv, "--output", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune._Trainer, "train", interrupted)
+        code, line = stopped(capsys, *argv)
+    assert code == 130 and line.endswith("interrupted before the first checkpoint; begin anew")
+    (tmp_path / ".writing-left").mkdir()
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"options.json", "base", "checkpoint-1", ".writing-left"}
+    code, line = stopped(capsys, *argv, "--resume")
+    assert code == 2 and line.endswith(f"there is no checkpoint in {tmp_path}: leave it out")
+
+    cli.main([*argv, "--heads", "3"])
+    assert json.loads((tmp_path / "options.json").read_text())["heads"] == 3
+    part = read_adapter(tmp_path)["model.layers.0.self_attn.o_proj"]
+    assert len(part.index) == 3 * 4
+    code, line = stopped(capsys, *argv)
+    assert code == 2 and line.endswith("exists and is not an empty folder")
+
+
+def test_an_interrupted_run_names_its_last_checkpoint(argv, tmp_path, capsys, monkeypatch):
+    def interrupted(trainer, **options):
+        for step in (3, 12):
+            (tmp_path / f"checkpoint-{step}").mkdir()
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune._Trainer, "train", interrupted)
+    code, line = stopped(capsys, *argv, "--output", tmp_path)
+    assert code == 130 and line.endswith("interrupted; --resume goes on from checkpoint-12")
+    code, line = stopped(capsys, *argv, "--output", tmp_path)
+    assert code == 2 and line.endswith("exists and is not an empty folder")
+
+
+@pytest.mark.parametrize(
+    ("others", "options", "fits"),
+    [
+        ([], None, True),
+        ([], "ours", True),
+        (["base", "checkpoint-3", ".writing-x"], "ours", True),
+        (["base"], None, False),
+        (["base"], "mine", False),
+        (["base"], "[]", False),
+        (["base", "notes.txt"], "ours", False),
+        (["base_model"], "ours", False),
+        (["adapter_config.json"], "ours", False),
+        (["checkpoint-3", "checkpoint-3/trainer_state.json"], "ours", False),
+    ],
+)
+def test_what_is_not_a_runs_own_is_not_written_over(others, options, fits, tmp_path):
+    if options is not None:
+        ours = json.dumps(dict.fromkeys(runs._LASTING))
+        (tmp_path / "options.json").write_text(ours if options == "ours" else options)
+    for name in others:
+        if "." in name[1:]:
+            (tmp_path / name).write_text("{}")
+        else:
+            (tmp_path / name).mkdir()
+    if fits:
+        runs.check_new(tmp_path)
+        return
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        runs.check_new(tmp_path)
+
+
+def test_a_folder_is_new_or_no_file(tmp_path):
+    runs.check_new(tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        runs.check_new(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["--heads", "0.05"], ["--channels", "7"], ["--scope", "layer"], ["--smallest"]),
+        *(["--calibration-share", "0.5"], ["--strategy", "random"]),
+    ],
+    ids=lambda option: option[0],
+)
+def test_a_selection_goes_with_no_other_choice(option, argv, tmp_path, capsys):
+    new = tmp_path / "new"
+    given = ["--output", new, "--selection", tmp_path / "there_is_none.json", *option]
+    code, line = stopped(capsys, *argv, *given)
+    assert code == 2 and "--selection" in line and option[0] in line
+    assert "there_is_none" not in line and not new.exists()
+
+
+def test_a_selection_is_not_said_to_be_a_draw(argv, tmp_path):
+    units = {f"model.layers.{i}.{name}": [6, 1] for i in (0, 1) for name in ("self_attn", "mlp")}
+    (tmp_path / "chosen.json").write_text(json.dumps({"units": units}))
+    output = tmp_path / "out"
+    argv = [*argv, "--output", str(output), "--selection", str(tmp_path / "chosen.json")]
+    cli.main([*argv, "--save-steps", "1"])
+    model = tiny_model("llama", vocab_size=259)
+    given = {name: torch.tensor(chosen) for name, chosen in units.items()}
+    want = indices_of(model, S2FTConfig(), given)
+    assert {name: part.index.tolist() for name, part in read_adapter(output).items()} == want
+    card = (output / "README.md").read_text()
+    assert "(given by their indices)" in card and "selection random" not in card
+    options = json.loads((output / "options.json").read_text())
+    assert [options[name] for name in runs.CHOICE] == [None] * 6
+
+    argv[argv.index("--max-steps") + 1] = "2"
+    cli.main([*argv, "--resume"])
+    assert {name: part.index.tolist() for name, part in read_adapter(output).items()} == want
