@@ -1,8 +1,11 @@
-"""What the configurations of all methods share: their type, and which modules are meant."""
+"""What the configurations of all methods share: their type, which modules are meant, the card."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
+
+from s2kernels.peft.card import write_card
 
 
 class _PeftType(str):
@@ -53,3 +56,8 @@ class TargetsConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern needs layers_to_transform, got {self.layers_pattern!r} alone"
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes adapter_config.json, and into README.md how the adapter is loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self)
