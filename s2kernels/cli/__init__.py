@@ -147,8 +147,8 @@ def _parser() -> _Parser:
         "inspect",
         commands.inspect,
         "show what an adapter trains",
-        description="Show what an adapter trains, layer by layer. 'lora rank' is the rank of the "
-        "LoRA that equals the slice.",
+        description="Show what an adapter, of S2FT or SpIEL, trains, layer by layer. 'lora rank' "
+        "is the rank of the LoRA that equals the slice.",
         epilog="example:\n  s2kernels inspect adapter --json",
     )
     command.add_argument("adapter", type=Path, metavar="ADAPTER_DIR")
@@ -158,8 +158,8 @@ def _parser() -> _Parser:
         "merge",
         commands.merge,
         "write base and adapter as one model",
-        description="Write base + adapter as a model of its own, with the tokenizer if there is "
-        "one.",
+        description="Write base + adapter, of S2FT or SpIEL, as a model of its own, with the "
+        "tokenizer if there is one.",
         epilog="example:\n  s2kernels merge adapter --output merged --dtype bfloat16",
     )
     _add_adapter(command)

@@ -41,14 +41,16 @@ def finetune(args: Namespace) -> Callable[[], None]:
 
 def inspect(args: Namespace) -> None:
     """Print what an adapter trains; its files alone are read."""
+    from s2kernels.cli.describe import COLUMNS, describe
+
     report = describe(args.adapter)
     if args.json:
         print(json.dumps(report, indent=1))
         return
-    columns = ("module", "dim", "channels", "heads", "parameters", "bytes", "lora_rank")
+    columns = COLUMNS[report["method"]]
     rows = [
         ["-" if entry[name] is None else _text(entry[name]) for name in columns]
-        for entry in [*report["layers"], {**dict.fromkeys(columns), **report["total"]}]
+        for entry in [*report["layers"], report["total"]]
     ]
     rows.insert(0, [name.replace("_", " ") for name in columns])
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
@@ -61,43 +63,12 @@ def inspect(args: Namespace) -> None:
         print("  ".join(line).rstrip())
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """What the adapter in a folder trains: a dict for each module, and the totals.
-
-    `heads` is None unless the configuration of the base is at hand and the channels are whole
-    heads. `lora_rank` is the rank of the LoRA that equals the slice: its number of channels, of
-    experts that of each.
-    """
-    from s2kernels.adapter import read_adapter, read_files
-
-    size = _head_dim(read_files(path)[0].get("base_model_name_or_path"))
-    layers: list[dict[str, Any]] = []
-    for name, part in read_adapter(path).items():
-        num, rank = part.index.numel(), part.index.shape[-1]
-        heads = None
-        if size and name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            heads = sorted({int(channel) // size for channel in part.index})
-        layers.append(
-            {
-                "module": name,
-                "dim": part.dim,
-                "channels": num,
-                "heads": heads if heads and len(heads) * (size or 0) == num else None,
-                "parameters": part.delta.numel(),
-                "bytes": part.delta.numel() * part.delta.element_size(),
-                "lora_rank": rank,
-            }
-        )
-    total: dict[str, Any] = {"module": "total"}
-    for name in ("channels", "parameters", "bytes"):
-        total[name] = sum(entry[name] for entry in layers)
-    total["lora_rank"] = max(entry["lora_rank"] for entry in layers)
-    return {"adapter": str(path), "layers": layers, "total": total}
-
-
 def merge(args: Namespace) -> None:
-    """Write base + adapter as a model that knows nothing of S2FT."""
+    """Write base + adapter as a model that knows nothing of adapters."""
     _check_free(args.output)
+    from s2kernels.cli.describe import describe
+
+    describe(args.adapter)  # raises where PEFT would load what is left of a damaged adapter
     base = _base(args)
     import torch
     from transformers import AutoTokenizer
@@ -168,22 +139,12 @@ def compare(base: Path, adapter: Path, lora: Path) -> tuple[float, float]:
 
 def _base(args: Namespace) -> Path:
     """The folder of the base: the one given, or else the one that the adapter names."""
-    from s2kernels.adapter import read_adapter, read_files
+    from s2kernels.adapter import read_files
 
-    read_adapter(args.adapter)
     named = args.base or read_files(args.adapter)[0].get("base_model_name_or_path")
     if not named or not Path(named, "config.json").is_file():
         raise ValueError(f"no model in {named}: --base must be the folder of the base model")
     return Path(named)
-
-
-def _head_dim(base: str | None) -> int | None:
-    """Channels of a head, where the base is a folder whose configuration tells."""
-    try:
-        config = json.loads(Path(base or "", "config.json").read_text("utf-8"))
-        return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _check_free(path: Path) -> None:
