@@ -97,12 +97,21 @@ def read_adapter(path: str | Path) -> dict[str, Slice]:
     """The slices of the S2FT adapter in the folder `path`, by module, on CPU.
 
     Raises ValueError if there is no S2FT adapter, a file is damaged, or the tensors of a module are
-    not complete or do not fit each other: the message names the folder and the module.
+    not complete or do not fit each other: the message names the folder and the module. So it does
+    where modules were trained whole, which slices do not hold and would be lost without a word in
+    what is made of them: `read_files` and `split_tensors` give both.
     """
     config, tensors = read_files(path)
     if config.get("peft_type") != "S2FT":
         raise ValueError(f"{path} holds no S2FT adapter: its type is {config.get('peft_type')!r}")
-    return split_tensors(tensors, path)[0]
+    slices, others = split_tensors(tensors, path)
+    if others:
+        names = ", ".join(sorted(name.removeprefix(PREFIX) for name in others))
+        raise ValueError(
+            f"{path} is more than slices: {names} trained whole (modules_to_save); read_files and "
+            "split_tensors give both"
+        )
+    return slices
 
 
 def write_adapter(path: str | Path, slices: Mapping[str, Slice], config: Mapping[str, Any]) -> None:
@@ -111,8 +120,14 @@ def write_adapter(path: str | Path, slices: Mapping[str, Slice], config: Mapping
     config: the fields of an `S2FTConfig`, of which base_model_name_or_path and task_type matter to
     who loads it. peft_type, target_modules and indices are set from `slices`, whatever it says.
 
-    An interruption leaves what was there: see `replacing`. Raises ValueError if slices is empty.
+    An interruption leaves what was there: see `replacing`. Raises ValueError if slices is empty, or
+    config names modules_to_save, of which there are no tensors here.
     """
+    if config.get("modules_to_save"):
+        raise ValueError(
+            f"config must not name modules_to_save, got {config['modules_to_save']!r}: slices do "
+            "not hold them; write_files takes their tensors along with those of pack"
+        )
     write_files(path, *pack(slices, config))
 
 

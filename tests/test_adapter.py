@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
@@ -17,8 +17,12 @@ from s2kernels.adapter import (
     check_fingerprint,
     combine,
     fingerprint,
+    pack,
     read_adapter,
+    read_files,
+    split_tensors,
     write_adapter,
+    write_files,
 )
 from s2kernels.files import replacing
 from s2kernels.peft import S2FTConfig
@@ -105,6 +109,34 @@ def test_what_peft_saved_is_read(tmp_path):
     got = slices["model.layers.1.mlp.up_proj"]
     assert got.dim == "out" and torch.equal(got.delta, layer.s2ft_delta["default"])
     assert torch.equal(got.index, layer.s2ft_index["default"])
+
+
+def test_modules_trained_whole_are_not_lost_without_a_word(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = get_peft_model(
+        tiny_model("llama", torch.float32),
+        S2FTConfig(heads=2, channels=3, modules_to_save=["lm_head"]),
+    )
+    trained = model.base_model.model.lm_head.modules_to_save["default"].weight
+    with torch.no_grad():
+        trained.add_(1)
+    model.save_pretrained(source)
+    with pytest.raises(ValueError, match="lm_head.weight trained whole") as caught:
+        read_adapter(source)
+    assert str(source) in str(caught.value)
+
+    config, tensors = read_files(source)
+    slices, others = split_tensors(tensors, source)
+    assert list(others) == ["base_model.model.lm_head.weight"]
+    halved = combine([slices], [0.5])
+    with pytest.raises(ValueError, match=r"must not name modules_to_save, got \['lm_head'\]"):
+        write_adapter(out, halved, config)
+    assert not out.exists()
+    config, packed = pack(halved, config)
+    write_files(out, config, packed | others)
+    loaded = PeftModel.from_pretrained(tiny_model("llama", torch.float32), out)
+    head = loaded.base_model.model.lm_head.modules_to_save["default"]
+    assert torch.equal(head.weight, trained)
 
 
 def corrupt_tensors(**changes):
