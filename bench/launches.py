@@ -81,6 +81,21 @@ def _slice_grad(dim: str, R: int) -> Launch:
     return launch
 
 
+def _slice_grad_each(dim: str, R: int) -> Launch:
+    def launch(kernels: ModuleType, dtype: torch.dtype, s: Sizes) -> None:
+        dy, x = _empty(s.M, s.hidden, dtype=dtype), _empty(s.M, s.ffn, dtype=dtype)
+        offsets = _index(EXPERTS)
+        grads = _empty(*((s.hidden, R) if dim == "in" else (R, s.ffn)), dtype=torch.float32)
+        grads = grads.expand(EXPERTS, -1, -1).contiguous()
+        compact = _empty(s.M, R, dtype=dtype)
+        operands = (dy, compact) if dim == "in" else (compact, x)
+        kernels.slice_grad_each(*operands, offsets, None, dim, grads)
+        index = _empty(EXPERTS, R, dtype=torch.int32)
+        kernels.slice_grad_each(dy, x, offsets, index, dim, grads)
+
+    return launch
+
+
 def _swiglu(kernels: ModuleType, dtype: torch.dtype, s: Sizes) -> None:
     kernels.swiglu(_empty(s.M, s.ffn, dtype=dtype), _empty(s.M, s.ffn, dtype=dtype))
 
@@ -168,6 +183,7 @@ def _sm3(kernels: ModuleType, dtype: torch.dtype, s: Sizes) -> None:
     _growth_passes(*product_passes(row, col, index))
 
 
+EXPERTS = 8  # of a mixture
 _WIDTHS = (16, 32, 64, 256)  # each of the blocks that a slice of R channels can get
 
 CASES: dict[str, Launch] = {
@@ -177,6 +193,9 @@ CASES: dict[str, Launch] = {
     "linear_dx_swiglu_bwd": _linear_dx_swiglu_bwd,
     # a single channel is no tensor to Triton, but the number 1
     **{f"slice_grad-{d}-{R}": _slice_grad(d, R) for d in ("in", "out") for R in (1, *_WIDTHS)},
+    # the same code for both dimensions, but for strides
+    **{f"slice_grad_each-in-{R}": _slice_grad_each("in", R) for R in (1, *_WIDTHS)},
+    "slice_grad_each-out-256": _slice_grad_each("out", 256),
     **{
         f"{op}-{d}-{R}": _slice_linear(op, d, R)
         for op, scattering in (("slice_linear_", "out"), ("slice_linear_dx_", "in"))

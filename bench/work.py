@@ -41,6 +41,12 @@ def _slice_grad(a: dict[str, Any], grid: tuple[int, ...]) -> Work:
     return Work(M * (P + R) * size + results * out_size, 2 * M * P * R)
 
 
+def _slice_grad_each(a: dict[str, Any], grid: tuple[int, ...]) -> Work:
+    S, P, R = a["wide_ptr"].shape[0], a["P"], a["R"]
+    size, out_size = a["wide_ptr"].element_size(), a["out_ptr"].element_size()
+    return Work(S * (P + R) * size + 2 * grid[1] * P * R * out_size, 2 * S * P * R)
+
+
 def _reduce(a: dict[str, Any], grid: tuple[int, ...]) -> Work:
     results = a["rows"] * a["cols"]
     moved = results * (2 if a["ACCUMULATE"] else 1) * a["out_ptr"].element_size()
@@ -70,6 +76,7 @@ WORK: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Work]] = {
     "_linear_descriptor_kernel": _linear_descriptor,
     "_linear_dx_swiglu_bwd_kernel": _linear_dx_swiglu_bwd,
     "_slice_grad_kernel": _slice_grad,
+    "_slice_grad_each_kernel": _slice_grad_each,
     "_reduce_kernel": _reduce,
     "_slice_linear_kernel": _slice_linear,
     "_swiglu_kernel": _swiglu,

@@ -51,6 +51,7 @@ def _mixed(writing: ModuleType) -> SimpleNamespace:
         linear_dx_plus_slice=_linear_dx_plus_slice,
         linear_dx_swiglu_bwd=_linear_dx_swiglu_bwd,
         slice_grad=kernels.slice_grad,
+        slice_grad_each=kernels.slice_grad_each,
         swiglu=kernels.swiglu,
         swiglu_bwd=kernels.swiglu_bwd,
         slice_write=writing.slice_write,

@@ -77,6 +77,34 @@ def slice_grad(
     return out
 
 
+def slice_grad_each(
+    dy: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    index: Index | None,
+    dim: str,
+    out: Tensor,
+) -> Tensor:
+    """Gradients of the same slice, or of one of its own, of each expert of a mixture.
+
+    dy (S, N), x (S, K) hold S pairs of a token and an expert, sorted by expert; offsets, int32
+    (E,), says where those of each expert end. Adds `slice_grad` of the pairs of expert e to out[e],
+    (N, R) for dim="in", (R, K) for dim="out", which stays as it is where there are none.
+
+    index is int32 (E, R), contiguous, or a slice that is the same in all experts, or None as of
+    slice_grad. out is (E, N, R) or (E, R, K), of any floating dtype; returns it.
+
+    Waits for the device, which knows the offsets; the kernel does not.
+    """
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            where = index[expert] if isinstance(index, Tensor) else index
+            slice_grad(dy[start:end], x[start:end], where, dim, out[expert])
+        start = end
+    return out
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """h = silu(gate) * up, elementwise on (M, K)."""
     return F.silu(gate).mul_(up)

@@ -53,6 +53,17 @@ def test_slice_grad(far, dim, device):
     _check("slice_grad", dy, x, make_index("any", COLS, 2, device), "in", out)
 
 
+@pytest.mark.parametrize("dim", ["in", "out"])
+def test_slice_grad_each(far, dim, device):
+    offsets = torch.tensor([1, 1, ROWS], dtype=torch.int32, device=device)
+    index = torch.stack([make_index("any", COLS, 4, device) for _ in offsets])
+    out = torch.randn((3, COLS, 4) if dim == "in" else (3, 4, COLS), device=device)
+    _check("slice_grad_each", far(), far(), offsets, index, dim, out)
+    # Gradients of three experts that lie as far apart.
+    out = far().unsqueeze(2) if dim == "in" else far().unsqueeze(1)
+    _check("slice_grad_each", far(), far(), offsets, slice(2, 3), dim, out)
+
+
 def test_swiglu(far, device):
     dh, gate, up, index = far(), far(), far(), make_index("any", COLS, 4, device)
     _check("swiglu", gate, up)

@@ -66,6 +66,20 @@ def test_slice_grad(problem, out_dtype):
 
 
 @EXAMPLES
+@given(problems(), st.lists(st.integers(0, 70), max_size=4), st.sampled_from(DTYPES))
+def test_slice_grad_each(problem, ends, out_dtype):
+    M, N, K, R, dim, index, operand = problem
+    dy, x = operand(M, N), operand(M, K)
+    ends = sorted([M, *(min(end, M) for end in ends)])
+    offsets = torch.tensor(ends, dtype=torch.int32, device=x.device)
+    if isinstance(index, torch.Tensor):
+        index = torch.stack([index.roll(expert) for expert in range(len(offsets))])
+    shape = (N, R) if dim == "in" else (R, K)
+    out = torch.stack([operand(*shape, dtype=out_dtype) for _ in offsets])
+    _check("slice_grad_each", dy, x, offsets, index, dim, out)
+
+
+@EXAMPLES
 @given(problems())
 def test_swiglu_bwd(problem):
     M, N, K, _, dim, index, operand = problem

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from layouts import make_index
 
-from s2kernels import kernels, reference
+from s2kernels import backend, kernels, reference
 
 M, N, K, R = 7, 6, 5, 3
 
@@ -49,6 +49,12 @@ def test_signatures_agree(name):
     assert inspect.signature(ours) == inspect.signature(theirs)
 
 
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_what_is_chosen_on_a_gpu_has_every_op(name):
+    chosen, ours = getattr(backend._eager(), name), getattr(kernels, name)
+    assert inspect.signature(chosen).parameters.keys() == inspect.signature(ours).parameters.keys()
+
+
 def test_linear_and_linear_dx():
     x, weight, bias, dy = (
         _random(M, K, requires_grad=True),
@@ -87,6 +93,27 @@ def test_slice_grad_adds_into_other_dtypes(dim, index, out_dtype):
     out = torch.ones_like(grad, dtype=out_dtype)
     reference.slice_grad(dy, x, index, dim, out)
     torch.testing.assert_close(out, (grad + 1).to(out_dtype))
+
+
+@pytest.mark.parametrize("kind", ["run", "any", "compact"])
+def test_slice_grad_each(dim, kind):
+    """Three experts, the second without pairs, against autograd on their dense weights."""
+    offsets = torch.tensor([4, 4, M], dtype=torch.int32)
+    x, dy, weight = _random(M, K), _random(M, N), _random(3, N, K, requires_grad=True)
+    torch.cat([x[:4] @ weight[0].t(), x[4:] @ weight[2].t()]).backward(dy)
+    index = slice(1, 1 + R)
+    if kind == "any":
+        index = torch.stack([make_index("any", K if dim == "in" else N, R) for _ in offsets])
+    each = index if kind == "any" else [index] * 3
+    cuts = zip(weight.grad, each, strict=True)
+    expected = torch.stack([_cut(grad, where, dim) for grad, where in cuts])
+    if kind == "compact":
+        x, dy = (reference.take(x, index), dy) if dim == "in" else (x, reference.take(dy, index))
+        index = None
+    out = torch.ones_like(expected)
+    assert reference.slice_grad_each(dy, x, offsets, index, dim, out) is out
+    torch.testing.assert_close(out, expected + 1)
+    assert (out[1] == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["run", "any", None])

@@ -10,6 +10,7 @@ from s2kernels.kernels.fused_linear import (
 )
 from s2kernels.kernels.linear import linear, linear_dx
 from s2kernels.kernels.slice_grad import slice_grad
+from s2kernels.kernels.slice_grad_each import slice_grad_each
 from s2kernels.kernels.slice_linear import slice_linear_, slice_linear_dx_
 from s2kernels.kernels.slice_write import slice_write
 from s2kernels.kernels.sm3 import sm3_update
@@ -27,6 +28,7 @@ __all__ = [
     "linear_dx_swiglu_bwd",
     "linear_plus_slice",
     "slice_grad",
+    "slice_grad_each",
     "slice_linear_",
     "slice_linear_dx_",
     "slice_write",
