@@ -8,9 +8,9 @@ sorted by expert. Subscript e: the pairs of expert e. With W_e = W0_e + scatter(
     dim="out"  d_delta_e = dy_e[:, index_e]ᵀ x_e     saves x
 
 Gradients of whole weights are never computed. y and dx are one grouped GEMM where torch has one,
-else a GEMM for each expert. The copy for dim="in" is made for all experts at once; the products of
-slices are an op for each expert: torch's grouped GEMM answers in the dtype of its operands, and
-d_delta is not to be rounded to bf16.
+else a GEMM for each expert. The copy for dim="in" is one op for all experts, and so is d_delta, by
+a kernel of ours: torch's grouped GEMM answers in the dtype of its operands, and d_delta is not to
+be rounded to bf16. What mode="additive" adds to y and dx is an op for each expert.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from s2kernels import backend
 from s2kernels.autograd.accumulate import slot_of, with_owner
 from s2kernels.autograd.checks import check_index, compute_dtype
-from s2kernels.autograd.linear import split_index
+from s2kernels.autograd.linear import join_index, split_index
 from s2kernels.reference import Index, take
 
 Ops = ModuleType | SimpleNamespace
@@ -217,7 +217,7 @@ class S2ExpertLinearFunction(torch.autograd.Function):
             if operand is not None:
                 if ctx.dim == "out":
                     operand = _of_pairs(operand, order, ctx.per_token)
-                d_delta = _delta_grad(ops, dy, operand, delta, index, ctx)
+                d_delta = _delta_grad(ops, dy, operand, delta, index, offsets, ctx)
         return dx, None, d_delta, *[None] * 10
 
 
@@ -250,7 +250,7 @@ class S2ExpertDeltaFunction(torch.autograd.Function):
             ops.slice_linear_(y[rows], operand[rows], delta[expert], where, dim)
         ctx.mark_dirty(y)
         kept = operand if compact else x
-        ctx.save_for_backward(kept if needs_delta else None, delta, index, order, inverse)
+        ctx.save_for_backward(kept if needs_delta else None, delta, index, order, inverse, offsets)
         ctx.needs_dx, ctx.in_features = needs_dx, x.shape[1]
         ctx.start, ctx.dim, ctx.ends, ctx.per_token, ctx.impl = start, dim, ends, per_token, impl
         ctx.owned = with_owner(delta)
@@ -259,7 +259,7 @@ class S2ExpertDeltaFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        operand, delta, index, order, inverse = ctx.saved_tensors
+        operand, delta, index, order, inverse, offsets = ctx.saved_tensors
         ops = backend.select(dy, ctx.impl)
         dx = d_delta = None
         with torch.autocast(dy.device.type, enabled=False):
@@ -273,19 +273,26 @@ class S2ExpertDeltaFunction(torch.autograd.Function):
             if operand is not None:
                 if ctx.dim == "out":
                     operand = _of_pairs(operand, order, ctx.per_token)
-                d_delta = _delta_grad(ops, dy, operand, delta, index, ctx)
+                d_delta = _delta_grad(ops, dy, operand, delta, index, offsets, ctx)
         return dy, dx, d_delta, *[None] * 9
 
 
-def _delta_grad(ops: Ops, dy: Tensor, operand: Tensor, delta: Tensor, index, ctx) -> Tensor | None:
+def _delta_grad(
+    ops: Ops,
+    dy: Tensor,
+    operand: Tensor,
+    delta: Tensor,
+    index: Tensor | None,
+    offsets: Tensor,
+    ctx: Any,
+) -> Tensor | None:
     """d_delta, or None where it was added to delta.grad; see autograd.accumulate. Zero for experts
     that no token went to. An in-slice's operand is compact already.
     """
     slot = slot_of(delta if ctx.owned is None else ctx.owned)
     grad = torch.zeros_like(delta) if slot is None else slot
-    for expert, rows in _groups(ctx.ends):
-        where = None if ctx.dim == "in" else _where(index, ctx.start, delta, ctx.dim, expert)
-        ops.slice_grad(dy[rows], operand[rows], where, ctx.dim, out=grad[expert])
+    where = None if ctx.dim == "in" else join_index(index, ctx.start, delta[0], ctx.dim)
+    ops.slice_grad_each(dy, operand, offsets, where, ctx.dim, grad)
     return grad if slot is None else None
 
 
@@ -320,9 +327,7 @@ def _groups(ends: tuple[int, ...]) -> list[tuple[int, slice]]:
 
 
 def _where(index: Tensor | None, start: int, delta: Tensor, dim: str, expert: int) -> Index:
-    if index is not None:
-        return index[expert]
-    return slice(start, start + delta.shape[2 if dim == "in" else 1])
+    return join_index(None if index is None else index[expert], start, delta[expert], dim)
 
 
 def _take_each(

@@ -185,6 +185,28 @@ def test_the_forward_of_an_in_slice_has_as_many_ops_for_any_number_of_experts():
     assert counts[0] == counts[1]
 
 
+@MODES
+@pytest.mark.parametrize("dim", ("in", "out"))
+@pytest.mark.parametrize("layout", ("gather", "run"))
+def test_the_gradient_of_a_slice_has_as_many_ops_for_any_number_of_experts(
+    mode, dim, layout, device
+):
+    """With the kernels, whose launches would show as the ops that make their arguments."""
+    counts = []
+    for num in (3, 24):
+        x, weight = draw(9, 16, dtype=torch.bfloat16), draw(num, 8, 16, dtype=torch.bfloat16)
+        shape, size = ((num, 8, 5), 16) if dim == "in" else ((num, 5, 16), 8)
+        index = slice(2, 7) if layout == "run" else drawn(num, size, 5).to(device)
+        delta = draw(*shape, dtype=torch.float32).to(device).requires_grad_()
+        layer = linear_of(mode, weight.to(device), delta, index, dim, True, "triton")
+        y = layer(x.to(device), route(some_experts(num, 9).to(device), num))
+        with Ops() as ops:
+            (grad,) = torch.autograd.grad(y.sum(), delta)
+        assert grad.any()
+        counts.append(len(ops.names))
+    assert counts[0] == counts[1]
+
+
 def test_no_tokens():
     given = case(tokens=0)
     for mode in ("inplace", "additive"):
