@@ -1,5 +1,7 @@
 """Which channels an adapter trains: every strategy, scope and budget, through the PEFT host."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -69,6 +71,22 @@ def test_weight_needs_no_data_and_the_others_say_what_they_need():
         assert not trained(model)
         with pytest.raises(ValueError, match="batches"):
             select_indices(model, config(selection=strategy))
+
+
+@pytest.mark.parametrize("fields", (dict(selection="weight"), dict(scope="global")), ids=str)
+def test_a_configuration_serves_several_models(fields):
+    """What the first model has made of it does not decide for the second one, nor after a change
+    of its fields.
+    """
+    reused = config(target_modules=None, **fields)
+    before = copy.deepcopy(vars(reused))
+    for changes in (dict(seed=3), dict(seed=4, channels=7, heads=3)):
+        vars(reused).update(changes)
+        for model_type in ("llama", "gpt2"):
+            found = trained(get_peft_model(tiny_model(model_type), reused))
+            fresh = config(target_modules=None, **fields | changes)
+            assert found == trained(get_peft_model(tiny_model(model_type), fresh))
+    assert vars(reused) == before | changes
 
 
 @pytest.mark.parametrize("strategy", ("random", "weight"))

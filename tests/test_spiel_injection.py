@@ -42,6 +42,19 @@ def test_density_is_of_the_base_model_for_a_second_adapter_too():
     assert second.num_tunable_weights == first.num_tunable_weights
 
 
+def test_a_configuration_serves_several_models():
+    reused = SpIELConfig()
+    for model_type, reused.density in (("llama", 0.02), ("llama", 0.01), ("opt", 0.01)):
+        model = get_peft_model(tiny_model(model_type), reused)
+        fresh = SpIELConfig(density=reused.density)
+        want = layers(get_peft_model(tiny_model(model_type), fresh))
+        assert [layer.name for layer in layers(model)] == [layer.name for layer in want]
+        assert [len(delta) for delta in deltas(model)] == [
+            len(layer.spiel_delta["default"]) for layer in want
+        ]
+    assert (reused.target_modules, reused.num_tunable_weights) == ("all-linear", None)
+
+
 @pytest.mark.parametrize("num", (1, 5, 30, 34, 35))
 def test_random_entries_are_uniform(num):
     counts = torch.zeros(35)

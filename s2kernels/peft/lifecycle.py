@@ -1,5 +1,6 @@
 """The life of adapters, where all methods lead it alike: added, disabled, merged, unloaded."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +63,14 @@ class AdapterModel(BaseTuner):
 
     tuner_layer_cls: type[AdapterLayer]
     base_weights: Any
+
+    def _own_config(self, adapter_name: str) -> Any:
+        """The adapter's configuration, from now on a copy: what the model makes of it is noted
+        there, and the caller's can be used for another model.
+        """
+        config = copy.copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        return config
 
     def _existing_layers(self, model: nn.Module) -> list[Any]:
         """Those that the adapters before have made.

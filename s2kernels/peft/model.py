@@ -42,7 +42,7 @@ class S2FTModel(AdapterModel):
         without it), a budget or a layout that the model does not admit; TypeError for a target
         that is not a linear layer.
         """
-        config: Any = self.peft_config[adapter_name]
+        config = self._own_config(adapter_name)
         try:
             found = structures(model)
         except ValueError:

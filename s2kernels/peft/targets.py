@@ -19,6 +19,9 @@ class _PeftType(str):
 class TargetsConfig(PeftConfig):
     """The fields that choose modules. Each method says itself what `target_modules` may name.
 
+    `get_peft_model` and its kin leave it as it was: what the model makes of it, such as the names
+    of the targets, is in a copy, `model.peft_config[adapter_name]`.
+
     Raises ValueError for layers_to_transform and layers_pattern where they would decide nothing.
     """
 

@@ -41,7 +41,7 @@ class SpIELConfig(TargetsConfig):
         default=None,
         metadata={
             "help": "Entries trained, in the place of density; a layer's part is rounded down, but "
-            "to 1 at least. get_peft_model sets it to what density comes to."
+            "to 1 at least. In model.peft_config it is what density comes to."
         },
     )
     selection: str = field(

@@ -37,7 +37,7 @@ class SpIELModel(AdapterModel):
         Raises ValueError for a budget that the targets do not admit, a mode that a base weight does
         not; TypeError for a target that is no linear layer.
         """
-        config: Any = self.peft_config[adapter_name]
+        config = self._own_config(adapter_name)
         existing = self._existing_layers(model)
         self.base_weights = existing[0].weights if existing else EntryWeights(model)
         self.base_weights.restore(existing)
