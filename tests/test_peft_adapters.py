@@ -8,6 +8,7 @@ from s2ft_models import EVERY_PROJECTION, MODES, WIDE, config, deltas, randomize
 from tiny_models import tiny_model, token_ids
 
 from s2kernels.peft import S2FTLinear
+from s2kernels.peft.layer import S2FTLayer
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -79,6 +80,40 @@ def test_several_adapters(mode, tmp_path):
     with model.disable_adapter():
         assert (model(ids).logits - logits).abs().max() < 1e-12
     assert_same(base_state(model.unload()), original)
+
+
+@pytest.mark.parametrize("model_type", ("llama", "mixtral"))
+@pytest.mark.parametrize("mode", ("auto", "additive"))
+def test_an_adapter_of_anothers_own_configuration_starts_as_its_copy(mode, model_type, tmp_path):
+    """One of an equal configuration is a fresh adapter."""
+    ids = token_ids()
+    own = config(mode=mode, modules_to_save=["lm_head"])
+    model = randomized(get_peft_model(tiny_model(model_type, **WIDE), own))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    layers = [module for module in model.modules() if isinstance(module, S2FTLayer)]
+    for layer in layers:  # not what its configuration draws
+        layer.s2ft_index["default"] = layer.num_channels - 1 - layer.s2ft_index["default"]
+        layer.s2ft_fingerprint["default"].zero_()
+    want = model(ids).logits.detach()
+    model.add_adapter("ref", model.peft_config["default"])
+    model.add_adapter("fresh", own)
+    assert not any("ref" in name for name, p in model.named_parameters() if p.requires_grad)
+    for layer in layers:
+        assert torch.equal(layer.s2ft_fingerprint["ref"], layer.s2ft_fingerprint["default"])
+    with torch.no_grad():
+        for name, delta in deltas(model).items():
+            delta.mul_(0.5 if name.endswith("default") else 1)
+    model.set_adapter("ref")
+    assert torch.equal(model(ids).logits, want)
+    model.save_pretrained(tmp_path, selected_adapters=["ref"])
+    loaded = PeftModel.from_pretrained(tiny_model(model_type, **WIDE), tmp_path / "ref")
+    assert (loaded(ids).logits - want).abs().max() < 1e-12
+    model.set_adapter("fresh")
+    fresh = model(ids).logits
+    model.delete_adapter("ref")
+    assert torch.equal(model(ids).logits, fresh)
+    assert (fresh - tiny_model(model_type, **WIDE)(ids).logits).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("mode", ("auto", "additive"))
@@ -166,3 +201,14 @@ def test_a_failed_second_adapter_leaves_the_first_one_working():
     assert set(model.state_dict()) == keys
     assert torch.equal(model(ids).logits, want)
     assert train(model.train(), steps=3)
+
+
+def test_a_copy_of_less_than_the_adapter_is_refused():
+    ids = token_ids()
+    model = randomized(get_peft_model(tiny_model("llama", **WIDE), config()))
+    want = model(ids).logits
+    model.peft_config["default"].target_modules = {"o_proj"}
+    with pytest.raises(ValueError, match="cannot start as a copy of 'default'.*layers.1.mlp.down"):
+        model.add_adapter("ref", model.peft_config["default"])
+    assert set(model.peft_config) == {"default"}
+    assert torch.equal(model(ids).logits, want)

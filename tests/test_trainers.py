@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny_models import tiny_model, token_ids
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from s2kernels.peft import S2FTConfig, S2FTLinear
+from s2kernels.peft import S2FTConfig, S2FTLinear, SpIELConfig, SpIELLinear
 
 MODES = ("inplace", "additive")
 COMMON = dict(
@@ -21,6 +21,10 @@ COMMON = dict(
 
 def config(mode):
     return S2FTConfig(heads=2, channels=8, mode=mode, task_type="CAUSAL_LM")
+
+
+def spiel_config(mode):
+    return SpIELConfig(num_tunable_weights=800, mode=mode, task_type="CAUSAL_LM")
 
 
 def model():
@@ -98,23 +102,11 @@ def test_trl_sft(mode, tmp_path):
     assert all(torch.isfinite(torch.tensor(losses)))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_trl_dpo_measures_against_the_exact_base(mode, tmp_path):
-    """The reference of DPO is the model with its adapter disabled: its log-probabilities are those
-    of the base, in the first step and after training.
-    """
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    ids = token_ids(batch=12)
-    rows = datasets.Dataset.from_dict(
-        {
-            "prompt": [text(row[:4]) for row in ids],
-            "chosen": [" " + text(row[4:]) for row in ids],
-            "rejected": [" " + text(row.flip(0)[:5]) for row in ids],
-        }
-    )
+def dpo(folder, ids):
+    """Arguments of a short training and its rows."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     arguments = trl.DPOConfig(
-        str(tmp_path),
+        str(folder),
         max_steps=4,
         per_device_train_batch_size=4,
         max_length=16,
@@ -122,6 +114,22 @@ def test_trl_dpo_measures_against_the_exact_base(mode, tmp_path):
         logging_steps=1,
         **COMMON,
     )
+    rows = {
+        "prompt": [text(row[:4]) for row in ids],
+        "chosen": [" " + text(row[4:]) for row in ids],
+        "rejected": [" " + text(row.flip(0)[:5]) for row in ids],
+    }
+    return arguments, datasets.Dataset.from_dict(rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_trl_dpo_measures_against_the_exact_base(mode, tmp_path):
+    """The reference of DPO is the model with its adapter disabled: its log-probabilities are those
+    of the base, in the first step and after training.
+    """
+    trl = pytest.importorskip("trl")
+    ids = token_ids(batch=12)
+    arguments, rows = dpo(tmp_path, ids)
     base = model()
     want = base(ids).logits
     trainer = trl.DPOTrainer(
@@ -149,3 +157,37 @@ def test_trl_dpo_measures_against_the_exact_base(mode, tmp_path):
     with trainer.model.disable_adapter():
         assert torch.allclose(trainer.model(ids).logits, want, rtol=0, atol=1e-5)
     assert not torch.allclose(trainer.model(ids).logits, want, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", (config, spiel_config), ids=("S2FT", "SpIEL"))
+@pytest.mark.parametrize("mode", MODES)
+def test_trl_dpo_of_a_trained_adapter_measures_against_that_adapter(method, mode, tmp_path):
+    """TRL adds an adapter "ref" for it. The entries that SpIEL trains are not those drawn at first,
+    which "ref" would have otherwise.
+    """
+    trl = pytest.importorskip("trl")
+    ids = token_ids(batch=12)
+    trained = get_peft_model(model(), method(mode))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, delta in trained.named_parameters():
+            if "_delta" in name:
+                delta.copy_(torch.randn(delta.shape, generator=generator) * 0.3)
+        for layer in trained.modules():
+            if isinstance(layer, SpIELLinear):
+                index = layer.spiel_index["default"]
+                index.copy_((layer.weight.numel() - 1 - index).flip(0))
+    want = trained(ids).logits.detach()
+    assert not torch.allclose(want, model()(ids).logits, rtol=0, atol=1e-1)
+    trained.save_pretrained(tmp_path / "sft")
+
+    policy = PeftModel.from_pretrained(model(), tmp_path / "sft", is_trainable=True)
+    arguments, rows = dpo(tmp_path, ids)
+    trainer = trl.DPOTrainer(policy, args=arguments, train_dataset=rows, processing_class=words())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert abs(losses[0] - 0.6931) < 1e-3  # policy and reference are the same at the start
+    assert losses[-1] < losses[0]
+    assert not torch.allclose(policy(ids).logits, want, rtol=0, atol=1e-2)
+    policy.set_adapter("ref")
+    assert torch.allclose(policy(ids).logits, want, rtol=0, atol=1e-5)

@@ -111,6 +111,20 @@ class S2FTLayer(AdapterLayer):
         self.s2ft_fingerprint[adapter_name] = self._fingerprint(adapter_name)
         self._seen[adapter_name] = self._sources(adapter_name)
 
+    @torch.inference_mode(False)
+    def copy_adapter(self, source: str, adapter_name: str) -> None:
+        self.refresh()
+        requires_grad = self.s2ft_delta[adapter_name].requires_grad
+        delta = self.s2ft_delta[source].detach().clone()
+        self.s2ft_delta[adapter_name] = nn.Parameter(delta, requires_grad=requires_grad)
+        self.s2ft_index[adapter_name] = self.s2ft_index[source].clone()
+        self.locate()
+        known = self.s2ft_fingerprint[source]  # of the dense base, where this one is quantized
+        self.s2ft_fingerprint[adapter_name] = (
+            known.clone() if known.any() else self._fingerprint(adapter_name)
+        )
+        self._seen[adapter_name] = self._sources(adapter_name)
+
     @property
     def axis(self) -> int:
         """The axis of the weight on which the trained channels lie."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 
@@ -21,6 +22,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def restore(self) -> None:
         """Put back, bit for bit, what an inplace adapter has taken the place of."""
+        raise NotImplementedError
+
+    def copy_adapter(self, source: str, adapter_name: str) -> None:
+        """Have an adapter of this layer hold what another one, `source`, does.
+
+        The weight must hold W0. Raises ValueError where `source` was trained on another base.
+        """
         raise NotImplementedError
 
     def merged_values(self, adapter_name: str) -> Tensor:
@@ -63,14 +71,43 @@ class AdapterModel(BaseTuner):
 
     tuner_layer_cls: type[AdapterLayer]
     base_weights: Any
+    _template: str | None = None  # while an adapter is added: the one that it starts as a copy of
 
     def _own_config(self, adapter_name: str) -> Any:
         """The adapter's configuration, from now on a copy: what the model makes of it is noted
         there, and the caller's can be used for another model.
+
+        So it is another adapter's only where somebody has taken it out of `peft_config`. The new
+        adapter then starts as a copy of that one.
         """
-        config = copy.copy(self.peft_config[adapter_name])
+        given = self.peft_config[adapter_name]
+        others = (name for name, config in self.peft_config.items() if config is given)
+        self._template = next((name for name in others if name != adapter_name), None)
+        config = copy.copy(given)
         self.peft_config[adapter_name] = config
         return config
+
+    def _copy_template(self, model: nn.Module, adapter_name: str) -> None:
+        """Have the adapter start as a copy, if it is to be one: what it trains whole, too.
+
+        Raises ValueError where the configuration does not name all layers of the other adapter, as
+        when that was loaded by the names in a file alone.
+        """
+        template = self._template
+        if template is None:
+            return
+        layers = [layer for layer in self._layers_of(model) if template in layer.modes]
+        if lost := [layer.name for layer in layers if adapter_name not in layer.modes]:
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot start as a copy of {template!r}, whose "
+                f"configuration does not name {', '.join(lost)}"
+            )
+        for layer in layers:
+            layer.copy_adapter(template, adapter_name)
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and template in module.modules_to_save:
+                state = module.modules_to_save[template].state_dict()
+                module.modules_to_save[adapter_name].load_state_dict(state)
 
     def _existing_layers(self, model: nn.Module) -> list[Any]:
         """Those that the adapters before have made.
@@ -91,6 +128,7 @@ class AdapterModel(BaseTuner):
         trainable = [(value, value.requires_grad) for value in model.parameters()]
         try:
             yield
+            self._copy_template(model, adapter_name)
             self._attach()
         except BaseException:
             self.base_weights.detach()

@@ -20,7 +20,9 @@ class TargetsConfig(PeftConfig):
     """The fields that choose modules. Each method says itself what `target_modules` may name.
 
     `get_peft_model` and its kin leave it as it was: what the model makes of it, such as the names
-    of the targets, is in a copy, `model.peft_config[adapter_name]`.
+    of the targets, is in a copy, `model.peft_config[adapter_name]`. Where that very object is given
+    for another adapter, as in `model.add_adapter("ref", model.peft_config["default"])`, the new one
+    starts as a copy of the adapter that it belongs to: TRL's trainers so make their reference.
 
     Raises ValueError for layers_to_transform and layers_pattern where they would decide nothing.
     """

@@ -91,6 +91,19 @@ class EntryLayer(AdapterLayer):
         self.spiel_fingerprint[adapter_name] = self._fingerprint(adapter_name)
         self._seen[adapter_name] = self._sources(adapter_name)
 
+    @torch.inference_mode(False)
+    def copy_adapter(self, source: str, adapter_name: str) -> None:
+        self.refresh()
+        requires_grad = self.spiel_delta[adapter_name].requires_grad
+        delta = self.spiel_delta[source].detach().clone()
+        self.spiel_delta[adapter_name] = nn.Parameter(delta, requires_grad=requires_grad)
+        self.spiel_index[adapter_name] = self.spiel_index[source].clone()
+        known = self.spiel_fingerprint[source]  # of the dense base, where this one is quantized
+        self.spiel_fingerprint[adapter_name] = (
+            known.clone() if known.any() else self._fingerprint(adapter_name)
+        )
+        self._seen[adapter_name] = self._sources(adapter_name)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K) of the weight, which a quantized one does not have."""
