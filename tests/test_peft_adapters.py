@@ -182,6 +182,20 @@ def test_a_weighted_adapter_is_the_exact_sum(mode, tmp_path):
         model.add_weighted_adapter(["second"], [1.0], "sum")
 
 
+def test_no_weighted_adapter_is_made_of_whole_modules():
+    ids = token_ids()
+    own = config(modules_to_save=["lm_head"])
+    model = randomized(get_peft_model(tiny_model("llama", **WIDE), own))
+    model.add_adapter("second", config(seed=9))
+    want = model(ids).logits
+    for adapters in (["default"], ["second", "default"]):
+        with pytest.raises(ValueError, match="whole: lm_head is in .* of default"):
+            model.add_weighted_adapter(adapters, [0.5] * len(adapters), "sum")
+    assert set(model.peft_config) == {"default", "second"}
+    assert torch.equal(model(ids).logits, want)
+    model.add_weighted_adapter(["second"], [0.5], "sum")
+
+
 def test_inplace_wants_exactly_one_active_adapter():
     model = get_peft_model(tiny_model("llama", **WIDE), config(mode="inplace"))
     model.add_adapter("second", config(seed=9))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import resolve_quantization_backend
+from peft.utils import ModulesToSaveWrapper, resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -229,14 +229,22 @@ class S2FTModel(AdapterModel):
         Channels that several adapters train get the weighted sum of their deltas; negative weights
         subtract. See `s2kernels.adapter.combine`.
 
-        Raises ValueError for names that are unknown, an adapter_name that exists, and weights that
-        do not go with the adapters.
+        Raises ValueError for names that are unknown, an adapter_name that exists, weights that do
+        not go with the adapters, and adapters with modules_to_save, which are not deltas to be
+        summed.
         """
         unknown = sorted(set(adapters) - set(self.peft_config))
         if unknown:
             raise ValueError(f"adapters must be among {sorted(self.peft_config)}, got {unknown}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name {adapter_name!r} exists already")
+        for name, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                if saving := sorted(set(adapters) & set(module.modules_to_save)):
+                    raise ValueError(
+                        f"adapters must not train modules whole: {name} is in modules_to_save of "
+                        f"{', '.join(saving)}"
+                    )
         layers = {layer.name: layer for layer in self.base_weights.layers}
         parts = [
             {name: layer.slice_of(each) for name, layer in layers.items() if each in layer.modes}
