@@ -134,6 +134,44 @@ def test_an_adapter_is_refused_on_another_base(mode, layout, tmp_path):
     loaded.unload().float()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapter_may_be_moved_between_loading_and_its_first_forward(mode, tmp_path):
+    """transformers assigns the tensors, which the layers notice in their first forward: also that
+    other channels are trained than the configuration draws, or that the base is another one.
+    """
+    ids = token_ids()
+    fields = dict(mode=mode, task_type="CAUSAL_LM")
+    model = randomized(get_peft_model(tiny_model("llama", torch.float32, **WIDE), config(**fields)))
+    model.peft_config["default"].seed = 4
+    model.save_pretrained(tmp_path)
+    for move in (torch.nn.Module.double, torch.nn.Module.float):  # all buffers anew, and none
+        want = move(copy.deepcopy(model))(ids).logits
+        right, other = (tiny_model("llama", torch.float32, **WIDE) for _ in range(2))
+        right.load_adapter(tmp_path)
+        assert torch.equal(move(right)(ids).logits, want)
+        with torch.no_grad():
+            other.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+        other.load_adapter(tmp_path)
+        move(other)
+        with pytest.raises(ValueError, match="1.mlp.down_proj: the adapter was trained on another"):
+            other(ids)
+
+
+def test_other_channels_without_fingerprints_are_of_the_base_that_is_there():
+    """Also where the model is moved before its first forward."""
+    model = randomized(get_peft_model(tiny_model("llama", **WIDE), config()))
+    want = []
+    for seed in (3, 4):
+        index = indices(get_peft_model(tiny_model("llama", **WIDE), config(seed=seed)))
+        for layer in model.modules():
+            if isinstance(layer, S2FTLinear):
+                name = f"base_model.model.{layer.name}.s2ft_delta.default"
+                layer.s2ft_index["default"] = index[name]
+        logits = model.float().double()(token_ids()).logits
+        want.append(logits)
+    assert (want[0] - want[1]).abs().max() > 1e-3
+
+
 def test_an_adapter_that_does_not_fit_is_refused_on_loading(tmp_path):
     model = get_peft_model(tiny_model("llama", **WIDE), config())
     state = {name: value.clone() for name, value in model.state_dict().items()}

@@ -71,6 +71,26 @@ def test_an_adapter_is_refused_on_another_base(mode, tmp_path):
     assert (loaded(IDS).logits - want).abs().max() < 1e-3
 
 
+@EVERY_MODE
+def test_an_adapter_may_be_moved_between_loading_and_its_first_forward(mode, tmp_path):
+    """transformers assigns the tensors, which the layers notice in their first forward."""
+    base = tiny_model("llama", torch.float32)
+    model = randomized(wrapped(base, mode=mode, task_type="CAUSAL_LM"))
+    model.peft_config["default"].seed = 4
+    model.save_pretrained(tmp_path)
+    for move in (torch.nn.Module.double, torch.nn.Module.float):  # all buffers anew, and none
+        want = move(copy.deepcopy(model))(IDS).logits
+        right, other = (tiny_model("llama", torch.float32) for _ in range(2))
+        right.load_adapter(tmp_path)
+        assert torch.equal(move(right)(IDS).logits, want)
+        with torch.no_grad():
+            other.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+        other.load_adapter(tmp_path)
+        move(other)
+        with pytest.raises(ValueError, match="1.mlp.down_proj: the adapter was trained on another"):
+            other(IDS)
+
+
 def test_positions_that_do_not_fit_are_refused_on_loading():
     model = wrapped()
     state = {name: value.clone() for name, value in model.state_dict().items()}

@@ -13,7 +13,7 @@ from s2kernels.architectures import Member
 from s2kernels.autograd.experts import check_positions
 from s2kernels.coupling import not_plain
 from s2kernels.peft.lifecycle import AdapterLayer
-from s2kernels.peft.loaded import Sources, changed, sources
+from s2kernels.peft.loaded import Sources, changed, moved, sources
 from s2kernels.reference import Index
 
 if TYPE_CHECKING:
@@ -306,6 +306,7 @@ class S2FTLayer(AdapterLayer):
         super().delete_adapter(adapter_name)
 
     def _apply(self, fn, recurse: bool = True):
+        found = changed(self.s2ft_index, self.s2ft_fingerprint, self._seen, loaded=False)
         super()._apply(fn, recurse)
         for name, where in self.positions.items():
             if isinstance(where, Tensor):
@@ -313,7 +314,7 @@ class S2FTLayer(AdapterLayer):
         if self.base_slice is not None:
             self.base_slice = fn(self.base_slice)
         self._merged_slices = [fn(base_slice) for base_slice in self._merged_slices]
-        self._seen = {name: self._sources(name) for name in self.s2ft_index}
+        self._seen = moved(self.s2ft_index, self.s2ft_fingerprint, self._seen, found)
         return self
 
     def extra_repr(self) -> str:

@@ -35,6 +35,22 @@ def changed(
     return found
 
 
+def moved(
+    indices: BufferDict,
+    fingerprints: BufferDict,
+    seen: Mapping[str, Sources],
+    found: Mapping[str, bool],
+) -> dict[str, Sources]:
+    """What is seen after the buffers were moved, or cast: all of them, but for what had been found
+    to be `changed` before, which is still to be looked at.
+    """
+    now = {name: sources(index, fingerprints[name]) for name, index in indices.items()}
+    for name, is_own in found.items():
+        index, fingerprint = seen[name]
+        now[name] = [index, now[name][1] if is_own else fingerprint]
+    return now
+
+
 def check_none_is_merged(layers: Iterable[BaseTunerLayer]) -> None:
     """Raises RuntimeError for merged adapters: unmerging would write over what is loaded."""
     if any(layer.merged for layer in layers):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from s2kernels.autograd.sparse import Weight, linear
+from s2kernels.peft.loaded import changed, moved
 from s2kernels.peft.spiel.dequantize import is_quantized, keeping_order, panels_of
 from s2kernels.peft.spiel.entries import EntryLayer
 from s2kernels.peft.spiel.weights import write_entries
@@ -132,6 +133,7 @@ class SpIELLinear(EntryLayer):
         super().delete_adapter(adapter_name)
 
     def _apply(self, fn, recurse: bool = True):
+        found = changed(self.spiel_index, self.spiel_fingerprint, self._seen, loaded=False)
         if self.is_moved():
             self.restore()
         before = self.weight
@@ -144,7 +146,7 @@ class SpIELLinear(EntryLayer):
             for weight, base, index in self._merged_entries
         ]
         self._plans = {}
-        self._seen = {name: self._sources(name) for name in self.spiel_index}
+        self._seen = moved(self.spiel_index, self.spiel_fingerprint, self._seen, found)
         return self
 
     def extra_repr(self) -> str:
