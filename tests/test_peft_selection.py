@@ -9,7 +9,8 @@ from tiny_models import tiny_model, token_ids
 
 from s2kernels.coupling import channels_of_heads
 from s2kernels.peft import S2FTConfig, S2FTLinear, select_indices
-from s2kernels.select import random_units, ranked_units, scores
+from s2kernels.peft.layer import S2FTLayer
+from s2kernels.select import random_scores, random_units, ranked_units, scores
 
 STRATEGIES = ("weight", "activation", "product", "gradient")
 ATTENTION, FFN = "model.layers.{}.self_attn", "model.layers.{}.mlp"
@@ -134,6 +135,31 @@ def test_each_target_may_have_a_budget_of_its_own():
         get_peft_model(tiny_model("llama"), config(**fields | dict(budget_pattern={"v_proj": 9})))
 
 
+@pytest.mark.parametrize(
+    "fields", (dict(), dict(selection="weight"), dict(scope="global")), ids=str
+)
+def test_budgets_of_no_target_are_refused(fields):
+    name = f"{FFN.format(1)}.down_proj"
+    pattern = {"v_proj": 1, "down_prj": 2, "0.o_proj": 1, name: 3}
+    model = tiny_model("llama")
+    with pytest.raises(
+        ValueError, match="must name targets of the adapter, got 0.o_proj, down_prj$"
+    ):
+        get_peft_model(
+            model, config(target_modules=["v_proj", "down_proj"], budget_pattern=pattern, **fields)
+        )
+    assert not trained(model)
+    model = get_peft_model(model, config(budget_pattern={name: 3}, **fields))
+    budgets = {"model.layers.0.mlp.down_proj": 10, name: 3}
+    assert sum(len(trained(model)[key]) for key in budgets) == 13
+
+
+def test_a_target_outside_the_table_may_have_a_budget_of_its_own():
+    fields = dict(target_modules=["lm_head"], layout="gather", budget_pattern={"lm_head": 5})
+    found = trained(get_peft_model(tiny_model("llama"), config(**fields)))
+    assert found == {"lm_head": random_units(3, "lm_head", 32, 5).tolist()}
+
+
 @pytest.mark.parametrize("model_type", ("gpt2", "bert"))
 def test_projections_of_one_name_in_attention_and_ffn_have_blocks_of_their_own(model_type):
     model = tiny_model(model_type, intermediate_size=192)
@@ -164,6 +190,44 @@ def test_targets_of_one_block_may_draw_apart():
             name = f"{FFN.format(block)}.{leaf}"
             assert found[name] == random_units(3, name, 40, 10).tolist()
         assert found[f"{FFN.format(block)}.up_proj"] != found[f"{FFN.format(block)}.down_proj"]
+
+
+@pytest.mark.parametrize(
+    "fields", (dict(), dict(coupled=False, layout="gather"), dict(layout="block")), ids=str
+)
+@pytest.mark.parametrize("model_type", ("llama", "mixtral"))
+def test_select_indices_answers_what_an_adapter_draws(model_type, fields):
+    base = tiny_model(model_type, intermediate_size=192)
+    fields = dict(target_modules=["q_proj", "down_proj", "o_proj"], seed=5) | fields
+    chosen = select_indices(base, config(**fields))
+    model = get_peft_model(base, config(**fields))
+    assert len(chosen.indices) == 6
+    assert chosen.indices == {
+        module.name: module.s2ft_index["default"].tolist()
+        for module in model.modules()
+        if isinstance(module, S2FTLayer)
+    }
+
+
+def test_targets_may_compete_apart():
+    """With coupled=False a global budget goes to other channels of each target."""
+    fields = dict(target_modules=["up_proj", "down_proj"], scope="global", selection="random")
+    found = trained(get_peft_model(tiny_model("llama"), config(coupled=False, **fields)))
+    sizes = {f"{FFN.format(block)}.up_proj": 40 for block in range(2)}
+    want = ranked_units(random_scores(3, sizes), dict.fromkeys(sizes, 10), scope="global")
+    for name, units in want.items():
+        assert found[name] == units.tolist()
+        assert found[name] != found[name.replace("up", "down")]
+    found = trained(get_peft_model(tiny_model("llama"), config(**fields)))
+    for name in want:
+        assert found[name] == found[name.replace("up", "down")]
+
+
+def test_choices_that_would_decide_nothing_are_refused():
+    with pytest.raises(ValueError, match="largest=False ranks by scores"):
+        config(largest=False)
+    with pytest.raises(ValueError, match="coupled=False .* got selection='weight'"):
+        config(selection="weight", coupled=False)
 
 
 def test_explicit_indices_decide():

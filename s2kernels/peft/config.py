@@ -53,7 +53,8 @@ class S2FTConfig(TargetsConfig):
         default_factory=dict,
         metadata={
             "help": "Budgets of single targets in the place of heads and channels: a name or the "
-            "end of one, or a regular expression for it, and a count or a share: {'v_proj': 1}."
+            "end of one, or a regular expression for it, and a count or a share: {'v_proj': 1}. "
+            "One that is that of no target raises ValueError."
         },
     )
     selection: str = field(
@@ -65,7 +66,8 @@ class S2FTConfig(TargetsConfig):
         },
     )
     largest: bool = field(
-        default=True, metadata={"help": "Train the largest scores, or else the smallest."}
+        default=True,
+        metadata={"help": "Train the largest scores, or else the smallest; not for 'random'."},
     )
     scope: str = field(
         default="layer",
@@ -77,7 +79,8 @@ class S2FTConfig(TargetsConfig):
     coupled: bool = field(
         default=True,
         metadata={
-            "help": "Targets of one block share a random selection; else each draws its own."
+            "help": "Targets of one block share a random selection; else each draws its own. "
+            "Scores are those of the block, and shared."
         },
     )
     indices: dict[str, Any] | None = field(
@@ -122,6 +125,15 @@ class S2FTConfig(TargetsConfig):
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("selection", self.selection, SELECTIONS)
         check_choice("scope", self.scope, SCOPES)
+        if self.indices is None and self.selection == "random" and not self.largest:
+            raise ValueError(
+                "largest=False ranks by scores, which selection='random' does not have"
+            )
+        if self.indices is None and self.selection != "random" and not self.coupled:
+            raise ValueError(
+                "coupled=False draws for each target, which goes with selection='random' alone, "
+                f"got selection={self.selection!r}"
+            )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes adapter_config.json, and into README.md how the adapter is loaded."""

@@ -21,8 +21,13 @@ from s2kernels.peft.experts import S2FTExperts, tensors_to_train
 from s2kernels.peft.layer import S2FTLayer
 from s2kernels.peft.lifecycle import AdapterModel
 from s2kernels.peft.linear import S2FTLinear, features
-from s2kernels.peft.selection import drawn_index, select_indices
-from s2kernels.select import budget, random_units
+from s2kernels.peft.selection import (
+    check_budget_pattern,
+    drawn_index,
+    own_budget,
+    select_indices,
+)
+from s2kernels.select import random_units
 
 
 class S2FTModel(AdapterModel):
@@ -39,8 +44,8 @@ class S2FTModel(AdapterModel):
         """Add an adapter. If anything fails, the model is as it was before.
 
         Raises ValueError for a model type that the coupling table lacks (layout="gather" does
-        without it), a budget or a layout that the model does not admit; TypeError for a target
-        that is not a linear layer.
+        without it), a budget or a layout that the model does not admit, a budget of no target;
+        TypeError for a target that is not a linear layer.
         """
         config = self._own_config(adapter_name)
         try:
@@ -76,7 +81,9 @@ class S2FTModel(AdapterModel):
             # PEFT shortens many names until they match no other *module*, and tensors are none.
             if tensors_to_train(config, found, None) != self._expert_targets:
                 config.target_modules = trained
-            if lost := sorted(set(config.indices or ()) - trained):
+            if config.indices is None:
+                check_budget_pattern(config, trained)
+            elif lost := sorted(set(config.indices) - trained):
                 raise ValueError(
                     f"indices names what is not a target of the adapter: {', '.join(lost)}"
                 )
@@ -134,7 +141,7 @@ class S2FTModel(AdapterModel):
             index = _given_index(config, current_key)
         elif place is None:
             in_features, _ = features(base)
-            count = budget(config.channels, in_features, "channels")
+            count = own_budget(config, "channels", current_key, in_features)
             index = random_units(config.seed, current_key, in_features, count)
         else:
             index = drawn_index(config, structure, current_key.removeprefix(f"{name}."))

@@ -1,7 +1,7 @@
 """Which channels every target trains: from a configuration to positions."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def select_indices(
     calibration data any more. See `s2kernels.select.scores` for what the scores are.
 
     Raises ValueError for a model type that the coupling table lacks, a budget that the model does
-    not admit, and batches that are missing.
+    not admit or that names no target, and batches that are missing.
     """
     found = structures(model)
     # attention and FFN may each have a projection of one name
@@ -62,15 +62,26 @@ def select_indices(
         }
         for (kind, leaf), owners in by_projection.items()
     }
-    if config.selection == "random":
-        sizes = {name: structure.count(structure.unit) for name, structure in found.items()}
-        values = random_scores(config.seed, sizes)
-    else:  # which may take long: all else was looked at before
+    targets = {
+        f"{name}.{leaf}": (structure, leaf)
+        for (_, leaf), owners in by_projection.items()
+        for name, structure in owners.items()
+    }
+    check_budget_pattern(config, targets)
+    chosen = copy.copy(config)
+    if (config.selection, config.scope) == ("random", "layer"):
+        chosen.indices = {
+            target: drawn_index(config, structure, leaf).tolist()
+            for target, (structure, leaf) in targets.items()
+        }
+        return chosen
+    values: dict[str, Tensor] = {}
+    if config.selection != "random":  # which may take long: all else was looked at before
         values = scores(model, config.selection, batches, progress=progress)
     indices = {}
     for (kind, leaf), owners in by_projection.items():
         ranked = ranked_units(
-            {name: values[name] for name in owners},
+            {name: values[name] for name in owners} if values else _drawn(config, owners, leaf),
             counts[kind, leaf],
             largest=config.largest,
             scope=config.scope,
@@ -80,7 +91,6 @@ def select_indices(
         for name, units in ranked.items():
             positions = owners[name].channels(owners[name].role(leaf), units)
             indices[f"{name}.{leaf}"] = positions.tolist()
-    chosen = copy.copy(config)
     chosen.indices = indices
     return chosen
 
@@ -114,6 +124,16 @@ def indices_of(
     return indices
 
 
+def _drawn(config: S2FTConfig, owners: Mapping[str, Structure], leaf: str) -> dict[str, Tensor]:
+    """Random scores of the structures for their targets `leaf`, for selection="random": functions
+    of the same as in `drawn_index`.
+    """
+    sources = {name: name if config.coupled else f"{name}.{leaf}" for name in owners}
+    sizes = {sources[name]: structure.count(structure.unit) for name, structure in owners.items()}
+    values = random_scores(config.seed, sizes)
+    return {name: values[source] for name, source in sources.items()}
+
+
 def drawn_index(config: S2FTConfig, structure: Structure, leaf: str) -> Tensor:
     """The channels that the target `leaf` of a structure trains, drawn at random: int32 (R,), of
     experts (num_experts, R).
@@ -142,11 +162,30 @@ def drawn_index(config: S2FTConfig, structure: Structure, leaf: str) -> Tensor:
 def target_budget(config: S2FTConfig, structure: Structure, key: str) -> int:
     """How many units of the structure, of experts: of each expert, the target `key` trains."""
     name = "heads" if structure.kind == "attention" else "channels"
+    return own_budget(config, name, key, units_of_part(structure), block_of(config, structure))
+
+
+def own_budget(config: S2FTConfig, name: str, key: str, total: int, block: int = 1) -> int:
+    """How many of `total` units the target `key` trains: what budget_pattern has for it, or else
+    the field `name`. See `s2kernels.select.budget`.
+    """
     value = getattr(config, name)
     pattern = get_pattern_key(list(config.budget_pattern), key)
     if pattern in config.budget_pattern:
         name, value = f"budget_pattern[{pattern!r}]", config.budget_pattern[pattern]
-    return budget(value, units_of_part(structure), name, block_of(config, structure))
+    return budget(value, total, name, block)
+
+
+def check_budget_pattern(config: S2FTConfig, targets: Collection[str]) -> None:
+    """Raises ValueError for keys of budget_pattern that are those of no target."""
+    if lost := [
+        key
+        for key in config.budget_pattern
+        if all(get_pattern_key([key], target) != key for target in targets)
+    ]:
+        raise ValueError(
+            f"budget_pattern must name targets of the adapter, got {', '.join(sorted(lost))}"
+        )
 
 
 def units_of_part(structure: Structure) -> int:
