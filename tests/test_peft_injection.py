@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from model_states import assert_same, base_state
 from peft import get_peft_model, inject_adapter_in_model
 from s2ft_models import WIDE, config, deltas, randomized
@@ -101,6 +102,49 @@ def test_data_parallel_is_refused():
     replica = inner._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
         replica(token_ids())
+
+
+def one_layer_offloaded():
+    model = tiny_model("llama", torch.float32, **WIDE)
+    cpu_offload(model.model.layers[1].mlp.down_proj, execution_device="cpu")
+    return model
+
+
+def experts_offloaded():
+    model = tiny_model("mixtral", torch.float32, **WIDE)
+    cpu_offload(model.model.layers[1].mlp, execution_device="cpu")
+    return model
+
+
+def partitioned():
+    """As DeepSpeed ZeRO-3 leaves the parameters of a module outside of its forward."""
+    model = tiny_model("llama", torch.float32, **WIDE)
+    for i, value in enumerate(model.parameters()):
+        value.ds_id, value.data = i, torch.empty(0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (one_layer_offloaded, "layers.1.mlp.down_proj cannot be trained: accelerate has offloaded"),
+        (experts_offloaded, "1.mlp.experts.down_proj cannot be trained: accelerate has offloaded"),
+        (partitioned, "partitioned by DeepSpeed ZeRO-3"),
+    ],
+)
+@pytest.mark.parametrize("layout", ("auto", "gather"))
+def test_weights_that_are_elsewhere_are_refused(layout, base, message):
+    model = base()
+    modules = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config(layout=layout))
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    if base is one_layer_offloaded:  # what is not trained may be elsewhere
+        ids = token_ids()
+        want = model(ids).logits
+        model = get_peft_model(model, config(layout=layout, target_modules=["o_proj"]))
+        assert torch.allclose(model(ids).logits, want, rtol=0, atol=1e-5)
+        assert not torch.allclose(randomized(model)(ids).logits, want, rtol=0, atol=1e-2)
 
 
 def _refusals():

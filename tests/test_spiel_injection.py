@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from model_states import assert_same, base_state
 from peft import get_peft_model
 from spiel_models import IDS, config, deltas, layers, randomized, train, wrapped
@@ -71,6 +72,19 @@ def test_data_parallel_is_refused():
     replica = wrapped().base_model.model._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
         replica(IDS)
+
+
+def test_weights_that_are_elsewhere_are_refused():
+    model = tiny_model("llama", torch.float32)
+    cpu_offload(model.model.layers[1].mlp.down_proj, execution_device="cpu")
+    with pytest.raises(ValueError, match="1.mlp.down_proj cannot be trained: accelerate has off"):
+        wrapped(model)
+    wrapped(model, target_modules=["o_proj"])(IDS)
+    model = tiny_model("llama", torch.float32)
+    for i, value in enumerate(model.parameters()):
+        value.ds_id, value.data = i, torch.empty(0)
+    with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3"):
+        wrapped(model)
 
 
 def _refusals():

@@ -90,8 +90,10 @@ class S2FTLayer(AdapterLayer):
         """Add an adapter that trains the channels `index`, int32 (R,) or (E, R), in the original
         basis.
 
-        Raises ValueError for mode="inplace" where the base layer does not admit it.
+        Raises ValueError for an offloaded weight, and for mode="inplace" where the base layer does
+        not admit it.
         """
+        self.check_is_loaded()
         if mode == "inplace" and (reason := self.not_inplace()):
             raise ValueError(f"mode='inplace' needs a plain dense weight: {reason}")
         weight = self.weight

@@ -15,6 +15,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """A frozen base weight with adapters, whose names are the keys of `modes`."""
 
     modes: dict[str, str]
+    name: str
+
+    def check_is_loaded(self) -> None:
+        """Raises ValueError for a weight that accelerate keeps elsewhere: it fetches it for the
+        forward of the base layer alone. One that is on the meta device without that is loaded
+        later.
+        """
+        if self.weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook"):
+            raise ValueError(
+                f"{self.name} cannot be trained: accelerate has offloaded its weight (device_map, "
+                "cpu_offload, disk_offload); keep the targets on a device"
+            )
 
     def not_inplace(self) -> str | None:
         """Why nothing can be written into the base weight; None if it can."""
@@ -108,6 +120,14 @@ class AdapterModel(BaseTuner):
             if isinstance(module, ModulesToSaveWrapper) and template in module.modules_to_save:
                 state = module.modules_to_save[template].state_dict()
                 module.modules_to_save[adapter_name].load_state_dict(state)
+
+    def _check_is_whole(self, model: nn.Module) -> None:
+        """Raises ValueError for a model that DeepSpeed has partitioned."""
+        if any(hasattr(value, "ds_id") for value in model.parameters()):
+            raise ValueError(
+                "the parameters are partitioned by DeepSpeed ZeRO-3, which gathers them for the "
+                "forward of their own module alone: use ZeRO-2 or FSDP2"
+            )
 
     def _existing_layers(self, model: nn.Module) -> list[Any]:
         """Those that the adapters before have made.

@@ -44,9 +44,11 @@ class S2FTModel(AdapterModel):
         """Add an adapter. If anything fails, the model is as it was before.
 
         Raises ValueError for a model type that the coupling table lacks (layout="gather" does
-        without it), a budget or a layout that the model does not admit, a budget of no target;
-        TypeError for a target that is not a linear layer.
+        without it), a budget or a layout that the model does not admit, a budget of no target, and
+        weights that are offloaded or partitioned; TypeError for a target that is not a linear
+        layer.
         """
+        self._check_is_whole(model)
         config = self._own_config(adapter_name)
         try:
             found = structures(model)

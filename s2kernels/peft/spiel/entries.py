@@ -72,9 +72,10 @@ class EntryLayer(AdapterLayer):
     ) -> None:
         """Add an adapter that trains the entries at `index` (k,), sorted, deltas in dtype.
 
-        Raises ValueError for mode="inplace" where the base layer does not admit it, and for a 4-bit
-        weight that bitsandbytes has rearranged.
+        Raises ValueError for an offloaded weight, for mode="inplace" where the base layer does not
+        admit it, and for a 4-bit weight that bitsandbytes has rearranged.
         """
+        self.check_is_loaded()
         check_order(self.get_base_layer())
         if mode == "inplace" and (reason := self.not_inplace()):
             raise ValueError(f"mode='inplace' needs a plain dense weight: {reason}")

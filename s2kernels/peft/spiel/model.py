@@ -35,8 +35,10 @@ class SpIELModel(AdapterModel):
         """Add an adapter. If anything fails, the model is as it was before.
 
         Raises ValueError for a budget that the targets do not admit, a mode that a base weight does
-        not; TypeError for a target that is no linear layer.
+        not, weights that are offloaded or partitioned; TypeError for a target that is no linear
+        layer.
         """
+        self._check_is_whole(model)
         config = self._own_config(adapter_name)
         existing = self._existing_layers(model)
         self.base_weights = existing[0].weights if existing else EntryWeights(model)
