@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny_models import tiny_model, token_ids
+from torch.optim.swa_utils import AveragedModel
 
 from s2kernels.peft import S2FTConfig, SpIELConfig
 from s2kernels.peft.lifecycle import AdapterLayer
@@ -85,3 +86,24 @@ def test_the_last_layer_is_looked_at_before_the_first_one_is_merged(config, how)
     want = model(IDS).logits
     merged = getattr(model, how)(safe_merge=True) or model
     torch.testing.assert_close(merged(IDS).logits, want)
+
+
+@EVERY_CONFIG
+def test_an_average_of_the_weights_is_that_of_the_deltas(config):
+    """Where both models have given W0 back, in the original basis, as they do for a state_dict."""
+    model = wrapped(config, tiny_model("llama"))
+    average = AveragedModel(model)
+    for scale in (1.0, 3.0):
+        with torch.no_grad():
+            for delta in deltas(model):
+                delta.mul_(scale)
+        model(IDS)
+        model.state_dict(), average.state_dict()
+        average.update_parameters(model)
+        average(IDS)
+    for mean, delta in zip(deltas(average), deltas(model), strict=True):
+        assert torch.allclose(mean, delta * (2 / 3), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        for delta in deltas(model):
+            delta.mul_(2 / 3)
+    assert (average(IDS).logits - model(IDS).logits).abs().max() < 1e-12
