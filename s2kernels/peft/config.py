@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from s2kernels.autograd.checks import MODES, check_choice
-from s2kernels.peft.card import write_card
 from s2kernels.peft.targets import TargetsConfig, _PeftType
 from s2kernels.select import SCOPES, STRATEGIES
 
@@ -134,8 +133,3 @@ class S2FTConfig(TargetsConfig):
                 "coupled=False draws for each target, which goes with selection='random' alone, "
                 f"got selection={self.selection!r}"
             )
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes adapter_config.json, and into README.md how the adapter is loaded."""
-        super().save_pretrained(save_directory, **kwargs)
-        write_card(save_directory, self)

@@ -126,7 +126,7 @@ class AdapterModel(BaseTuner):
         if any(hasattr(value, "ds_id") for value in model.parameters()):
             raise ValueError(
                 "the parameters are partitioned by DeepSpeed ZeRO-3, which gathers them for the "
-                "forward of their own module alone: use ZeRO-2 or FSDP2"
+                "forward of their own module alone: use FSDP2"
             )
 
     def _existing_layers(self, model: nn.Module) -> list[Any]:
