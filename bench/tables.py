@@ -32,6 +32,7 @@ def measurements(results: Path) -> list[dict]:
         entry["extra_info"]
         for file in files
         for entry in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+        if entry["stats"] is not None  # it failed
     ]
 
 

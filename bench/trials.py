@@ -1,9 +1,12 @@
 """One problem of bench.tune: every candidate checked against fp64, then timed beside torch."""
 
 import hashlib
+import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from unittest.mock import patch
 
 import torch
@@ -38,31 +41,37 @@ class Clock:
 
 
 def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> dict:
-    """The entry of a problem in the shape of pytest-benchmark's JSON. Raises Late when it is late.
+    """The entry of a problem in the shape of pytest-benchmark's JSON.
 
-    A launch with a wrong result is listed as such and takes no part: it is an error of a kernel or
-    of a compiler, for which main returns 1.
+    A launch with a wrong result, or that fails for any reason but too little shared memory, is
+    listed as such and takes no part: it is an error of a kernel or of a compiler, for which main
+    returns 1.
+
+    Raises Late when it is late, RuntimeError where no launch is right, and whatever a lost GPU
+    raises.
     """
     op = OPS[problem.op]
     copies = operands(problem, op, device)
     allowed = allowance(op, copies[0])
     count = launches_in_a_lap(op, copies, device)
     launches = candidates(problem, toy)
+    runs = [with_launch(op, problem, launch, device) for launch in launches]
+    compile_together(runs, copies[0], device)
     screened: dict[int, float] = {}
     refused = []
-    for number, launch in enumerate(launches):
+    for number, (launch, run) in enumerate(zip(launches, runs, strict=True)):
         clock.check()
-        run = with_launch(op, problem, launch, device)
         try:
-            wrong = errors(run(*copies[0]), allowed)
+            if wrong := errors(run(*copies[0]), allowed):
+                refused.append({"launch": launch, "wrong": True, "why": wrong})
+                continue
+            step = lap(run, copies, count, device)
+            screened[number] = min(timing.laps([step] * SCREENING_ROUNDS[device.type], device))
         except OutOfResources as error:
             refused.append({"launch": launch, "wrong": False, "why": str(error)})
-            continue
-        if wrong:
-            refused.append({"launch": launch, "wrong": True, "why": wrong})
-            continue
-        step = lap(run, copies, count, device)
-        screened[number] = min(timing.laps([step] * SCREENING_ROUNDS[device.type], device))
+        except Exception as error:
+            timing.synchronize(device)  # raises again what broke the GPU
+            refused.append({"launch": launch, "wrong": True, "why": in_words(error)})
     if not screened:
         raise RuntimeError(f"{problem.name}: no launch is right: {refused}")
 
@@ -70,42 +79,80 @@ def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> 
     best = sorted(screened, key=screened.__getitem__)[:FINALISTS]
     steps = {"torch": lap(op.torch, copies, count, device)}
     for number in sorted({0, *best} & screened.keys()):
-        run = with_launch(op, problem, launches[number], device)
-        steps[str(number)] = lap(run, copies, count, device)
+        steps[str(number)] = lap(runs[number], copies, count, device)
     seconds = interleaved(steps, FINAL_ROUNDS[device.type], device)
     seconds = {name: [value / count for value in values] for name, values in seconds.items()}
 
     chosen = choose({name: values for name, values in seconds.items() if name != "torch"})
     ratio = timing.quartiles(timing.paired_ratios(seconds[chosen], seconds["torch"]))
     chip = target.chip(device)
+    info = {
+        "device": chip.name,
+        "arch": chip.arch,
+        "source": source_hash(),
+        "op": problem.op,
+        "sizes": list(problem.sizes),
+        "tokens": problem.tokens,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "launch": launches[int(chosen)],
+        "ratio_to_torch": ratio,
+        "wins": below_one(ratio),
+        "torch": timing.stats(seconds["torch"]),
+        "screened": {words(launches[number]): value / count for number, value in screened.items()},
+        "refused": refused,
+    }
+    return entry(problem, timing.stats(seconds[chosen]), info)
+
+
+def entry(problem: Problem, stats: dict | None, info: dict) -> dict:
+    """The entry of `problem` in the JSON; info: its extra_info, stats: None where it failed."""
     return {
         "group": "tune",
         "name": problem.name,
         "fullname": f"bench/tune.py::{problem.name}",
         "params": {"op": problem.op},
-        "stats": timing.stats(seconds[chosen]),
-        "extra_info": {
-            "device": chip.name,
-            "arch": chip.arch,
-            "source": source_hash(),
-            "op": problem.op,
-            "sizes": list(problem.sizes),
-            "tokens": problem.tokens,
-            "dtype": str(problem.dtype).removeprefix("torch."),
-            "launch": launches[int(chosen)],
-            "ratio_to_torch": ratio,
-            "wins": below_one(ratio),
-            "torch": timing.stats(seconds["torch"]),
-            "screened": {
-                words(launches[number]): value / count for number, value in screened.items()
-            },
-            "refused": refused,
-        },
+        "stats": stats,
+        "extra_info": info,
     }
+
+
+def failure(problem: Problem, why: str) -> dict:
+    return entry(problem, None, {"source": source_hash(), "why": why})
+
+
+def is_failure(entry: dict) -> bool:
+    return entry["stats"] is None
 
 
 def words(launch: Launch) -> str:
     return " ".join(f"{name}={value}" for name, value in launch.items()) or "default"
+
+
+def in_words(error: Exception) -> str:
+    """Its type, and where it has a message the first line of that."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def compile_together(runs: list[Callable], arguments: tuple, device: torch.device) -> None:
+    """Has Triton compile what `runs` would launch on a GPU, on all cores at once.
+
+    What fails here is left to fail when it is tried.
+    """
+    if device.type == "cpu":  # interpreted
+        return
+    launch = triton.runtime.JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **options):
+        return launch(kernel, *args, grid=grid, warmup=True, **options)
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        triton.AsyncCompileMode(threads, ignore_errors=True),
+        patch.object(triton.runtime.JITFunction, "run", compile_only),
+    ):
+        for run in runs:
+            with suppress(Exception):
+                run(*arguments)
 
 
 def choose(seconds: dict[str, list[float]]) -> str:

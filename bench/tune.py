@@ -6,27 +6,38 @@ For each problem it checks every candidate against fp64 before it times it, time
 more beside torch in interleaved rounds, and keeps the results in bench/results/<device>/tune.json,
 so that a run that ends early goes on where it stopped. From all such files it writes
 s2kernels/kernels/tuned.py: the fastest launches, and the shapes at which Triton beat cuBLAS by more
-than the spread. Returns 1 if a launch gave a wrong result.
+than the spread.
+
+Returns 1 if a launch gave a wrong result or did not run, other than for want of shared memory, or
+if a problem failed: the others are measured all the same, and it comes last in the next run.
 """
 
 import argparse
 import json
 import sys
-import time
+import traceback
 from pathlib import Path
 
 import torch
 import triton
 from tqdm import tqdm
 
-from bench import report, tables
-from bench.problems import OPS, candidates, problems
-from bench.trials import KERNELS, Clock, Late, measure, source_hash
+from bench import report, tables, timing
+from bench.problems import OPS, Problem, candidates, problems
+from bench.trials import (
+    KERNELS,
+    Clock,
+    Late,
+    failure,
+    in_words,
+    is_failure,
+    measure,
+    source_hash,
+)
 from s2kernels.files import replacing
 from s2kernels.kernels import target
 
 TABLE = KERNELS / "tuned.py"
-SAVE_SECONDS = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,30 +57,50 @@ def main(argv: list[str] | None = None) -> int:
 
     path = args.results / report.device_name(device) / "tune.json"
     entries = measured_before(path)
-    left = [problem for problem in listed if problem.name not in entries]
-    clock, saved, num_saved = Clock(args.budget_s), time.monotonic(), len(entries)
     try:
-        for problem in (bar := tqdm(left, unit="problem", disable=None)):
-            bar.set_description(problem.name)
-            entries[problem.name] = measure(problem, device, args.toy, clock)
-            if time.monotonic() > saved + SAVE_SECONDS:
-                save(path, entries, device)
-                saved, num_saved = time.monotonic(), len(entries)
-    except Late:
-        print(f"the {args.budget_s:g} s are spent: the same command goes on with the rest")
+        measure_missing(listed, entries, path, device, args)
     finally:
-        if len(entries) > num_saved:
-            save(path, entries, device)
-    write_table(args.table, args.results)
+        write_table(args.table, args.results)
     print(report.table(summary(entries)))
-    wrong = {
-        f"{name}, {refused['launch']}: {refused['why']}"
-        for name, entry in entries.items()
-        for refused in entry["extra_info"]["refused"]
-        if refused["wrong"]
-    }
-    print("\n".join(["WRONG RESULTS", *sorted(wrong)] if wrong else []))
+    wrong = sorted(complaints(entries))
+    print("\n".join(["WRONG OR FAILED", *wrong] if wrong else []))
     return 1 if wrong else 0
+
+
+def measure_missing(
+    listed: list[Problem],
+    entries: dict[str, dict],
+    path: Path,
+    device: torch.device,
+    args: argparse.Namespace,
+) -> None:
+    """Measures what `entries` lacks of `listed`, then what failed before, into both and `path`.
+
+    Raises what a lost GPU raises: nothing more can be measured in this process.
+    """
+    failed = {name for name, entry in entries.items() if is_failure(entry)}
+    left = [problem for problem in listed if problem.name not in entries.keys() - failed]
+    left.sort(key=lambda problem: problem.name in failed)
+    machine, clock = report.machine_info(device), Clock(args.budget_s)
+    for problem in (bar := tqdm(left, unit="problem", disable=None)):
+        bar.set_description(problem.name)
+        before = entries.get(problem.name)
+        entries[problem.name] = failure(problem, "not finished")  # if the process is killed
+        save(path, entries, device, machine)
+        try:
+            entries[problem.name] = measure(problem, device, args.toy, clock)
+        except Late:
+            print(f"the {args.budget_s:g} s are spent: the same command goes on with the rest")
+            del entries[problem.name]
+            if before is not None:
+                entries[problem.name] = before
+            return
+        except Exception as error:
+            traceback.print_exc()
+            entries[problem.name] = failure(problem, in_words(error))
+            timing.synchronize(device)  # raises again what broke the GPU
+        finally:
+            save(path, entries, device, machine)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -98,8 +129,8 @@ def measured_before(path: Path) -> dict[str, dict]:
     }
 
 
-def save(path: Path, entries: dict[str, dict], device: torch.device) -> None:
-    report.write_json(path, [entries[name] for name in sorted(entries)], device)
+def save(path: Path, entries: dict[str, dict], device: torch.device, machine: dict) -> None:
+    report.write_json(path, [entries[name] for name in sorted(entries)], device, machine)
 
 
 def write_table(path: Path, results: Path) -> None:
@@ -108,10 +139,23 @@ def write_table(path: Path, results: Path) -> None:
         (folder / path.name).write_text(text, encoding="utf-8")
 
 
+def complaints(entries: dict[str, dict]) -> set[str]:
+    """A line for each launch that is an error, and for each problem that failed."""
+    lines = {f"{name}: {e['extra_info']['why']}" for name, e in entries.items() if is_failure(e)}
+    return lines | {
+        f"{name}, {refused['launch']}: {refused['why']}"
+        for name, entry in entries.items()
+        for refused in entry["extra_info"].get("refused", ())
+        if refused["wrong"]
+    }
+
+
 def summary(entries: dict[str, dict]) -> list[list[str]]:
     """Rows of a table: times per launch, and their ratio."""
     rows = [["problem", "torch us", "triton us", "ratio", "quartiles", "wins"]]
     for name, entry in sorted(entries.items()):
+        if is_failure(entry):
+            continue
         info = entry["extra_info"]
         ratio = info["ratio_to_torch"]
         rows.append(

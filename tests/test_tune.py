@@ -92,10 +92,70 @@ def test_wrong_results_are_told(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(OPS, "linear", problems.Op(op.operands, broken, op.torch, op.exact))
     assert _toy(tmp_path, "--ops", "linear") == 1
-    assert "WRONG RESULTS" in capsys.readouterr().out
+    assert "WRONG OR FAILED" in capsys.readouterr().out
     for entry in _entries(tmp_path):
         assert entry["extra_info"]["launch"] == {}
         assert all(refused["wrong"] for refused in entry["extra_info"]["refused"])
+
+
+@needs_interpreter
+def test_a_launch_that_does_not_compile_leaves_the_others(tmp_path, monkeypatch, capsys):
+    op = OPS["linear"]
+
+    def fails(x, weight):
+        if tuned.LAUNCH["sm_90", "linear", "half"][64, 48][x.shape[0]]:
+            raise RuntimeError("PassManager::run failed\nand where")
+        return op.torch(x, weight)
+
+    monkeypatch.setitem(OPS, "linear", problems.Op(op.operands, fails, op.torch, op.exact))
+    assert _toy(tmp_path, "--ops", "linear") == 1
+    said = capsys.readouterr().out
+    assert "M=32, {'BLOCK_M': 16," in said and ": RuntimeError: PassManager::run failed\n" in said
+    infos = [entry["extra_info"] for entry in _entries(tmp_path)]
+    assert [info["launch"] for info in infos] == [{}, {}]
+    assert [len(info["refused"]) for info in infos] == [2, 2]
+
+
+@needs_interpreter
+def test_a_problem_that_fails_comes_last_the_next_time(tmp_path, monkeypatch, capsys):
+    tried, late = [], []
+
+    def measure(problem, *args):
+        tried.append(problem.tokens)
+        if problem.tokens in late:
+            raise tune.Late
+        if problem.tokens == 32:
+            raise ValueError("of this size")
+        info = _info(tokens=problem.tokens) | {"source": trials.source_hash()}
+        return trials.entry(problem, {"median": 1.0}, info)
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "problems", lambda *_: problems.problems(["linear"], True)[:1])
+    assert _toy(tmp_path) == 1
+    assert "linear float16 N=64 K=48 M=32: ValueError: of this size" in capsys.readouterr().out
+    monkeypatch.setattr(tune, "problems", problems.problems)
+    late.append(80)  # what is not measured stays so, and what failed has failed
+    assert _toy(tmp_path, "--ops", "linear") == 1
+    assert [entry["stats"] for entry in _entries(tmp_path)] == [None]
+    late.clear()
+    assert _toy(tmp_path, "--ops", "linear") == 1
+    assert tried == [32, 80, 80, 32]
+    assert [entry["stats"] for entry in _entries(tmp_path)] == [None, {"median": 1.0}]
+    assert (tmp_path / "tuned.py").read_text() == tables.source([_info(tokens=80)])
+
+
+@needs_interpreter
+def test_a_lost_gpu_ends_the_run_and_not_the_results(tmp_path, monkeypatch):
+    def lost(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune, "measure", lost)
+    monkeypatch.setattr(tune.timing, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        _toy(tmp_path, "--ops", "linear")
+    (entry,) = _entries(tmp_path)
+    assert "illegal memory access" in entry["extra_info"]["why"]
+    assert (tmp_path / "tuned.py").exists()
 
 
 def test_nothing_is_measured_by_a_dry_run(tmp_path, capsys):
