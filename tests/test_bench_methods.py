@@ -26,6 +26,7 @@ from bench.methods.adapters import LINEARS, random_mask
 from bench.methods.lora_fused import SCALE, LoRAFused
 from bench.methods.loreft import Edit, edited_positions
 from bench.shapes import TABLE
+from s2kernels import backend
 
 NAMES = tuple(METHODS)
 TRAINED = tuple(name for name in NAMES if name != "frozen")
@@ -200,9 +201,11 @@ def test_comparable_rejects(sizes, message):
         comparable(CONFIG, **sizes)
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-def test_lora_fused_is_lora(model_type):
+def test_lora_fused_is_lora(model_type, joined, monkeypatch):
     """Loss, gradients of A and B, and dx in fp64 against PEFT; biases and odd sizes included."""
+    monkeypatch.setattr(backend, "prefers_joined", lambda weight: joined)
     model = tiny_model(model_type)
     budget = Budget(heads=1, channels=1, rank=3, seed=0)
     fused = LoRAFused(copy.deepcopy(model), budget, 1e-3, Options(full_depth=True))
@@ -227,7 +230,10 @@ def test_lora_fused_is_lora(model_type):
     batch = token_ids()
     loss, expected = fused.loss(batch), peft(input_ids=batch, labels=batch).loss
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    grads = torch.autograd.grad(loss, [*fused.trained(), inputs[0]])
+    wanted = [*fused.trained(), inputs[0]]
+    kept = torch.autograd.grad(loss, wanted, retain_graph=True)
+    grads = torch.autograd.grad(loss, wanted)  # writes over gate and up, which the other had kept
+    assert all(map(torch.equal, grads, kept))
     by_parameter = dict(zip([*map(id, fused.trained()), "dx"], grads, strict=True))
     expected.backward()
     for layer_pairs in zip(fused.model.model.layers, peft.model.model.layers, strict=True):
@@ -458,9 +464,12 @@ def test_attention_backends_agree(attention, base, batch):
     assert method.base.config._attn_implementation == expected
 
 
-@pytest.mark.parametrize("name", ["lora_fused", "s2ft_inplace"])
-def test_compiled_methods_take_the_same_steps(name, batch, monkeypatch):
+@pytest.mark.parametrize(
+    "name, joined", [("lora_fused", False), ("lora_fused", True), ("s2ft_inplace", False)]
+)
+def test_compiled_methods_take_the_same_steps(name, joined, batch, monkeypatch):
     """In one graph: traced as torch.compile traces it, and run by eager torch, which is quick."""
+    monkeypatch.setattr(backend, "prefers_joined", lambda weight: joined)
     compile_ = nn.Module.compile
     monkeypatch.setattr(
         nn.Module, "compile", lambda self: compile_(self, backend="aot_eager", fullgraph=True)

@@ -12,7 +12,8 @@ themselves (addmm), and no product is made twice: xa (M, r) is saved.
 
 Layers that read the same x are one `Stack`: q, k, v; gate, up. Their frozen weights lie one below
 the other in one tensor, in the place of the modules' own, and so do their A; their Bt lie side by
-side. The FFN is one Function that saves x, gate and up; the backward of SwiGLU rebuilds h.
+side. Two of them are one product where `backend.prefers_joined` has S2FT join them. The FFN is one
+Function that saves x, gate and up; the backward of SwiGLU rebuilds h, and writes over gate and up.
 """
 
 import math
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 
 from bench.methods.base import Method
 from s2kernels import backend
+from s2kernels.autograd.mlp import _room_for_gradients as room_for_gradients
 
 SCALE = 2.0  # alpha / r, as in the rows of PEFT's LoRA
 
@@ -75,14 +77,15 @@ class QKV(nn.Module):
     def __init__(self, stack: Stack) -> None:
         super().__init__()
         self.stack = stack
-        # q and k in one product and one tensor. Attention keeps v, but of q and k only what RoPE
-        # made of them: in one tensor with them, v would keep both alive.
-        q, k, v = stack.sizes
-        self.groups = ((q, k), (v,))
         self._waiting: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = StackFunction.apply(x.flatten(0, -2), *self.stack.tensors(), self.groups)
+        q, k, v = self.stack.sizes
+        # At most q and k in one product and one tensor. Attention keeps v, but of q and k only what
+        # RoPE made of them: in one tensor with them, v would keep both alive.
+        joined = backend.prefers_joined(self.stack.weight)
+        groups = ((q, k), (v,)) if joined else ((q,), (k,), (v,))
+        q, k, v = StackFunction.apply(x.flatten(0, -2), *self.stack.tensors(), groups)
         self._waiting = {"k": k.unflatten(0, x.shape[:-1]), "v": v.unflatten(0, x.shape[:-1])}
         return q.unflatten(0, x.shape[:-1])
 
@@ -134,9 +137,7 @@ class StackFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, Bt, groups):
-        widths = [sum(group) for group in groups]
-        biases = [None] * len(widths) if bias is None else bias.split(widths)
-        wide = [F.linear(x, w, b) for w, b in zip(weight.split(widths), biases, strict=True)]
+        wide = _products(x, weight, bias, [sum(group) for group in groups])
         ys = [y for each, group in zip(wide, groups, strict=True) for y in each.split(group, 1)]
         xa = _add_adapters(ys, x, A, Bt)
         ctx.save_for_backward(x, xa, weight, A, Bt)
@@ -154,34 +155,51 @@ class MLPFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, Bt, down_weight, down_bias, down_A, down_Bt):
-        gate_up = F.linear(x, weight, bias)
-        gate, up = gate_up.chunk(2, 1)
+        if backend.prefers_joined(weight):
+            gate_up = F.linear(x, weight, bias)
+            gate, up = gate_up.chunk(2, 1)
+        else:
+            gate_up = None
+            gate, up = _products(x, weight, bias, [len(weight) // 2] * 2)
         xa = _add_adapters([gate, up], x, A, Bt)
         h = backend.select(x).swiglu(gate, up)
         y = F.linear(h, down_weight, down_bias)
         ha = _add_adapters([y], h, down_A, down_Bt)
-        ctx.save_for_backward(x, gate_up, xa, ha, weight, A, Bt, down_weight, down_A, down_Bt)
+        outputs = (gate, up) if gate_up is None else (gate_up, None)
+        ctx.save_for_backward(x, *outputs, xa, ha, weight, A, Bt, down_weight, down_A, down_Bt)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gate_up, xa, ha, weight, A, Bt, down_weight, down_A, down_Bt = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, 1)
+        x, gate, up, xa, ha, weight, A, Bt, down_weight, down_A, down_Bt = ctx.saved_tensors
+        gate_up = gate if up is None else None
+        if up is None:
+            gate, up = gate_up.chunk(2, 1)
         dha = _scaled_product(dy, down_Bt.t())
         down_dBt = ha.t() @ dy
         dh = (dy @ down_weight).addmm_(dha, down_A)
         everything = slice(0, gate.shape[1])
-        dgate, dup, h = backend.select(dy).swiglu_bwd(dh, gate, up, everything)
+        compiled = torch.compiler.is_compiling()  # which plans the memory itself
+        d_gate_up, *out = (None,) if compiled else room_for_gradients(gate_up, gate, up)
+        dgate, dup, h = backend.select(dy).swiglu_bwd(dh, gate, up, everything, tuple(out) or None)
         del dh
         down_dA = dha.t() @ h
         del h
-        dx, dA, dBt = _stack_backward((dgate, dup), x, xa, weight, A, Bt, ctx.needs_input_grad[0])
+        dx, dA, dBt = _stack_backward(
+            (dgate, dup), x, xa, weight, A, Bt, ctx.needs_input_grad[0], d_gate_up
+        )
         return dx, None, None, dA, dBt, None, None, down_dA, down_dBt
 
 
 def _stacked(tensors: list[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.cat([t.detach() for t in tensors]), requires_grad=False)
+
+
+def _products(x: Tensor, weight: Tensor, bias: Tensor | None, widths: list[int]) -> list[Tensor]:
+    """The outputs (M, n) of the layers of so many rows n each that lie in `weight`."""
+    biases = [None] * len(widths) if bias is None else bias.split(widths)
+    return [F.linear(x, w, b) for w, b in zip(weight.split(widths), biases, strict=True)]
 
 
 def _scaled_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -207,8 +225,12 @@ def _stack_backward(
     A: Tensor,
     Bt: Tensor,
     needs_dx: bool,
+    whole: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dx (None where it is not needed), dA and dBt of a stack."""
+    """dx (None where it is not needed), dA and dBt of a stack.
+
+    whole: the tensor (M, N) that dys lie side by side in, if they do: dx is one product then.
+    """
     widths = [dy.shape[1] for dy in dys]
     dxa, dBt = torch.empty_like(xa), torch.empty_like(Bt)
     parts = zip(
@@ -216,11 +238,11 @@ def _stack_backward(
         *(xa.split(len(Bt), 1), dxa.split(len(Bt), 1)),
         strict=True,
     )
-    dx = None
+    dx = None if whole is None or not needs_dx else whole @ weight
     for dy, w, bt, dbt, xa_part, dxa_part in parts:
         _scaled_product(dy, bt.t(), out=dxa_part)
         dbt.addmm_(xa_part.t(), dy, beta=0)
-        if needs_dx:
+        if needs_dx and whole is None:
             dx = dy @ w if dx is None else dx.addmm_(dy, w)
     if needs_dx:
         dx.addmm_(dxa, A)

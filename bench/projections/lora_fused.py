@@ -9,12 +9,16 @@ class LoRAFused(Plain):
     """`bench.methods.lora_fused`: stacks of layers that read the same x, and one FFN Function.
 
     Keeps x and x A of q, k, v together; x and x A of o_proj; of the FFN x, gate, up, x A and h A.
+    On CUDA q and k are one product of the forward, and gate and up one of forward and backward; a
+    BLAS on a CPU is slower at the wider product.
     """
 
-    def stack(self, x: Value, *products: tuple[str, ...], keep: bool = True) -> list[Value]:
+    def stack(
+        self, x: Value, *products: tuple[str, ...], keep: bool = True, whole: bool = False
+    ) -> list[Value]:
         """Layers that read x, those of one of `products` in one product of the forward.
 
-        keep: whether x and x A are kept.
+        keep: whether x and x A are kept; whole: whether dx has the products of the forward, too.
         """
         book, size, rank = self.book, self.itemsize, self.budget.rank
         widths = [[self.weights[name].shape[0] for name in names] for names in products]
@@ -30,16 +34,15 @@ class LoRAFused(Plain):
             book.gemm(m, sum(group), k, size, more=biases)
         book.part = "adapter"
         book.gemm(m, ranks, k, size)
-        dx_parts = 0
-        for n in (n for group in widths for n in group):
-            book.part = "adapter"
+        layers = [n for group in widths for n in group]
+        for n in layers:
             book.gemm(m, n, rank, size, more=m * n * size)
             book.gemm(m, rank, n, size, back=True)  # d(x A)
             book.gemm(rank, n, m, size, back=True)  # dB
-            book.part = "linear"
-            if x.grad:  # the products after the first add to dx
-                book.gemm(m, k, n, size, back=True, more=m * k * size if dx_parts else 0)
-                dx_parts += 1
+        book.part = "linear"
+        dx_parts = list(map(sum, widths)) if whole else layers
+        for number, n in enumerate(dx_parts if x.grad else ()):  # after the first they add to dx
+            book.gemm(m, k, n, size, back=True, more=m * k * size if number else 0)
         book.part = "adapter"
         book.gemm(ranks, k, m, size, back=True)  # dA
         if x.grad:
@@ -53,14 +56,18 @@ class LoRAFused(Plain):
         return ys
 
     def qkv(self, x: Value) -> list[Value]:
-        return self.stack(x, ("q_proj", "k_proj"), ("v_proj",))
+        return self.stack(x, *self.together("q_proj", "k_proj"), ("v_proj",))
+
+    def together(self, *names: str) -> list[tuple[str, ...]]:
+        """The products that `names` are: one, or on a CPU one each."""
+        return [(name,) for name in names] if self.book.device == "cpu" else [names]
 
     def o(self, x: Value) -> Value:
         return self.stack(x, ("o_proj",))[0]
 
     def mlp(self, x: Value) -> Value:
         book = self.book
-        gate, up = self.stack(x, ("gate_proj", "up_proj"))
+        gate, up = self.stack(x, *self.together("gate_proj", "up_proj"), whole=True)
         h = book.new(gate.shape, self.itemsize, gate)
         m, f = h.numel // h.shape[-1], h.shape[-1]
         swiglu.forward(book, m, f, self.itemsize)
@@ -71,7 +78,7 @@ class LoRAFused(Plain):
         return y
 
     def working(self, tokens: int) -> int:
-        """Besides what SwiGLU works with, dgate and dup, in memory of their own, and h."""
+        """Besides what SwiGLU works with, h: dgate and dup take the place of gate and up."""
         size = self.itemsize
-        each = 3 * size + swiglu.working(size, self.book.device == "cpu")
+        each = size + swiglu.working(size, self.book.device == "cpu")
         return tokens * (each * self.shape.intermediate + 2 * size * self.shape.hidden)
