@@ -109,10 +109,8 @@ SHARES = (0.001, 0.005, 0.02, 0.1)
 CHECKPOINTING = Options(checkpointing=True)
 FULL_DEPTH = Options(full_depth=True)
 DENSITIES = (0.001, 0.01, 0.1, 0.5)
-# Whose backward may stop above the embedding; and full, whose cannot.
-DEEP = ("s2ft_inplace", "lora", "full", "s2ft_additive")
-# Whose equal depth is measured on a CPU: S2FT, and what it is held against.
-STOPPING = ("s2ft_inplace", "s2ft_unfused", "s2ft_additive", "lora")
+# Whose backward may stop above the embedding, of S2FT and what it is held against.
+STOPPING = ("s2ft_inplace", "s2ft_unfused", "s2ft_additive", "lora", "lora_fused")
 # What two layers would not show: LISA would train all of them, GaLore would decompose weights of
 # such widths for minutes, and adapters in fp32 are those of a model in fp32.
 WHOLE = ("lisa", "galore", "lora_fp32")
@@ -174,12 +172,13 @@ def gpu() -> list[Case]:
         *grid("figure5", llama13, paper, dtype, CORE),
         *grid("tokens", llama7, [(1, 512), (1, 1024), *long], dtype, CORE),
         *grid("figure5", llama7, paper, dtype, others),
+        # where the table has the model: at its largest batch of the first figure
+        *grid("depth", llama7, paper[-1:], dtype, STOPPING, [PLAIN, FULL_DEPTH]),
         *grid("tokens", llama13, long, dtype, CORE),
         *grid("figure5", llama13, paper, dtype, others),
         *grid("checkpointing", llama8, [(4, 2048)], dtype, CORE, [PLAIN, CHECKPOINTING]),
         *grid("share", llama7, [(1, 2048)], dtype, (FLOOR,)),
         *grid("share", llama7, [(1, 2048)], dtype, ("s2ft_inplace", "lora"), shares=SHARES),
-        *grid("depth", llama7, [(1, 2048)], dtype, DEEP, [PLAIN, FULL_DEPTH]),
         *grid("extrapolation", llama7.cut(1), [(1, 512)], dtype, (*EXTRAPOLATED, *galore)),
         *grid("extrapolation", llama7.cut(2), [(1, 512)], dtype, (*EXTRAPOLATED, *galore)),
         *grid("extrapolation", llama7, [(1, 512)], dtype, EXTRAPOLATED),

@@ -32,6 +32,17 @@ def test_every_method_is_in_the_first_figure():
     assert on_gpu == METHODS.keys()
 
 
+@pytest.mark.parametrize("suite", [cases.cpu(), cases.gpu()])
+def test_equal_depth_is_measured_where_the_first_table_is(suite):
+    """`plots.laboratory` puts both into one row, by size."""
+    first = suite[0].shape
+    *_, table = (case for case in suite if case.suite == "figure5" and case.shape == first)
+    same = replace(table, suite="depth", options=cases.FULL_DEPTH)
+    assert {replace(same, method=method) for method in cases.STOPPING} <= set(suite)
+    of_s2ft = {name for name in METHODS if name.startswith("s2ft")}
+    assert of_s2ft | {"lora", "lora_fused"} <= set(cases.STOPPING)
+
+
 def test_ids_say_what_a_case_is():
     options = replace(PLAIN, checkpointing=True, attention="flash")
     shape = TABLE["llama-2-7b"].cut(2)
