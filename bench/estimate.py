@@ -17,7 +17,7 @@ class Estimate:
 
     setup: Setup
     fixed: float = 1.0  # seconds, for anything that does not grow with the model
-    compilation: float = 90.0  # seconds, of torch.compile
+    compilation: float = 200.0  # seconds, of torch.compile, of a model of 32 layers
     filled_per_second: float = 5e8  # weights of a fresh model, on the CPU; on a GPU in no time
     efficiency: float = 0.7  # of a step, against its matrix products at the ceiling
     steps_counted: int = 8  # those before the clock, a profiled one being a little slower
