@@ -3,14 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from toy_cases import CEILINGS, fake_entry, measure_at_once, toy_case
 
-from bench import bench_ops, cases, ceilings, compare, report, timing
+from bench import cases, ceilings, compare, report, timing
 from bench.record import Record
 
 CPU = torch.device("cpu")
@@ -147,32 +146,6 @@ def gpu_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def ops(folder, which: str, *arguments: str) -> tuple[str, list[dict]]:
-    """What pytest says of the ops `which`, and the entries that `folder` then has."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "bench/bench_ops.py", "-q", "-p", "no:cacheprovider"]
-        + ["-k", which, "--results", str(folder), *arguments],
-        cwd=report.ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    document = json.loads((folder / "cpu" / "ops.json").read_text())
-    assert document["machine_info"]["ceilings"]["copy_bytes_per_second"] > 0
-    return done.stdout, document["benchmarks"]
-
-
-def test_ops_are_written_one_by_one_and_not_measured_twice(tmp_path):
-    said, entries = ops(tmp_path, "slice_write")
-    (entry,) = entries
-    assert "1 passed" in said and entry["stats"]["median"] > 0
-    assert entry["group"].startswith("slice_write ")
-    # What is known already is left out, and the rest comes too late.
-    said, entries = ops(tmp_path, "slice_write or swiglu_bwd", "--budget-s", "0")
-    assert "1 skipped" in said and "passed" not in said and entries == [entry]
-
-
 @pytest.fixture
 def stand_in(tmp_path):
     """A python3 that notes its arguments, and fails on those of which tmp_path/fails has a part."""
@@ -244,21 +217,6 @@ def test_gpu_sh_takes_nothing_to_run_for_no_failure(tmp_path):
         done = gpu_sh(str(out), "--rehearse", PYTHON=str(python))
         assert done.returncode == 0 and done.stdout.endswith("== nothing is left\n")
         assert (out / "tests.txt").read_text() == "tests/test_swiglu_kernel.py skipped\n"
-
-
-def test_entries_of_ops_are_drawn_where_they_are_wanted(monkeypatch):
-    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(check_size(n)))
-    operands = bench_ops.Operands(bench_ops.Shape("o", 4, 1000, 3000, 8), CPU)
-    assert "entries" not in vars(operands)
-    entries = operands.entries
-    assert entries is operands.entries and entries.dtype == torch.int32
-    assert torch.equal(entries, entries.unique()) and 0 <= entries[0] and entries[-1] < 3_000_000
-    assert 0.95 * 64_000 < len(entries) <= 64_000
-
-
-def check_size(n: int) -> int:
-    assert n <= 1000, "a permutation of all entries of the weight"
-    return n
 
 
 def test_without_git_nobody_knows_of_changes(monkeypatch):
