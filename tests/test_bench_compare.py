@@ -1,9 +1,7 @@
-"""What of two runs counts as a loss, and the commands that measure."""
+"""What of two runs counts as a loss, and the commands that compare them."""
 
 import json
-import os
 import subprocess
-import time
 
 import pytest
 import torch
@@ -135,107 +133,9 @@ def test_a_ratio_that_one_run_lacks_is_no_agreement(tmp_path, capsys):
         agreement_of(tmp_path, document(*entries), document(*entries, gpu="NVIDIA H200"))
 
 
-def gpu_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", "bench/gpu.sh", *arguments],
-        cwd=report.ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-@pytest.fixture
-def stand_in(tmp_path):
-    """A python3 that notes its arguments, and fails on those of which tmp_path/fails has a part."""
-    calls, script = tmp_path / "calls", tmp_path / "python3"
-    script.write_text(
-        f'#!/usr/bin/env bash\necho "$@" >>{calls}\n'
-        f'while read -r part; do [[ "$*" != *$part* ]] || exit 1; done <{tmp_path}/fails\n'
-    )
-    script.chmod(0o755)
-    (tmp_path / "fails").touch()
-    return script, calls
-
-
-def test_gpu_sh_runs_tests_tuner_ops_and_steps_and_goes_on(tmp_path, stand_in):
-    python, calls = str(stand_in[0]), stand_in[1]
-    out = str(tmp_path / "out")
-    (tmp_path / "fails").write_text("tests/test_swiglu_kernel.py\n")
-    assert gpu_sh(out, "--rehearse", PYTHON=python).returncode == 1
-    kinds = ["tests/test_swiglu_kernel.py", f"bench.tune --toy --ops slice_grad --table {out}"]
-    kinds += ["bench/bench_ops.py", "bench.laboratory --suite toy"]
-    lines = calls.read_text().splitlines()
-    assert all(k in line for k, line in zip(kinds, lines, strict=True))
-    assert all(f"--results {out} --budget-s" in line for line in lines[1:])
-    assert "FAILED" in (tmp_path / "out" / "tests.txt").read_text()
-
-    (tmp_path / "fails").write_text("bench_ops\n")
-    calls.unlink()
-    assert gpu_sh(out, "--rehearse", PYTHON=python).returncode == 1
-    lines = calls.read_text().splitlines()  # what was red comes last
-    assert all(k in line for k, line in zip(kinds[1:] + kinds[:1], lines, strict=True))
-    assert (tmp_path / "out" / "tests.txt").read_text().endswith("kernel.py passed\n")
-
-    calls.unlink()
-    (tmp_path / "fails").write_text("")
-    done = gpu_sh(out, "--rehearse", "--budget-s", "100", PYTHON=python)
-    assert done.returncode == 0 and done.stdout.endswith("== nothing is left\n")
-    assert "test_swiglu" not in (text := calls.read_text())  # passed already
-    budgets = [int(line.split("--budget-s ")[1]) for line in text.splitlines()]
-    assert budgets[0] <= 100 // 3 - 20  # a third of what is left
-    assert len(budgets) == 3 and all(70 <= budget <= 80 for budget in budgets[1:])
-
-
-def test_gpu_sh_ends_in_time_and_says_what_is_left(tmp_path):
-    python, out = tmp_path / "python3", tmp_path / "out"
-    python.write_text("#!/usr/bin/env bash\necho begun\nexec sleep 60\n")
-    python.chmod(0o755)
-    start = time.monotonic()
-    done = gpu_sh(str(out), "--rehearse", "--budget-s", "5", PYTHON=str(python))
-    assert time.monotonic() - start < 10  # the tests take two of the five seconds
-    assert (out / "tests.txt").read_text() == "tests/test_swiglu_kernel.py not finished\n"
-    assert (out / "logs" / "test_swiglu_kernel.py.log").read_text() == "begun\n"
-    assert "== ops: skipped" in done.stdout and "== steps: skipped" in done.stdout
-    left = "ops steps tests/test_swiglu_kernel.py tune"
-    assert done.stdout.splitlines()[-1].strip() == f"== run again; not finished: {left}"
-    (tmp_path / "timeout").write_text("#!/usr/bin/env bash\nexit 124\n")  # all are stopped
-    (tmp_path / "timeout").chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = gpu_sh(str(out), "--rehearse", PYTHON=str(python), PATH=path)
-    assert "== ops: stopped after" in done.stdout and "== steps: stopped after" in done.stdout
-    assert done.stdout.splitlines()[-1].strip() == f"== run again; not finished: {left}"
-
-
-def test_gpu_sh_takes_nothing_to_run_for_no_failure(tmp_path):
-    """pytest exits with 5 for a file that a missing package has it skip."""
-    python, out = tmp_path / "python3", tmp_path / "out"
-    python.write_text('#!/usr/bin/env bash\n[[ "$*" != *pytest* ]] || exit 5\n')
-    python.chmod(0o755)
-    for _ in range(2):
-        done = gpu_sh(str(out), "--rehearse", PYTHON=str(python))
-        assert done.returncode == 0 and done.stdout.endswith("== nothing is left\n")
-        assert (out / "tests.txt").read_text() == "tests/test_swiglu_kernel.py skipped\n"
-
-
 def test_without_git_nobody_knows_of_changes(monkeypatch):
     monkeypatch.setattr(report, "_output", lambda *command: None)
     assert report.commit_info()["dirty"] is None
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ([], "usage"),
-        (["out", "--budget-s", "soon"], "usage"),
-        (["out", "--abacus"], "usage"),
-        (["one", "two"], "usage"),
-    ],
-)
-def test_gpu_sh_rejects_bad_arguments(arguments, words):
-    done = gpu_sh(*arguments)
-    assert done.returncode == 2 and words in done.stderr
 
 
 def test_make_knows_the_benchmarks():
