@@ -93,7 +93,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype the layer computes in: that of autocast, which spares fp64, or else of x."""
+    """The dtype that x is multiplied in: that of autocast, which spares fp64, or else its own."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -103,8 +103,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def check_weight(name: str, weight: Tensor, x: Tensor) -> None:
     """Raises unless weight is a frozen (N, K) matrix that x (..., K) can be multiplied with.
 
-    TypeError for an integer dtype, or one that differs from that of x where autocast is off;
-    ValueError for a wrong rank, K or device, and for a weight that requires grad.
+    TypeError for an integer dtype, or one that differs from that of x and that autocast, which is
+    off or spares fp64, does not make the same; ValueError for a wrong rank, K or device, and for a
+    weight that requires grad.
     """
     check_floating(x=x, **{name: weight})
     if weight.dim() != 2:
@@ -117,7 +118,7 @@ def check_weight(name: str, weight: Tensor, x: Tensor) -> None:
     check_device(x.device, **{name: weight})
     if weight.requires_grad:
         raise ValueError(f"{name} must be frozen: it gets no gradient, its slice does")
-    if weight.dtype != x.dtype and compute_dtype(x) == x.dtype:
+    if compute_dtype(weight) != compute_dtype(x):
         raise TypeError(f"{name} must be of the dtype of x, {x.dtype}, got {weight.dtype}")
 
 

@@ -229,6 +229,23 @@ def test_autocast_computes_in_its_dtype_and_returns_fp32_gradients(dim, mode, de
         assert error < 4 * torch.finfo(torch.bfloat16).eps, error
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dim", ("in", "out"))
+def test_layers_follow_one_another_under_autocast(dim, mode, device):
+    """The second is given what the first returns, in the dtype of autocast; its weight is fp32.
+    The same as what the fp32 numbers in between give, bit for bit.
+    """
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        first, second = (Layer(dim, mode, slice(2, 5), (4, 6), torch.float32, device) for _ in "12")
+        with torch.autocast(device.type, torch.bfloat16):
+            y = second(first(impl="torch").to(dtype), impl="torch")
+        y.backward(second.dy.bfloat16())
+        results.append([y, first.x.grad, first.delta.grad, second.delta.grad, second.bias.grad])
+        assert {grad.dtype for grad in results[-1][1:]} == {torch.float32}
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_two_deltas_take_turns_in_one_weight():
     first = Layer("in", "inplace", slice(2, 5))
     second = Layer("in", "inplace", slice(2, 5))
@@ -349,6 +366,16 @@ def test_bad_input_is_refused_before_anything_is_written(case):
     with pytest.raises(error, match=message):
         s2_linear(x, weight_arg, delta, index, **arguments)
     assert torch.equal(GOOD["weight"], weight)
+
+
+def test_weight_that_autocast_leaves_in_another_dtype_is_refused(device):
+    """As torch.nn.Linear refuses it: fp64 is not cast."""
+    single = Layer("in", "additive", slice(2, 5), dtype=torch.float32, device=device)
+    double = Layer("in", "additive", slice(2, 5), device=device)
+    single.weight, double.weight = double.weight, single.weight
+    for layer in (single, double):
+        with torch.autocast(device.type, torch.bfloat16), pytest.raises(TypeError, match="of x"):
+            layer(impl="torch")
 
 
 def test_index_is_looked_at_again_after_it_changed():

@@ -386,6 +386,21 @@ def test_autocast_computes_in_its_dtype_and_returns_fp32_gradients(mode, device)
         assert error < 8 * torch.finfo(torch.bfloat16).eps, error
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_takes_an_input_that_is_in_its_dtype(mode, device):
+    """What another layer has computed; the same as the fp32 numbers, bit for bit."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        ffn = Ffn(("gate", "up", "down"), mode, slice(2, 5), (4, 6), torch.float32, device)
+        ffn.x = ffn.x.detach().bfloat16().to(dtype).requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16):
+            y = ffn(impl="torch")
+        y.backward(ffn.dy.bfloat16())
+        assert ffn.x.grad.dtype == dtype
+        results.append([y, *(grad.float() for grad in ffn.gradients())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

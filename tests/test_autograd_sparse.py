@@ -308,6 +308,21 @@ def test_autocast_computes_in_its_dtype_and_returns_fp32_gradients(mode, device)
         assert error < 4 * torch.finfo(torch.bfloat16).eps, error
 
 
+@pytest.mark.parametrize("mode", ("inplace", "additive"))
+def test_autocast_takes_an_input_that_is_in_its_dtype(mode, device):
+    """What another layer has computed; the same as the fp32 numbers, bit for bit."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = Layer(mode, 9, (4, 6), torch.float32, device)
+        layer.x = layer.x.detach().bfloat16().to(dtype).requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16):
+            y = layer(impl="torch")
+        y.backward(layer.dy.bfloat16())
+        assert layer.x.grad.dtype == dtype
+        results.append([y, *(grad.float() for grad in layer.gradients())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_modes_agree_bit_for_bit_under_autocast():
     """The sum of weight and delta is rounded to the dtype of autocast once, in every mode."""
     with torch.autocast("cpu", torch.bfloat16):
