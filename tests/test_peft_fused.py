@@ -84,6 +84,20 @@ def test_gate_and_up_and_query_and_key_lie_together(calls):
     assert sum(storages(base).values()) == before
 
 
+def test_neighbours_by_chance_are_joined():
+    """As an allocator may lay them: the one ends where the other begins, in another storage."""
+    model = adapted()
+    want = gradients(model)
+    mlp = blocks(model)[0].mlp
+    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+    memory = torch.cat([gate, up]).numpy()
+    gate.data = torch.from_numpy(memory[: len(gate)])
+    up.data = torch.from_numpy(memory[len(gate) :])
+    assert gate.data_ptr() + gate.nbytes == up.data_ptr() and joined(gate, up) is None
+    assert_close(gradients(model), want)
+    assert joined(gate, up) is not None
+
+
 def test_on_a_cpu_nothing_is_joined(calls, monkeypatch):
     monkeypatch.setattr(backend, "prefers_joined", lambda weight: weight.is_cuda)
     want, model = gradients(adapted(fuse=False)), adapted()

@@ -176,9 +176,8 @@ class BaseWeights:
         """Lay two frozen weights one after the other, unless that would cost lasting memory, or
         they belong to others, too.
         """
-        follows = first.data_ptr() + first.nbytes == second.data_ptr()  # by chance at the worst
-        if follows or not (self._is_ours(first) and self._is_ours(second)):
-            return
+        if not (self._is_ours(first) and self._is_ours(second)):
+            return  # as when they are joined: neither has a storage of its own then
         self.inspect()  # FSDP may have come since; where it has, the next call ends above
         if not self._sharded:
             join_(first, second)
