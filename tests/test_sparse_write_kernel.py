@@ -120,6 +120,23 @@ def test_same_tensors_reuse_the_table(device):
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
+def test_every_layer_of_a_large_model_has_a_table(device):
+    """All of them by a forward, and one by one by the checkpoints that a backward recomputes."""
+    columns = _layers(torch.float32, device, shapes=[(2, 3, 4)] * 7 * 32)
+    layers = [[[value] for value in layer] for layer in zip(*columns, strict=True)]
+
+    def step():
+        kernels.sparse_write(*columns)
+        for layer in layers:
+            kernels.sparse_write(*layer)
+
+    step()
+    before = module._table.cache_info()
+    step()
+    after = module._table.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1 + 7 * 32, before.misses)
+
+
 def test_offsets_beyond_32_bits(device):
     """Three rows, 2³⁰ elements apart; on CPU only the pages in use exist."""
     size = 2 * 2**30 + 9

@@ -132,7 +132,9 @@ def _place(weight: Tensor, base: Tensor, delta: Tensor | None, index: Tensor) ->
     )
 
 
-@lru_cache(maxsize=64)
+# Recomputed checkpoints write layer by layer, and each layer has a table then: as many as large
+# models have layers, lest every step copy them to the device.
+@lru_cache(maxsize=1024)
 def _table(
     places: tuple[_Place, ...], block: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
