@@ -1,5 +1,7 @@
 """What the public functions refuse, and how they say it: before anything is computed or changed."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -94,10 +96,21 @@ def version_of(tensor: Tensor) -> int:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that x is multiplied in: that of autocast, which spares fp64, or else its own."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x, and does not spare x."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+    return has_autocast and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast is off within, for the device of x."""
+    device = x.device.type
+    has_autocast = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if has_autocast else nullcontext()
 
 
 def check_weight(name: str, weight: Tensor, x: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from s2kernels import backend
+from s2kernels.autograd.checks import without_autocast
 from s2kernels.autograd.linear import as_tokens
 
 
@@ -125,7 +126,7 @@ class JoinedLinearFunction(torch.autograd.Function):
         for dy, weight in zip(dys, ctx.saved_tensors, strict=True):
             if dy is None:
                 continue
-            with torch.autocast(dy.device.type, enabled=False):
+            with without_autocast(dy):
                 dx = add_dx(backend.select(dy, ctx.impl), dx, dy, weight)
         return dx, *[None] * (2 + 2 * len(dys))
 

@@ -27,6 +27,7 @@ from s2kernels.autograd.checks import (
     check_slice,
     check_weight,
     compute_dtype,
+    without_autocast,
 )
 from s2kernels.reference import Index, take
 
@@ -179,7 +180,7 @@ class S2LinearFunction(torch.autograd.Function):
         operand, weight, delta, index, base_slice = ctx.saved_tensors
         ops = backend.select(dy, ctx.impl)
         dim, where = ctx.dim, join_index(index, ctx.start, delta, ctx.dim)
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             dx = dbias = d_delta = None
             if weight is not None:
                 if base_slice is not None:
@@ -219,7 +220,7 @@ class S2DeltaFunction(torch.autograd.Function):
         dx = d_delta = None
         ops = backend.select(dy, ctx.impl)
         dim, where = ctx.dim, join_index(index, ctx.start, delta, ctx.dim)
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             if ctx.needs_dx:
                 dx = dy.new_zeros(dy.shape[0], ctx.in_features)
                 ops.slice_linear_dx_(dx, dy, delta, where, dim)

@@ -29,6 +29,7 @@ from s2kernels.autograd.checks import (
     check_shape,
     check_slice,
     check_weight,
+    without_autocast,
 )
 from s2kernels.autograd.joined import add_dx, joined, project
 from s2kernels.autograd.linear import as_tokens, delta_grad, join_index, split_index
@@ -190,7 +191,7 @@ class S2MLPFunction(torch.autograd.Function):
         if ctx.before_dx is not None and ctx.needs_dh:
             ctx.before_dx()
 
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             if ctx.needs_dh:
                 rebuilt = where if needs_down else None
                 d_gate_up, dgate, dup = _room_for_gradients(gate_up, gate, up)

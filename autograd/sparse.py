@@ -28,6 +28,7 @@ from s2kernels.autograd.checks import (
     check_shape,
     check_weight,
     version_of,
+    without_autocast,
 )
 from s2kernels.autograd.linear import as_tokens
 from s2kernels.autograd.panels import Panels, Weight, linear_by_panels, linear_dx_by_panels
@@ -174,7 +175,7 @@ class SparseLinearFunction(torch.autograd.Function):
         x, weight, delta, index, base = ctx.saved_tensors
         ops = backend.select(dy, ctx.impl)
         dx = dbias = d_delta = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             if ctx.needs_dx:
                 if base is not None:
                     ops.sparse_write([weight], [base], [delta], [index])

@@ -246,6 +246,18 @@ def test_layers_follow_one_another_under_autocast(dim, mode, device):
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dim", ("in", "out"))
+def test_on_the_meta_device(dim, mode):
+    """Shapes and dtypes alone; there is no autocast."""
+    layer = Layer(dim, mode, INDICES["scattered"], dtype=torch.float16, device="meta")
+    y = s2_delta(layer(), layer.x, layer.delta, layer.index, dim=dim)
+    y.backward(layer.dy)
+    assert (y.shape, y.dtype, y.device.type) == ((3, 5, 7), torch.float16, "meta")
+    for leaf in (layer.x, layer.delta, layer.bias):
+        assert (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype)
+
+
 def test_two_deltas_take_turns_in_one_weight():
     first = Layer("in", "inplace", slice(2, 5))
     second = Layer("in", "inplace", slice(2, 5))

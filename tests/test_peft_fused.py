@@ -107,6 +107,23 @@ def test_on_a_cpu_nothing_is_joined(calls, monkeypatch):
     assert joined(mlp.gate_proj.weight, mlp.up_proj.weight) is None
 
 
+@pytest.mark.parametrize("targets", [["o_proj", "down_proj"], "all-linear"], ids=("some", "all"))
+@pytest.mark.parametrize("mode", ("auto", "additive"))
+def test_on_the_meta_device(mode, targets):
+    """What a step would be of, without doing it. There is no autocast there, and no value."""
+    models = [adapted(mode=mode, layout="auto", target_modules=targets) for _ in range(2)]
+    models[1].to("meta")
+    shapes = []
+    for model, device in zip(models, ("cpu", "meta"), strict=True):
+        ids = token_ids().to(device)
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert {x.device.type for x in (output.logits, *gradients.values())} == {device}
+        shapes.append((output.logits.shape, {name: x.shape for name, x in gradients.items()}))
+    assert shapes[0] == shapes[1] and shapes[0][1]
+
+
 def disturbances():
     def hook(model):
         blocks(model)[0].mlp.up_proj.register_forward_hook(lambda module, args, y: None)

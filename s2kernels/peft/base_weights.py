@@ -249,9 +249,10 @@ class BaseWeights:
             structure = self.structures[structure_name]
             assert layer.member is not None
             reason = _SHARDED if self._sharded else obstacle(self.model, structure)
-            index = layer.s2ft_index[name].cpu()
-            units = structure.units_at(layer.member, index)
-            permutation = None if reason else plan(structure, units)
+            permutation = None
+            if reason is None:  # else the index may have no values either
+                units = structure.units_at(layer.member, layer.s2ft_index[name].cpu())
+                permutation = plan(structure, units)
             if permutation is not None:
                 permutations[structure_name] = permutation
             elif layer.layouts[name] == "permute":

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from s2kernels.autograd.checks import is_autocast
 from s2kernels.peft.layer import S2FTLayer
 from s2kernels.peft.linear import S2FTLinear
 
@@ -65,8 +65,8 @@ def is_silu(activation: nn.Module) -> bool:
 def fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether all weights are plain, frozen, and what torch.nn.Linear would multiply x with."""
     first = weights[0]
-    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return (casts or x.dtype == first.dtype) and x.device == first.device and are_alike(weights)
+    same = is_autocast(x) or x.dtype == first.dtype
+    return same and x.device == first.device and are_alike(weights)
 
 
 def are_alike(weights: Sequence[Tensor]) -> bool:
