@@ -221,7 +221,9 @@ class S2DeltaFunction(torch.autograd.Function):
         ops = backend.select(dy, ctx.impl)
         dim, where = ctx.dim, join_index(index, ctx.start, delta, ctx.dim)
         with without_autocast(dy):
-            if ctx.needs_dx:
+            if ctx.needs_dx and dim == "out":  # all of dx, so that nothing need be zero before
+                dx = ops.linear_dx(take(dy, where), delta.to(dy.dtype))
+            elif ctx.needs_dx:
                 dx = dy.new_zeros(dy.shape[0], ctx.in_features)
                 ops.slice_linear_dx_(dx, dy, delta, where, dim)
             if operand is not None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from bench.memory import kept_by
@@ -307,6 +308,18 @@ def test_s2_delta_on_any_base_equals_the_fused_layer(dim, impl, device):
     got = (y.detach(), layer.x.grad, layer.delta.grad, layer.bias.grad)
     for value, want, peer in zip(got, exact, eager, strict=True):
         assert_as_accurate(value, want, peer)
+
+
+def test_dx_of_an_out_slice_on_any_base_is_written_once():
+    """Zeros to add to would be two passes over it more."""
+    layer = Layer("out", "additive", slice(2, 5), dtype=torch.float32)
+    base = torch.zeros(3, 5, 7, requires_grad=True)
+    y = s2_delta(base, layer.x, layer.delta, layer.index, dim="out")
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        y.backward(layer.dy)
+    names = {event.key for event in profiled.key_averages()}
+    assert not names & {"aten::new_zeros", "aten::zero_", "aten::addmm_"}, names
+    torch.testing.assert_close(layer.x.grad, layer.dy[..., 2:5] @ layer.delta.detach())
 
 
 def _refused():
