@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from s2kernels.capturing import rehearsing
 from s2kernels.recording import Premises, Recorder, Recording
 
 Batch = Mapping[str, Tensor]
@@ -59,6 +60,10 @@ def capture(
     first: made from a tensor they wait for the device); another beta or weight decay makes the step
     record anew. On another device, and where the model is distributed or trained by SpIEL, whose
     entries change, the loop itself runs, and a warning says so.
+
+    With `use_fast_ops` all steps, warm-ups included, compute the model's own cross entropy, and
+    differ from a loop with liger-kernel's by rounding. Its logits are whole: tokens * vocabulary
+    numbers, in the model's dtype and in fp32, and so is their gradient.
 
     What a recording cannot do is wait for the device: mixtures of experts do, which ask how many
     tokens each gets, and checkpoints with preserve_rng_state, which is True if not set. And
@@ -126,7 +131,8 @@ class CapturedStep:
         Raises TypeError for a batch of anything else; ValueError inside an autocast to fp16, whose
         gradients need a GradScaler, and where a loaded state took capturable=True from the
         optimizer; RuntimeError where the step does what no recording can, such as waiting for a
-        number from the device. Nothing is trained then.
+        number from the device. Nothing is trained then, nor where the memory does not suffice for
+        a recording, which raises torch.OutOfMemoryError.
         """
         key = self._key(batch)
         if self.obstacle is not None:
@@ -192,7 +198,8 @@ class CapturedStep:
         return {name: x.to(self._device, non_blocking=True) for name, x in batch.items()}
 
     def _step_eagerly(self, key: tuple, batch: Batch) -> Tensor:
-        loss = self._recorder.run(lambda: self._step(self._moved(batch)))
+        with rehearsing():
+            loss = self._recorder.run(lambda: self._step(self._moved(batch)))
         self.eager += 1
         self._num_eager[key] = self._num_eager.get(key, 0) + 1
         if self._premises is None:  # else it is compared with what the recordings began with
@@ -210,13 +217,14 @@ class CapturedStep:
         self._drop_gradients()  # their memory must not be given back within the recording
         assert self._premises is not None
         try:
-            recording = self._recorder.record(lambda: self._step(inputs))
+            with rehearsing():
+                recording = self._recorder.record(lambda: self._step(inputs))
         except BaseException as error:
             self._premises.put_back()
             self._forget()
             for p in self._params:  # never written
                 p.grad = None
-            if not isinstance(error, Exception):
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                 raise
             raise RuntimeError(
                 "the step cannot be captured: a model, a loss or an optimizer must not wait for a "

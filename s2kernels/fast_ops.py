@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from s2kernels.capturing import is_capturing, is_rehearsing
+
 OPS = ("rms_norm", "rope", "cross_entropy", "attention")
 
 CUDNN = "s2_cudnn"  # our name among the attention implementations of transformers
@@ -94,8 +96,9 @@ def use_fast_ops(model: nn.Module, ops: Iterable[str] = OPS) -> FastOps:
     takes it back.
 
     With cross_entropy a model in training mode that is given labels returns a loss and no logits.
-    It is the model's own again where a CUDA graph is captured, since liger-kernel's waits for the
-    device, and where the head has a hook or an adapter, since that reads the weight of it alone.
+    It is the model's own again in the steps of `s2kernels.capture`, and wherever else a CUDA graph
+    is captured, since liger-kernel's waits for the device, and where the head has a hook or an
+    adapter, since that reads the weight of it alone.
 
     Raises ValueError for an op that is not in OPS.
     """
@@ -184,7 +187,7 @@ def _cross_entropy(model: Any, undo: list[Callable[[], None]]) -> str | None:
     own = type(model).forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_plain(self.lm_head) or _is_capturing():
+        if not _is_plain(self.lm_head) or is_rehearsing() or is_capturing():
             return own(self, *args, **kwargs)
         if self.lm_head.weight.requires_grad:  # or it would be summed over chunks in half precision
             kwargs["accum_dtype"] = torch.float32
@@ -267,7 +270,3 @@ def _is_own(module: nn.Module) -> bool:
 def _is_plain(head: nn.Module) -> bool:
     hooks = head._forward_hooks, head._forward_pre_hooks
     return type(head) is nn.Linear and head.bias is None and not any(hooks)
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -170,6 +170,29 @@ def test_tables_of_a_recording_are_kept(device):
     assert len(kept) == 2
 
 
+def test_a_recording_that_does_not_fit(recorder, device):
+    """It is what it is, and no step is lost: a batch of another shape goes on."""
+    model, twin = prepared("inplace", device)
+    recorded = []
+
+    def loss(model, batch):
+        if len(recorded) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        recorded.append(batch)
+        return model(**batch).loss
+
+    optimizers = adamw(model), adamw(twin)
+    step = capture(model, optimizers[0], loss=loss, warmup=2)
+    for i in range(2):
+        assert torch.equal(step(batch(device, i)), by_hand(twin, optimizers[1], batch(device, i)))
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        step(batch(device, 2))
+    recorded.clear()
+    data = batch(device, 3, length=5)
+    assert torch.equal(step(data), by_hand(twin, optimizers[1], data))
+    assert_same(model, twin)
+
+
 @on_gpu
 def test_tables_outlive_their_cache(device):
     model, twin = prepared("gather", device)

@@ -7,12 +7,13 @@ import inspect
 import pytest
 import torch
 import triton.language as tl
+from captured_models import adamw, assert_same, batch, by_hand, record_steps
 from numerics import assert_as_accurate
 from peft import get_peft_model
 from tiny_models import tiny_model, token_ids
 from torch import nn
 
-from s2kernels import fast_ops, use_fast_ops
+from s2kernels import capture, fast_ops, use_fast_ops
 from s2kernels.peft import S2FTConfig
 
 LIGER = ("rms_norm", "rope", "cross_entropy")
@@ -211,9 +212,25 @@ def test_not_while_a_graph_is_captured(liger, device, monkeypatch):
     model, plain = small_model(device=device), small_model(device=device)
     use_fast_ops(model, ["cross_entropy"])
     ids = tokens(device)
-    monkeypatch.setattr(fast_ops, "_is_capturing", lambda: True)
+    monkeypatch.setattr(fast_ops, "is_capturing", lambda: True)
     assert model(input_ids=ids, labels=ids).logits is not None
     assert torch.equal(loss_and_gradients(model, ids)[0], loss_and_gradients(plain, ids)[0])
+
+
+def test_one_loss_in_all_captured_steps(liger, device, monkeypatch):
+    """Warm-ups compute the loss that is recorded, the model's own; other steps have liger's."""
+    record_steps(monkeypatch, device)
+    model, plain = small_model(device=device), small_model(device=device)
+    use_fast_ops(model, ["cross_entropy"])
+    optimizers = adamw(model), adamw(plain)
+    step = capture(model, optimizers[0], warmup=2)
+    for i in range(4):
+        data = batch(device, i, length=5)
+        assert torch.equal(step(data), by_hand(plain, optimizers[1], data)), i
+    assert_same(model, plain)
+    assert (step.eager, step.replays) == (2, 2)
+    ids = tokens(device)
+    assert model(input_ids=ids, labels=ids).logits is None
 
 
 def test_signature_is_the_models(liger, device):
