@@ -4,7 +4,7 @@ a step of S2FT spends most of its time in beside the dense GEMMs.
     rms_norm       liger-kernel's RMSNorm: one kernel a direction, saves its input
     rope           liger-kernel's rotary embedding: q and k in one kernel, saves neither
     cross_entropy  liger-kernel's, fused with the head: in training no logits are ever whole
-    attention      torch's SDPA, with cuDNN as the first of its backends
+    attention      torch's SDPA, by cuDNN for shapes that come again
 
 Each is switched on in the one model that is given, where it is known to be right and to pay: on
 CUDA, for a model type whose norms are known, attention on sm_90 alone (in the measurements of
@@ -24,20 +24,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from s2kernels.attention import sdpa
 from s2kernels.capturing import is_capturing, is_rehearsing
 
 OPS = ("rms_norm", "rope", "cross_entropy", "attention")
 
 CUDNN = "s2_cudnn"  # our name among the attention implementations of transformers
-# cuDNN first. What it cannot do (an odd head_dim, a mask) goes to the next one that can.
-_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 _HALF = (torch.bfloat16, torch.float16)
 
 # model type -> module of liger-kernel, its forward of the whole model
@@ -99,6 +92,9 @@ def use_fast_ops(model: nn.Module, ops: Iterable[str] = OPS) -> FastOps:
     It is the model's own again in the steps of `s2kernels.capture`, and wherever else a CUDA graph
     is captured, since liger-kernel's waits for the device, and where the head has a hook or an
     adapter, since that reads the weight of it alone.
+
+    attention pays for fixed lengths: cuDNN plans for each shape of a batch, and is taken for those
+    that come again. Pad to a few lengths.
 
     Raises ValueError for an op that is not in OPS.
     """
@@ -202,18 +198,11 @@ def _attention(model: Any, undo: list[Callable[[], None]]) -> str | None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(CUDNN, _cudnn_first)
+    AttentionInterface.register(CUDNN, sdpa)
     AttentionMaskInterface.register(CUDNN, sdpa_mask)
     model.set_attn_implementation(CUDNN)
     undo.append(lambda: model.set_attn_implementation("sdpa"))
     return None
-
-
-def _cudnn_first(*args: Any, **kwargs: Any) -> Any:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    with sdpa_kernel(_BACKENDS, set_priority=True):
-        return sdpa_attention_forward(*args, **kwargs)
 
 
 def _fast_norm(norm: Any, offset: float, casting: str) -> Callable:

@@ -252,6 +252,7 @@ def test_attention(masked, cudnn, device, tmp_path):
     if masked:
         inputs["attention_mask"] = torch.ones_like(ids)
         inputs["attention_mask"][0, :3] = 0
+    model(**inputs)  # by the next backend: cuDNN is for shapes that come again
     loss, expected = (each(**inputs).loss for each in (model, plain))
     loss.backward(), expected.backward()
     tolerance = dict(rtol=0.05, atol=0.01) if dtype == torch.bfloat16 else {}
