@@ -157,9 +157,13 @@ class S2LinearFunction(torch.autograd.Function):
         compact = needs_delta and dim == "in"
         # before the GEMM, while what produced x has left it in the cache
         operand = take(x, where) if compact else x
-        y = ops.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        if mode == "additive":
-            ops.slice_linear_(y, operand, delta, None if compact else where, dim)
+        dense = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if mode == "additive" and compact:
+            y = ops.linear_plus_slice(x, *dense, operand, delta)
+        else:
+            y = ops.linear(x, *dense)
+            if mode == "additive":
+                ops.slice_linear_(y, x, delta, where, dim)
 
         # delta is saved in inplace mode too: a step of the optimizer between forward and backward
         # changes what dx ought to be, and autograd notices it by the version of a saved tensor.
@@ -187,9 +191,13 @@ class S2LinearFunction(torch.autograd.Function):
                     ops.slice_write([weight], [base_slice], [delta], [where], [dim])
                 elif ctx.before_dx is not None:
                     ctx.before_dx()
-                dx = ops.linear_dx(dy, weight.to(dy.dtype))
-                if ctx.mode == "additive":
-                    ops.slice_linear_dx_(dx, dy, delta, where, dim)
+                dense = weight.to(dy.dtype)
+                if ctx.mode == "additive" and dim == "out" and isinstance(where, slice):
+                    dx = ops.linear_dx_plus_slice(dy, dense, dy[:, where], delta)
+                else:
+                    dx = ops.linear_dx(dy, dense)
+                    if ctx.mode == "additive":
+                        ops.slice_linear_dx_(dx, dy, delta, where, dim)
             if operand is not None:
                 d_delta = delta_grad(ops, dy, operand, where, dim, delta, ctx.owned)
             if ctx.needs_dbias:

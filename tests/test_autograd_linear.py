@@ -8,7 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from bench.memory import kept_by
+from s2kernels import backend
 from s2kernels.autograd import s2_delta, s2_linear
+from s2kernels.kernels import fused_linear, target
 from s2kernels.reference import slice_write
 
 MODES = ("inplace", "additive")
@@ -97,6 +99,35 @@ def test_s2_linear_equals_dense_autograd_on_the_slice(dim, mode, tokens, impl, d
             exact, eager = layer.dense(torch.float64), layer.dense()
             for got, want, peer in zip(actual, exact, eager, strict=True):
                 assert_as_accurate(got, want, peer.to(got.dtype))
+
+
+@pytest.mark.parametrize("index", (slice(8, 24), slice(9, 18)), ids=("aligned", "odd"))
+@pytest.mark.parametrize("dim", ("in", "out"))
+def test_additive_in_one_launch_where_that_is_faster(dim, index, monkeypatch, device):
+    """The same values and gradients as by two. What copy engines cannot load takes two, too."""
+    monkeypatch.setattr(backend, "select", lambda x, impl=None: backend._eager())
+    name = "linear_plus_slice" if dim == "in" else "linear_dx_plus_slice"
+    launch, launches = fused_linear.launch_descriptors, []
+
+    def counted(op, *args, **kwargs):
+        launches.append(op)
+        return launch(op, *args, **kwargs)
+
+    monkeypatch.setattr(fused_linear, "launch_descriptors", counted)
+    results = []
+    for ranges in ((), ((1, 4), (8, 64))):
+        table = {(target.chip(device).name, name, "float16"): {(40, 48): ranges}}
+        monkeypatch.setattr(target, "FASTER", table)
+        layer = Layer(dim, "additive", index, (24,), torch.float16, device, n=40, k=48)
+        y = layer()
+        y.backward(layer.dy)
+        results.append([y.detach(), layer.x.grad, layer.delta.grad, layer.bias.grad])
+    aligned = index.start % 8 == 0 and target.has_descriptors(device)
+    assert launches == ([name] if aligned else [])
+    exact, eager = layer.dense(torch.float64), layer.dense()
+    for two, one, want, peer in zip(*results, exact, eager, strict=True):
+        assert_as_accurate(two, want, peer.to(two.dtype))
+        assert_as_accurate(one, want, peer.to(one.dtype))
 
 
 @pytest.mark.parametrize("mode", MODES)
