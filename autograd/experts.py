@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from s2kernels import backend
 from s2kernels.autograd.accumulate import slot_of, with_owner
-from s2kernels.autograd.checks import check_index, compute_dtype
+from s2kernels.autograd.checks import check_index, compute_dtype, without_autocast
 from s2kernels.autograd.linear import join_index, split_index
 from s2kernels.reference import Index, take
 
@@ -207,7 +207,7 @@ class S2ExpertLinearFunction(torch.autograd.Function):
         operand, weight, delta, index, order, inverse, offsets = ctx.saved_tensors
         ops = backend.select(dy, ctx.impl)
         dx = d_delta = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             dy = dy.contiguous()
             if weight is not None:
                 if ctx.before_dx is not None:
@@ -262,7 +262,7 @@ class S2ExpertDeltaFunction(torch.autograd.Function):
         operand, delta, index, order, inverse, offsets = ctx.saved_tensors
         ops = backend.select(dy, ctx.impl)
         dx = d_delta = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             dy = dy.contiguous()
             if ctx.needs_dx:
                 dx = dy.new_zeros(dy.shape[0], ctx.in_features)

@@ -194,7 +194,7 @@ class S2MLPFunction(torch.autograd.Function):
         with without_autocast(dy):
             if ctx.needs_dh:
                 rebuilt = where if needs_down else None
-                d_gate_up, dgate, dup = _room_for_gradients(gate_up, gate, up)
+                d_gate_up, dgate, dup = room_for_gradients(gate_up, gate, up)
                 weight, out = down_weight.to(dy.dtype), (dgate, dup)
                 if additive and down_delta is not None:
                     dh = ops.linear_dx(dy, weight)
@@ -241,7 +241,7 @@ def _gate_and_up(ops, x, weights, biases):
     return gate_up, *gate_up.chunk(2, 1)
 
 
-def _room_for_gradients(gate_up, gate, up):
+def room_for_gradients(gate_up, gate, up):
     """Where dgate and dup are written, in the order of `_gate_and_up`: over gate and up.
 
     But in memory of their own if the graph is kept, for another backward that needs gate and up,

@@ -66,6 +66,6 @@ def test_slow_ops_run_less_often(seconds, rounds, iterations):
 
 def test_ops_without_tokens_run_once_a_layer():
     listed = bench_ops.cases(bench_ops.CUDA_SHAPES)
-    assert len(set(listed)) == len(listed) == 10 * 8 + 4 * 2
+    assert len(set(listed)) == len(listed) == 11 * 8 + 4 * 2
     assert {op for op, _ in listed} == set(bench_ops.OPS)
     assert {shape.m for op, shape in listed if op in bench_ops.WITHOUT_TOKENS} == {512}

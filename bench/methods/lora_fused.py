@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from bench.methods.base import Method
 from s2kernels import backend
-from s2kernels.autograd.mlp import _room_for_gradients as room_for_gradients
+from s2kernels.autograd.mlp import room_for_gradients
 
 SCALE = 2.0  # alpha / r, as in the rows of PEFT's LoRA
 
