@@ -40,10 +40,14 @@ PRECISION = {
     "cpu": timing.Precision(0.009, 8, max_rounds=1000, min_seconds=2.5, seconds=4.0),
     "gpu": timing.Precision(min_rounds=10, seconds=5.0),
     "toy": timing.Precision(error=1.0, min_rounds=2, max_rounds=2),
-    "short": timing.Precision(error=0.003, min_rounds=10, seconds=15.0),
+    "short": timing.Precision(0.003, 8, min_seconds=2.5, seconds=4.0),
 }
 # Of all visits together, for as long as the budget lasts.
-GOAL = {"cpu": Goal(visits=2, quiet_rounds=20, error=0.009), "gpu": Goal()}
+GOAL = {
+    "cpu": Goal(visits=2, quiet_rounds=20, error=0.009),
+    "gpu": Goal(),
+    "short": Goal(visits=2, quiet_rounds=20, error=0.009),
+}
 LAUNCHES = 0.1  # of the budget, for counting them at its end
 FILE = "steps.json"
 
