@@ -28,7 +28,7 @@ from bench import cases, ceilings, extrapolation, host, report, timing
 from bench.cases import Case
 from bench.fresh import Setup
 from bench.record import Record
-from bench.run import Goal, Run, is_available, is_failure, is_of_this_code
+from bench.run import Goal, Run, is_available, is_failure, is_of_this_code, is_unavailable
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "cpu": lambda device_type: cases.cpu(),
@@ -152,7 +152,7 @@ def missing(chosen: list[Case], record: Record, device: torch.device) -> list[Ca
             return 2 if case.params() in failures else 0
         if is_failure(entry):
             return 2
-        if entry["extra_info"]["status"].startswith("unavailable"):
+        if is_unavailable(entry):
             return 0 if is_available(case, device) else None
         return None if is_of_this_code(entry) else 1
 

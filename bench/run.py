@@ -197,10 +197,16 @@ class Run:
 
 
 def equal(case: Case, known: dict[str, dict]) -> dict | None:
-    """The entry of `case` as a copy of one in `known` that is equal but for its suite, if any."""
+    """The entry of `case` as a copy of one in `known` that is equal but for its suite, if any.
+
+    Not of one that other code was measured for, that failed, or that lacked a package: to look for
+    this once more takes no time.
+    """
     params = case.params()
     for entry in known.values():
-        if entry["params"] == params and not is_failure(entry):
+        if entry["params"] != params or is_failure(entry) or is_unavailable(entry):
+            continue
+        if is_of_this_code(entry):
             names = {"group": case.suite, "name": case.id, "fullname": case.fullname}
             return copy_for(names, entry)
     return None
@@ -260,6 +266,10 @@ def not_finished(case: Case) -> dict:
 
 def is_failure(entry: dict) -> bool:
     return entry["extra_info"]["status"].startswith("failed")
+
+
+def is_unavailable(entry: dict) -> bool:
+    return entry["extra_info"]["status"].startswith("unavailable")
 
 
 def _failed(case: Case, why: str) -> dict:

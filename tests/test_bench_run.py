@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy_cases import CEILINGS, a_visit, fake_entry, toy_case
+from toy_cases import CEILINGS, a_visit, fake_entry, measure_at_once, toy_case
 
 from bench import counts, estimate, fresh, laboratory, measure, report, rounds, timing
 from bench.cases import PLAIN
@@ -190,6 +190,26 @@ def test_what_is_to_be_measured_comes_in_this_order(tmp_path, monkeypatch):
     chosen = [LORA, FULL, DORA, SHIRA, *others, replace(LORA, suite="tokens")]
     todo = laboratory.missing(chosen, record, CPU)
     assert todo == [DORA, *others[2:], FULL, LORA, replace(LORA, suite="tokens")]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        fake_entry(LORA, source="another"),
+        measure.entry(LORA, None, {"status": "unavailable: a package is not installed"}),
+    ],
+    ids=["of other code", "unavailable then"],
+)
+def test_what_may_be_measured_now_is_no_copy_of_what_was_known(tmp_path, monkeypatch, before):
+    done = measure_at_once(monkeypatch)
+    record = Record(tmp_path / "steps.json", CPU, {})
+    record.add(before)
+    run = Run(record, SETUP, None, record.entries)
+    run.measure([LORA, replace(LORA, suite="tokens")])
+    assert done == [LORA.id]
+    first, copy = record.entries.values()
+    assert first["extra_info"]["source"] == report.source_hash() and first["stats"] is not None
+    assert "copy_of" not in first["extra_info"] and copy["extra_info"]["copy_of"] == LORA.id
 
 
 def test_launches_are_counted_last_where_they_are_not_known(run, monkeypatch):
