@@ -7,11 +7,10 @@ instead. The Function then returns None for the delta.
 """
 
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 class GradientOwner(Protocol):
@@ -24,9 +23,9 @@ class GradientOwner(Protocol):
         ...
 
 
-# Parameter -> weak reference to its owner. Not an attribute of the parameter, which would be
-# pickled with the model.
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# id of a parameter -> weak references to it and to its owner. Not an attribute of the parameter,
+# which would be pickled with the model.
+_owners: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 
 
 def own_gradient(parameter: Tensor, owner: GradientOwner) -> None:
@@ -34,40 +33,47 @@ def own_gradient(parameter: Tensor, owner: GradientOwner) -> None:
 
     A parameter has one owner: the last one that asked.
     """
-    _owners[parameter] = weakref.ref(owner)
+    key = id(parameter)
+    gone = weakref.ref(parameter, lambda _: _owners.pop(key, None))
+    _owners[key] = gone, weakref.ref(owner)
 
 
-def with_owner(delta: Tensor | None) -> Tensor | None:
-    """delta, if its gradient has an owner, else None: for a Function's ctx.
+def owner_of(delta: Tensor | None) -> tuple[Tensor, GradientOwner] | None:
+    """delta and the owner of its gradient, or None where it has none: for a Function's ctx.
 
     A saved tensor is not always the parameter that was saved: under non-reentrant checkpointing and
     other hooks on saved tensors it is a copy, which has no owner.
     """
-    if delta is None or torch.compiler.is_compiling():
+    if delta is None or torch.compiler.is_compiling() or not _owners:
         return None  # a traced backward returns all of its gradients
-    return delta if delta in _owners else None
+    entry = _owners.get(id(delta))
+    if entry is None or entry[0]() is not delta:
+        return None
+    owner = entry[1]()
+    return None if owner is None else (delta, owner)  # type: ignore[return-value]
 
 
-def slot_of(delta: Tensor) -> Tensor | None:
-    """What a backward is to add d_delta to, there and then; None if it is to return d_delta.
+def slot_of(node: Any, owned: tuple[Tensor, GradientOwner] | None) -> Tensor | None:
+    """What the backward of `node` is to add d_delta to, there and then; None if it is to return it.
 
-    To be called in a backward. None also for a delta that has hooks, which want to see its
-    gradient, and where the engine would not add it to .grad: in `torch.autograd.grad`, and in a
-    `backward` whose `inputs` leave the delta out.
+    node: the ctx of the Function; owned: what `owner_of` gave in its forward. None also for a delta
+    that has hooks, which want to see its gradient, and where the engine would not add it to .grad:
+    in `torch.autograd.grad`, and in a `backward` whose `inputs` leave the delta out.
     """
-    if torch.compiler.is_compiling():
+    if owned is None:
         return None
-    reference = _owners.get(delta)
-    owner = None if reference is None else reference()
-    if owner is None or delta._backward_hooks or delta._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+    delta, owner = owned
+    if delta._backward_hooks or delta._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
         return None
-    return owner.take_slot(delta) if _is_accumulated(delta) else None
+    return owner.take_slot(delta) if _is_accumulated(node, delta) else None
 
 
-def _is_accumulated(parameter: Tensor) -> bool:
+def _is_accumulated(node: Any, parameter: Tensor) -> bool:
     """Whether the backward that runs adds a gradient of `parameter` to its .grad."""
-    node = torch.autograd.graph.get_gradient_edge(parameter).node
-    try:
-        return torch._C._will_engine_execute_node(node)  # type: ignore[attr-defined]
-    except RuntimeError:  # torch.autograd.grad wants to be given the gradient of this one
-        return False
+    for following, _ in node.next_functions:
+        if getattr(following, "variable", None) is parameter:
+            try:
+                return torch._C._will_engine_execute_node(following)  # type: ignore[attr-defined]
+            except RuntimeError:  # torch.autograd.grad wants to be given the gradient of this one
+                return False
+    return False  # it is no leaf

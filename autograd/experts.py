@@ -14,6 +14,7 @@ be rounded to bf16. What mode="additive" adds to y and dx is an op for each expe
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s2kernels import backend
-from s2kernels.autograd.accumulate import slot_of, with_owner
-from s2kernels.autograd.checks import check_index, compute_dtype, without_autocast
+from s2kernels.autograd.accumulate import owner_of, slot_of
+from s2kernels.autograd.checks import check_index, compute_dtype
+from s2kernels.autograd.first_order import cast, first_order
 from s2kernels.autograd.linear import join_index, split_index
 from s2kernels.reference import Index, take
 
@@ -101,7 +102,7 @@ def expert_linear(
     delta: Tensor | None = None,
     index: Index = slice(0, 0),
     dim: str = "in",
-    before_dx: Callable[[], None] | None = None,
+    holding: AbstractContextManager | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """y (S, N) with the weight of each pair's expert, which holds W0 + delta (mode="inplace").
@@ -110,7 +111,7 @@ def expert_linear(
     weight       (E, N, K), frozen
     delta        (E, N, R) for dim="in", (E, R, K) for dim="out"; None trains nothing
     index        R trained channels: int32 (E, R), or the slice that is the same in all experts
-    before_dx    called in backward before `weight` is read: see `s2kernels.autograd.linear.linear`
+    holding      a context for the backward: see `s2kernels.autograd.linear.linear`
 
     Gradients: x, delta. Arguments are not checked: the host has done so.
     """
@@ -124,7 +125,7 @@ def expert_linear(
         dim,
         *(routing.order, routing.inverse, routing.offsets, routing.ends),
         routing.experts_per_token if from_tokens else 0,
-        before_dx,
+        holding,
         impl,
     )
 
@@ -182,7 +183,7 @@ class S2ExpertLinearFunction(torch.autograd.Function):
         offsets,
         ends,
         per_token,
-        before_dx,
+        holding,
         impl,
     ):
         ops = backend.select(x, impl)
@@ -198,26 +199,23 @@ class S2ExpertLinearFunction(torch.autograd.Function):
             *(index, order, inverse, offsets),
         )
         ctx.start, ctx.dim, ctx.ends, ctx.per_token = start, dim, ends, per_token
-        ctx.before_dx, ctx.impl, ctx.owned = before_dx, impl, with_owner(delta)
-        return _grouped(ops.linear, pairs, weight.to(x.dtype).mT, offsets, ends)
+        ctx.holding, ctx.impl, ctx.owned = holding if needs_dx else None, impl, owner_of(delta)
+        return _grouped(ops.linear, pairs, cast(weight, x.dtype).mT, offsets, ends)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         operand, weight, delta, index, order, inverse, offsets = ctx.saved_tensors
         ops = backend.select(dy, ctx.impl)
         dx = d_delta = None
-        with without_autocast(dy):
-            dy = dy.contiguous()
-            if weight is not None:
-                if ctx.before_dx is not None:
-                    ctx.before_dx()
-                dx = _grouped(ops.linear, dy, weight.to(dy.dtype), offsets, ctx.ends)
-                dx = _of_tokens(dx, inverse, ctx.per_token)
-            if operand is not None:
-                if ctx.dim == "out":
-                    operand = _of_pairs(operand, order, ctx.per_token)
-                d_delta = _delta_grad(ops, dy, operand, delta, index, offsets, ctx)
+        dy = dy.contiguous()
+        if weight is not None:
+            dx = _grouped(ops.linear, dy, cast(weight, dy.dtype), offsets, ctx.ends)
+            dx = _of_tokens(dx, inverse, ctx.per_token)
+        if operand is not None:
+            if ctx.dim == "out":
+                operand = _of_pairs(operand, order, ctx.per_token)
+            d_delta = _delta_grad(ops, dy, operand, delta, index, offsets, ctx)
         return dx, None, d_delta, *[None] * 10
 
 
@@ -253,27 +251,26 @@ class S2ExpertDeltaFunction(torch.autograd.Function):
         ctx.save_for_backward(kept if needs_delta else None, delta, index, order, inverse, offsets)
         ctx.needs_dx, ctx.in_features = needs_dx, x.shape[1]
         ctx.start, ctx.dim, ctx.ends, ctx.per_token, ctx.impl = start, dim, ends, per_token, impl
-        ctx.owned = with_owner(delta)
+        ctx.holding, ctx.owned = None, owner_of(delta)
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         operand, delta, index, order, inverse, offsets = ctx.saved_tensors
         ops = backend.select(dy, ctx.impl)
         dx = d_delta = None
-        with without_autocast(dy):
-            dy = dy.contiguous()
-            if ctx.needs_dx:
-                dx = dy.new_zeros(dy.shape[0], ctx.in_features)
-                for expert, rows in _groups(ctx.ends):
-                    where = _where(index, ctx.start, delta, ctx.dim, expert)
-                    ops.slice_linear_dx_(dx[rows], dy[rows], delta[expert], where, ctx.dim)
-                dx = _of_tokens(dx, inverse, ctx.per_token)
-            if operand is not None:
-                if ctx.dim == "out":
-                    operand = _of_pairs(operand, order, ctx.per_token)
-                d_delta = _delta_grad(ops, dy, operand, delta, index, offsets, ctx)
+        dy = dy.contiguous()
+        if ctx.needs_dx:
+            dx = dy.new_zeros(dy.shape[0], ctx.in_features)
+            for expert, rows in _groups(ctx.ends):
+                where = _where(index, ctx.start, delta, ctx.dim, expert)
+                ops.slice_linear_dx_(dx[rows], dy[rows], delta[expert], where, ctx.dim)
+            dx = _of_tokens(dx, inverse, ctx.per_token)
+        if operand is not None:
+            if ctx.dim == "out":
+                operand = _of_pairs(operand, order, ctx.per_token)
+            d_delta = _delta_grad(ops, dy, operand, delta, index, offsets, ctx)
         return dy, dx, d_delta, *[None] * 9
 
 
@@ -289,7 +286,7 @@ def _delta_grad(
     """d_delta, or None where it was added to delta.grad; see autograd.accumulate. Zero for experts
     that no token went to. An in-slice's operand is compact already.
     """
-    slot = slot_of(delta if ctx.owned is None else ctx.owned)
+    slot = slot_of(ctx, ctx.owned)
     grad = torch.zeros_like(delta) if slot is None else slot
     where = None if ctx.dim == "in" else join_index(index, ctx.start, delta[0], ctx.dim)
     ops.slice_grad_each(dy, operand, offsets, where, ctx.dim, grad)

@@ -8,14 +8,15 @@ of joined weights are views of one (M, N₁ + N₂ + ...), and keep all of it al
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from s2kernels import backend
-from s2kernels.autograd.checks import without_autocast
-from s2kernels.autograd.linear import as_tokens
+from s2kernels.autograd.first_order import apply, cast, first_order
+from s2kernels.autograd.linear import as_tokens, like_tokens
 
 
 def joined(*weights: Tensor) -> Tensor | None:
@@ -85,72 +86,89 @@ def is_alone(weight: Tensor) -> bool:
     return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
 
 
+class Run(NamedTuple):
+    """Weights that are one GEMM: `whole` (sum of Nᵢ, K), their biases, and their Nᵢ."""
+
+    whole: Tensor
+    biases: tuple[Tensor | None, ...]
+    sizes: list[int]
+
+
+def runs_of(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Run]:
+    """The weights (Nᵢ, K) and biases (Nᵢ,) as the fewest GEMMs.
+
+    Weights that follow one another in one storage are one, where all of them have a bias or none
+    has.
+    """
+    runs: list[Run] = []
+    start = 0
+    while start < len(weights):
+        for stop in range(len(weights), start, -1):
+            part, its_biases = weights[start:stop], tuple(biases[start:stop])
+            alike = len({bias is None for bias in its_biases}) == 1
+            whole = part[0] if len(part) == 1 else joined(*part) if alike else None
+            if whole is not None:
+                runs.append(Run(whole, its_biases, [len(weight) for weight in part]))
+                break
+        start = stop
+    return runs
+
+
 def joined_linear(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    runs: Sequence[Run],
+    holding: AbstractContextManager | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs (..., Nᵢ) of frozen linear layers of x (..., K), for a caller that has checked.
 
-    weights (Nᵢ, K), biases (Nᵢ,) or None, in the dtype of x (autocast casts all). Weights that
-    follow one another in one storage are one GEMM, where all of them have a bias or none has.
-    It saves the weights alone. Gradient: x.
+    weights (Nᵢ, K), and `runs_of` them and their frozen biases, in the dtype of x (autocast casts
+    all). The backward runs inside `holding`. It saves the weights alone. Gradient: x.
     """
-    ys = JoinedLinearFunction.apply(as_tokens(x), len(weights), impl, *weights, *biases)
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    return apply(JoinedLinearFunction, x, runs, holding, impl, *weights)
 
 
 class JoinedLinearFunction(torch.autograd.Function):
-    """yᵢ (M, Nᵢ) from x (M, K); see `joined_linear`."""
+    """yᵢ (..., Nᵢ) from x (..., K); see `joined_linear`."""
 
     @staticmethod
-    def forward(ctx, x, num, impl, *weights_and_biases):
+    def forward(ctx, x, runs, holding, impl, *weights):
+        shape, x = x.shape, as_tokens(x)
         ops = backend.select(x, impl)
-        weights, biases = weights_and_biases[:num], weights_and_biases[num:]
         ctx.set_materialize_grads(False)  # an output that is not used costs no GEMM
         ctx.save_for_backward(*(weights if ctx.needs_input_grad[0] else ()))
-        ctx.impl = impl
+        ctx.holding, ctx.impl = holding if ctx.needs_input_grad[0] else None, impl
         ys = []
-        while len(ys) < num:
-            rest, its_biases = weights[len(ys) :], biases[len(ys) :]
-            weight, count = _first_run(rest, its_biases)
-            y = project(ops, x, weight, *its_biases[:count])
-            ys += [y] if count == 1 else y.split([len(part) for part in rest[:count]], 1)
+        for whole, biases, sizes in runs:
+            y = like_tokens(project(ops, x, whole, *biases), shape)
+            ys += [y] if len(sizes) == 1 else y.split_with_sizes(sizes, -1)
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *dys):
-        dx = None
+        dx = shape = None
         for dy, weight in zip(dys, ctx.saved_tensors, strict=True):
-            if dy is None:
-                continue
-            with without_autocast(dy):
+            if dy is not None:
+                shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
                 dx = add_dx(backend.select(dy, ctx.impl), dx, dy, weight)
-        return dx, *[None] * (2 + 2 * len(dys))
+        dx = None if dx is None else dx.view(*shape[:-1], dx.shape[-1])
+        return dx, *[None] * (3 + len(dys))
 
 
 def project(ops, x: Tensor, weight: Tensor, *biases: Tensor | None) -> Tensor:
     """y = x Wᵀ + b, (M, N), for W (N, K), and b the biases one after the other, or none if None."""
-    given = [bias.to(x.dtype) for bias in biases if bias is not None]
-    bias = given[0] if len(given) == 1 else torch.cat(given) if given else None
-    return ops.linear(x, weight.to(x.dtype), bias)
+    weight = cast(weight, x.dtype)
+    if biases[0] is None:
+        return ops.linear(x, weight)
+    given = [cast(bias, x.dtype) for bias in biases if bias is not None]
+    return ops.linear(x, weight, given[0] if len(given) == 1 else torch.cat(given))
 
 
 def add_dx(ops, dx: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
     """dx + dy W in place, or dy W where there is no dx yet; dy (M, N), weight (N, K)."""
-    weight = weight.to(dy.dtype)
+    weight = cast(weight, dy.dtype)
     if dx is None:
         return ops.linear_dx(dy, weight)
     return dx.addmm_(dy, weight)  # torch's whatever ops: no kernel of ours adds a dense product
-
-
-def _first_run(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, int]:
-    """The weight of as many of the first ones as are one GEMM, and how many these are."""
-    for count in range(len(weights), 1, -1):
-        alike = len({bias is None for bias in biases[:count]}) == 1
-        whole = joined(*weights[:count]) if alike else None
-        if whole is not None:
-            return whole, count
-    return weights[0], 1

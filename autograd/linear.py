@@ -10,14 +10,13 @@ mode="inplace": the slice lies in the dense weight, so y and dx are one dense GE
 mode="additive": the weight stays as it is, and the slice's part is added to y and to dx.
 """
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s2kernels import backend
-from s2kernels.autograd.accumulate import slot_of, with_owner
+from s2kernels.autograd.accumulate import owner_of, slot_of
 from s2kernels.autograd.checks import (
     MODES,
     check_choice,
@@ -27,8 +26,8 @@ from s2kernels.autograd.checks import (
     check_slice,
     check_weight,
     compute_dtype,
-    without_autocast,
 )
+from s2kernels.autograd.first_order import apply, cast, first_order
 from s2kernels.reference import Index, take
 
 
@@ -41,7 +40,6 @@ def s2_linear(
     dim: str,
     bias: Tensor | None = None,
     mode: str = "inplace",
-    base_slice: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Linear layer with a trained slice: y = x (W0 + scatter(delta, index))ᵀ + bias.
@@ -51,30 +49,23 @@ def s2_linear(
     delta:      (N, R) for dim="in", (R, K) for dim="out"; zero at the start, fp32 by default
     index:      R trained input or output channels: int32 tensor, or slice(start, stop)
     bias:       (N,), frozen or trained
-    mode:       "inplace": `weight` holds W0 + delta in its slice. With `base_slice`, the slice of
-                W0 in the shape of delta, the slice is written here, before the forward GEMM and
-                again before dx, so that several deltas may take turns in one weight. Without, the
+    mode:       "inplace": `weight` holds W0 + delta in its slice, in forward and in backward: the
                 caller has written it (`slice_write`, one launch for a whole model).
                 "additive": `weight` holds W0.
     impl:       "triton", "torch", or None to let `s2kernels.backend` decide
 
     Returns y (..., N) in x.dtype. Gradients: x, delta (in delta.dtype), bias.
 
-    Raises TypeError or ValueError, before anything is written, for a wrong dtype, shape, device,
-    dim, mode or index.
+    Raises TypeError or ValueError for a wrong dtype, shape, device, dim, mode or index.
     """
     check_choice("mode", mode, MODES)
     check_weight("weight", weight, x)
     check_slice("weight", tuple(weight.shape), x.device, delta, index, dim)
-    check_floating(bias=bias, base_slice=base_slice)
-    check_device(x.device, bias=bias, base_slice=base_slice)
+    check_floating(bias=bias)
+    check_device(x.device, bias=bias)
     if bias is not None:
         check_shape("bias", bias, weight.shape[0], why="out_features of weight")
-    if base_slice is not None:
-        if mode == "additive":
-            raise ValueError("base_slice goes with mode='inplace'; mode='additive' writes nothing")
-        check_shape("base_slice", base_slice, *delta.shape, why="the shape of delta")
-    return linear(x, weight, delta, index, dim, bias, mode, base_slice, None, impl)
+    return linear(x, weight, delta, index, dim, bias, mode, None, impl)
 
 
 def s2_delta(
@@ -106,30 +97,17 @@ def linear(
     dim: str,
     bias: Tensor | None,
     mode: str,
-    base_slice: Tensor | None = None,
-    before_dx: Callable[[], None] | None = None,
+    holding: AbstractContextManager | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """`s2_linear` for a caller that has checked its arguments once and for all, as the host has.
 
-    before_dx is called in backward before `weight` is read: the host puts the slice back there, if
-    something took it out of the weight after the forward (a disabled adapter, a state_dict).
+    The backward runs inside `holding`: there the host writes the slice again, if something has
+    restored the weight since the forward (a disabled adapter, a state_dict).
     """
     index_tensor, start = split_index(index)
-    y = S2LinearFunction.apply(
-        as_tokens(x),
-        weight,
-        bias,
-        delta,
-        index_tensor,
-        start,
-        dim,
-        mode,
-        base_slice,
-        before_dx,
-        impl,
-    )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    settings = (index_tensor, start, dim, mode, holding, impl)
+    return apply(S2LinearFunction, x, weight, bias, delta, *settings)
 
 
 def delta_linear(
@@ -144,20 +122,23 @@ def delta_linear(
 
 
 class S2LinearFunction(torch.autograd.Function):
-    """y (M, N) from x (M, K); see `s2_linear`. index is None where the slice starts at `start`."""
+    """y (..., N) from x (..., K); see `s2_linear`. index is None where the slice starts at `start`.
+
+    Here and in the other Functions tokens are laid out as a matrix inside, and the gradient of x is
+    cast to its dtype by autograd: views and casts outside would be nodes of the graph.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, delta, index, start, dim, mode, base_slice, before_dx, impl):
+    def forward(ctx, x, weight, bias, delta, index, start, dim, mode, holding, impl):
+        shape, x = x.shape, as_tokens(x)
         ops = backend.select(x, impl)
         where = join_index(index, start, delta, dim)
-        if base_slice is not None:
-            ops.slice_write([weight], [base_slice], [delta], [where], [dim])
 
         needs_dx, _, ctx.needs_dbias, needs_delta = ctx.needs_input_grad[:4]
         compact = needs_delta and dim == "in"
         # before the GEMM, while what produced x has left it in the cache
         operand = take(x, where) if compact else x
-        dense = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        dense = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
         if mode == "additive" and compact:
             y = ops.linear_plus_slice(x, *dense, operand, delta)
         else:
@@ -168,41 +149,35 @@ class S2LinearFunction(torch.autograd.Function):
         # delta is saved in inplace mode too: a step of the optimizer between forward and backward
         # changes what dx ought to be, and autograd notices it by the version of a saved tensor.
         ctx.save_for_backward(
-            operand if needs_delta else None,
-            weight if needs_dx else None,
-            delta,
-            index,
-            base_slice,
+            operand if needs_delta else None, weight if needs_dx else None, delta, index
         )
         ctx.start, ctx.dim, ctx.mode, ctx.impl = start, dim, mode, impl
-        ctx.before_dx, ctx.owned = before_dx, with_owner(delta)
-        return y
+        ctx.holding, ctx.owned = holding if needs_dx else None, owner_of(delta)
+        return like_tokens(y, shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
-        operand, weight, delta, index, base_slice = ctx.saved_tensors
+        operand, weight, delta, index = ctx.saved_tensors
+        shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
         ops = backend.select(dy, ctx.impl)
         dim, where = ctx.dim, join_index(index, ctx.start, delta, ctx.dim)
-        with without_autocast(dy):
-            dx = dbias = d_delta = None
-            if weight is not None:
-                if base_slice is not None:
-                    ops.slice_write([weight], [base_slice], [delta], [where], [dim])
-                elif ctx.before_dx is not None:
-                    ctx.before_dx()
-                dense = weight.to(dy.dtype)
-                if ctx.mode == "additive" and dim == "out" and isinstance(where, slice):
-                    dx = ops.linear_dx_plus_slice(dy, dense, dy[:, where], delta)
-                else:
-                    dx = ops.linear_dx(dy, dense)
-                    if ctx.mode == "additive":
-                        ops.slice_linear_dx_(dx, dy, delta, where, dim)
-            if operand is not None:
-                d_delta = delta_grad(ops, dy, operand, where, dim, delta, ctx.owned)
-            if ctx.needs_dbias:
-                dbias = dy.sum(0)
-        return dx, None, dbias, d_delta, None, None, None, None, None, None, None
+        dx = dbias = d_delta = None
+        if weight is not None:
+            dense = cast(weight, dy.dtype)
+            if ctx.mode == "inplace":
+                dx = ops.linear_dx(dy, dense)
+            elif dim == "out" and isinstance(where, slice):
+                dx = ops.linear_dx_plus_slice(dy, dense, dy[:, where], delta)
+            else:
+                dx = ops.linear_dx(dy, dense)
+                ops.slice_linear_dx_(dx, dy, delta, where, dim)
+        if operand is not None:
+            d_delta = delta_grad(ctx, ops, dy, operand, where, dim, delta, ctx.owned)
+        if ctx.needs_dbias:
+            dbias = dy.sum(0)
+        dx = None if dx is None else dx.view(*shape[:-1], dx.shape[-1])
+        return dx, None, dbias, d_delta, None, None, None, None, None, None
 
 
 class S2DeltaFunction(torch.autograd.Function):
@@ -218,44 +193,58 @@ class S2DeltaFunction(torch.autograd.Function):
         out = ops.slice_linear_(y.clone(), operand, delta, None if compact else where, dim)
         ctx.save_for_backward(operand if needs_delta else None, delta, index)
         ctx.in_features, ctx.needs_dx = x.shape[1], needs_dx
-        ctx.start, ctx.dim, ctx.impl, ctx.owned = start, dim, impl, with_owner(delta)
+        ctx.start, ctx.dim, ctx.impl, ctx.owned = start, dim, impl, owner_of(delta)
+        ctx.holding = None
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         operand, delta, index = ctx.saved_tensors
         dx = d_delta = None
         ops = backend.select(dy, ctx.impl)
         dim, where = ctx.dim, join_index(index, ctx.start, delta, ctx.dim)
-        with without_autocast(dy):
-            if ctx.needs_dx and dim == "out":  # all of dx, so that nothing need be zero before
-                dx = ops.linear_dx(take(dy, where), delta.to(dy.dtype))
-            elif ctx.needs_dx:
-                dx = dy.new_zeros(dy.shape[0], ctx.in_features)
-                ops.slice_linear_dx_(dx, dy, delta, where, dim)
-            if operand is not None:
-                d_delta = delta_grad(ops, dy, operand, where, dim, delta, ctx.owned)
+        if ctx.needs_dx and dim == "out":  # all of dx, so that nothing need be zero before
+            dx = ops.linear_dx(take(dy, where), cast(delta, dy.dtype))
+        elif ctx.needs_dx:
+            dx = dy.new_zeros(dy.shape[0], ctx.in_features)
+            ops.slice_linear_dx_(dx, dy, delta, where, dim)
+        if operand is not None:
+            d_delta = delta_grad(ctx, ops, dy, operand, where, dim, delta, ctx.owned)
         return dy, dx, d_delta, None, None, None, None
 
 
-def delta_grad(ops, dy, operand, where, dim, delta, owned=None):
+def delta_grad(node, ops, dy, operand, where, dim, delta, owned):
     """d_delta in delta.dtype, or None where it was added to delta.grad; see autograd.accumulate.
 
-    An in-slice's operand is already compact. owned: the parameter, from `with_owner` in forward,
-    if `delta` may be a copy of it.
+    node: the ctx of the backward. An in-slice's operand is already compact. owned: what `owner_of`
+    gave for the parameter in forward, of which `delta` may be a copy.
     """
     where = None if dim == "in" else where
-    slot = slot_of(delta if owned is None else owned)
+    slot = slot_of(node, owned)
     if slot is not None:
         ops.slice_grad(dy, operand, where, dim, out=slot)
         return None
-    return ops.slice_grad(dy, operand, where, dim).to(delta.dtype)
+    return cast(ops.slice_grad(dy, operand, where, dim), delta.dtype)
 
 
 def as_tokens(x: Tensor) -> Tensor:
     """x as (M, K) in the dtype the layer computes in."""
-    return x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    # asked here, too, since it is nearly never so
+    return tokens.to(compute_dtype(x)) if torch._C._is_any_autocast_enabled() else tokens
+
+
+def like_tokens(y: Tensor, shape: torch.Size) -> Tensor:
+    """y (M, N), which nobody else holds, as (..., N) for tokens of that shape (..., K).
+
+    It is no view: what a Function returns as one must not be written to in place.
+    """
+    if len(shape) == 2:
+        return y
+    if torch.compiler.is_compiling():  # which does not trace resize_
+        return torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
+    return y.resize_((*shape[:-1], y.shape[-1]))
 
 
 def split_index(index: Index) -> tuple[Tensor | None, int]:

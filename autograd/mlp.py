@@ -13,14 +13,14 @@ rebuilds h[:, S], and writes dgate and dup over gate and up. Where Wg and Wu lie
 in memory (`join_`), gate and up are one GEMM, and so is dx.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s2kernels import backend
-from s2kernels.autograd.accumulate import with_owner
+from s2kernels.autograd.accumulate import owner_of
 from s2kernels.autograd.checks import (
     MODES,
     check_choice,
@@ -29,10 +29,16 @@ from s2kernels.autograd.checks import (
     check_shape,
     check_slice,
     check_weight,
-    without_autocast,
 )
+from s2kernels.autograd.first_order import apply, cast, first_order
 from s2kernels.autograd.joined import add_dx, joined, project
-from s2kernels.autograd.linear import as_tokens, delta_grad, join_index, split_index
+from s2kernels.autograd.linear import (
+    as_tokens,
+    delta_grad,
+    join_index,
+    like_tokens,
+    split_index,
+)
 from s2kernels.reference import Index, take
 
 
@@ -95,6 +101,7 @@ def s2_mlp(
         (gate_delta, up_delta, down_delta),
         index,
         mode,
+        joined(gate_weight, up_weight),
         impl=impl,
     )
 
@@ -106,24 +113,25 @@ def mlp(
     deltas: Sequence[Tensor | None],
     index: Index,
     mode: str,
-    before_dx: Callable[[], None] | None = None,
+    both: Tensor | None = None,
+    holding: AbstractContextManager | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """`s2_mlp` for a caller that has checked its arguments once and for all, as the host has.
 
-    weights, biases and deltas are those of gate, up and down. before_dx is called in backward
-    before a weight is read: the host puts the slices back there, if something took them out of the
-    weights after the forward.
+    weights, biases and deltas are those of gate, up and down. both: `joined` of the weights of gate
+    and up, (2 F, K), or None. The backward runs inside `holding`: there the host writes the
+    slices again, if something has restored the weights since the forward.
     """
+    if (biases[0] is None) != (biases[1] is None):
+        both = None
     index_tensor, start = split_index(index)
-    y = S2MLPFunction.apply(
-        as_tokens(x), *weights, *biases, *deltas, index_tensor, start, mode, before_dx, impl
-    )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    settings = (index_tensor, start, mode, both, holding, impl)
+    return apply(S2MLPFunction, x, *weights, *biases, *deltas, *settings)
 
 
 class S2MLPFunction(torch.autograd.Function):
-    """y (M, N) from x (M, K); see `s2_mlp`. index is None where the run starts at `start`."""
+    """y (..., N) from x (..., K); see `s2_mlp`. index is None where the run starts at `start`."""
 
     @staticmethod
     def forward(
@@ -141,13 +149,20 @@ class S2MLPFunction(torch.autograd.Function):
         index,
         start,
         mode,
-        before_dx,
+        both,
+        holding,
         impl,
     ):
+        shape, x = x.shape, as_tokens(x)
         ops = backend.select(x, impl)
         where = _channels(index, start, gate_delta, up_delta, down_delta)
         additive = mode == "additive"
-        gate_up, gate, up = _gate_and_up(ops, x, (gate_weight, up_weight), (gate_bias, up_bias))
+        if both is None:
+            gate_up = None
+            gate, up = project(ops, x, gate_weight, gate_bias), project(ops, x, up_weight, up_bias)
+        else:
+            gate_up = project(ops, x, both, gate_bias, up_bias)
+            gate, up = gate_up.chunk(2, 1)
         for out, delta in ((gate, gate_delta), (up, up_delta)) if additive else ():
             if delta is not None:
                 ops.slice_linear_(out, x, delta, where, "out")
@@ -169,14 +184,16 @@ class S2MLPFunction(torch.autograd.Function):
             *(gate_delta, up_delta, down_delta),
             index,
         )
-        ctx.start, ctx.mode, ctx.before_dx, ctx.impl = start, mode, before_dx, impl
-        ctx.owned = [with_owner(delta) for delta in (gate_delta, up_delta, down_delta)]
-        return y
+        ctx.start, ctx.mode, ctx.both, ctx.impl = start, mode, both, impl
+        ctx.holding = holding if ctx.needs_dh else None
+        ctx.owned = [owner_of(delta) for delta in (gate_delta, up_delta, down_delta)]
+        return like_tokens(y, shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         x, gate, up, gate_weight, up_weight, down_weight, *deltas, index = ctx.saved_tensors
+        shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
         gate_delta, up_delta, down_delta = deltas
         gate_owned, up_owned, down_owned = ctx.owned
         ops = backend.select(dy, ctx.impl)
@@ -188,75 +205,62 @@ class S2MLPFunction(torch.autograd.Function):
         gate_up = gate if up is None else None
         if up is None:
             gate, up = gate_up.chunk(2, 1)
-        if ctx.before_dx is not None and ctx.needs_dh:
-            ctx.before_dx()
-
-        with without_autocast(dy):
-            if ctx.needs_dh:
-                rebuilt = where if needs_down else None
-                d_gate_up, dgate, dup = room_for_gradients(gate_up, gate, up)
-                weight, out = down_weight.to(dy.dtype), (dgate, dup)
-                if additive and down_delta is not None:
-                    dh = ops.linear_dx(dy, weight)
-                    ops.slice_linear_dx_(dh, dy, down_delta, where, "in")
-                    *_, h_slice = ops.swiglu_bwd(dh, gate, up, rebuilt, out)
-                    del dh
-                else:
-                    *_, h_slice = ops.linear_dx_swiglu_bwd(dy, weight, gate, up, rebuilt, out)
-                del weight
-            elif needs_down:
-                h_slice = ops.swiglu(take(gate, where), take(up, where))
-            if needs_down:
-                d_down = delta_grad(ops, dy, h_slice, where, "in", down_delta, down_owned)
-            if needs_gate:
-                d_gate = delta_grad(ops, dgate, x, where, "out", gate_delta, gate_owned)
-            if needs_up:
-                d_up = delta_grad(ops, dup, x, where, "out", up_delta, up_owned)
-            if ctx.needs_dx:
-                both = None if d_gate_up is None else joined(gate_weight, up_weight)
-                if both is not None:
-                    dx = add_dx(ops, None, d_gate_up, both)
-                else:
-                    dx = add_dx(ops, add_dx(ops, None, dgate, gate_weight), dup, up_weight)
-                if additive and gate_delta is not None:
-                    ops.slice_linear_dx_(dx, dgate, gate_delta, where, "out")
-                if additive and up_delta is not None:
-                    ops.slice_linear_dx_(dx, dup, up_delta, where, "out")
-            for i, needs_dbias in enumerate(ctx.needs_dbias):
-                if needs_dbias:
-                    dbias[i] = (dy if i == 2 else (dgate, dup)[i]).sum(0)
-        return dx, None, None, None, *dbias, d_gate, d_up, d_down, *[None] * 5
+        if ctx.needs_dh:
+            rebuilt = where if needs_down else None
+            d_gate_up, dgate, dup = room_for_gradients(gate_up, gate, up)
+            weight, out = cast(down_weight, dy.dtype), (dgate, dup)
+            if additive and down_delta is not None:
+                dh = ops.linear_dx(dy, weight)
+                ops.slice_linear_dx_(dh, dy, down_delta, where, "in")
+                *_, h_slice = ops.swiglu_bwd(dh, gate, up, rebuilt, out)
+                del dh
+            else:
+                *_, h_slice = ops.linear_dx_swiglu_bwd(dy, weight, gate, up, rebuilt, out)
+            del weight
+        elif needs_down:
+            h_slice = ops.swiglu(take(gate, where), take(up, where))
+        if needs_down:
+            d_down = delta_grad(ctx, ops, dy, h_slice, where, "in", down_delta, down_owned)
+        if needs_gate:
+            d_gate = delta_grad(ctx, ops, dgate, x, where, "out", gate_delta, gate_owned)
+        if needs_up:
+            d_up = delta_grad(ctx, ops, dup, x, where, "out", up_delta, up_owned)
+        if ctx.needs_dx:
+            # under hooks on saved tensors, or after they were moved, they lie elsewhere
+            if d_gate_up is not None and _are_halves(ctx.both, gate_weight, up_weight):
+                dx = add_dx(ops, None, d_gate_up, ctx.both)
+            else:
+                dx = add_dx(ops, add_dx(ops, None, dgate, gate_weight), dup, up_weight)
+            if additive and gate_delta is not None:
+                ops.slice_linear_dx_(dx, dgate, gate_delta, where, "out")
+            if additive and up_delta is not None:
+                ops.slice_linear_dx_(dx, dup, up_delta, where, "out")
+        for i, needs_dbias in enumerate(ctx.needs_dbias):
+            if needs_dbias:
+                dbias[i] = (dy if i == 2 else (dgate, dup)[i]).sum(0)
+        dx = None if dx is None else dx.view(*shape[:-1], dx.shape[-1])
+        return dx, None, None, None, *dbias, d_gate, d_up, d_down, *[None] * 6
 
 
-def _gate_and_up(ops, x, weights, biases):
-    """gate, up (M, F), and gate_up (M, 2 F) of which they are the halves, or None.
-
-    It is None where the weights are not joined, and where only one has a bias.
-    """
-    alike = (biases[0] is None) == (biases[1] is None)
-    both = joined(*weights) if alike else None
-    if both is None:
-        return None, *(project(ops, x, *pair) for pair in zip(weights, biases, strict=True))
-    gate_up = project(ops, x, both, *biases)
-    return gate_up, *gate_up.chunk(2, 1)
+def _are_halves(both: Tensor, gate_weight: Tensor, up_weight: Tensor) -> bool:
+    """Whether the weights are those that `both` was made of."""
+    start = both.data_ptr()
+    return (gate_weight.data_ptr(), up_weight.data_ptr()) == (start, start + both.nbytes // 2)
 
 
 def room_for_gradients(gate_up, gate, up):
-    """Where dgate and dup are written, in the order of `_gate_and_up`: over gate and up.
+    """Where dgate and dup are written: over gate and up, the halves of gate_up if that is given.
 
     But in memory of their own if the graph is kept, for another backward that needs gate and up,
     and under torch.compile, which plans the memory itself.
     """
     keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if not keep:  # whoever else has hold of them is told so by autograd
+        torch.autograd.graph.increment_version([gate, up] if gate_up is None else gate_up)
+        return gate_up, gate, up
     if gate_up is None:
-        if keep:
-            return None, torch.empty_like(gate), torch.empty_like(up)
-        torch.autograd.graph.increment_version([gate, up])
-        return None, gate, up
-    if keep:
-        gate_up = torch.empty_like(gate_up)
-    else:  # whoever else has hold of it is told so by autograd
-        torch.autograd.graph.increment_version(gate_up)
+        return None, torch.empty_like(gate), torch.empty_like(up)
+    gate_up = torch.empty_like(gate_up)
     return gate_up, *gate_up.chunk(2, 1)
 
 

@@ -12,10 +12,10 @@ mode="additive": delta is scattered into copies of the weight's panels, see
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from s2kernels import backend
@@ -28,9 +28,9 @@ from s2kernels.autograd.checks import (
     check_shape,
     check_weight,
     version_of,
-    without_autocast,
 )
-from s2kernels.autograd.linear import as_tokens
+from s2kernels.autograd.first_order import apply, cast, first_order
+from s2kernels.autograd.linear import as_tokens, like_tokens
 from s2kernels.autograd.panels import Panels, Weight, linear_by_panels, linear_dx_by_panels
 from s2kernels.plan import TilePlan, index_dtype
 
@@ -47,7 +47,6 @@ def sparse_linear(
     index: Tensor,
     bias: Tensor | None = None,
     *,
-    base: Tensor | None = None,
     plan: TilePlan | None = None,
     mode: str = "inplace",
     impl: str | None = None,
@@ -62,48 +61,37 @@ def sparse_linear(
     index:   (k,) flat positions row * K + column, ascending, without repeats; contiguous, int32
              where N * K < 2**31, else int64
     bias:    (N,), frozen or trained
-    base:    (k,) the entries of W0, in the weight's dtype, for mode="inplace": the entries are
-             written here, before the forward GEMM and again before dx, so that several deltas may
-             take turns in one weight. Without, the caller has written them (`sparse_write`, one
-             launch for a whole model).
     plan:    `tile_plan(index, (N, K))`, made once for an index; without it, backward makes one
-    mode:    "inplace": `weight` holds W0 + delta at its entries. "additive": it holds W0.
+    mode:    "inplace": `weight` holds W0 + delta at its entries, in forward and in backward: the
+             caller has written them (`sparse_write`, one launch for a whole model).
+             "additive": it holds W0.
     impl:    "triton", "torch", or None to let `s2kernels.backend` decide
     observe: called in backward with dy (M, N) and x (M, K), which it must not change: what a growth
              phase wants to know about other entries, without computing anything twice
 
     Returns y (..., N) in x.dtype. Gradients: x, delta (in delta.dtype), bias.
 
-    Raises TypeError or ValueError, before anything is written, for a wrong dtype, shape, device,
-    mode, index or plan. The content of an index is looked at once for each of its versions.
+    Raises TypeError or ValueError for a wrong dtype, shape, device, mode, index or plan. The
+    content of an index is looked at once for each of its versions.
     """
     check_choice("mode", mode, MODES)
     if mode == "inplace" and not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor for mode='inplace', got {type(weight).__name__}")
     _check_weight(weight, x)
-    check_floating(delta=delta, bias=bias, base=base)
-    check_device(x.device, delta=delta, bias=bias, base=base)
+    check_floating(delta=delta, bias=bias)
+    check_device(x.device, delta=delta, bias=bias)
     shape = (weight.shape[0], weight.shape[1])
     num = check_entries("index", index, shape)
     check_device(x.device, index=index)
     check_shape("delta", delta, num, why="one value for each entry of index")
     if bias is not None:
         check_shape("bias", bias, shape[0], why="out_features of weight")
-    if base is not None:
-        if mode == "additive":
-            raise ValueError("base goes with mode='inplace'; mode='additive' writes no weight")
-        check_shape("base", base, num, why="one value for each entry of index")
-        assert isinstance(weight, Tensor)
-        if base.dtype != weight.dtype:
-            raise TypeError(
-                f"base must be of the dtype of weight, {weight.dtype}, got {base.dtype}"
-            )
     if plan is not None and (plan.shape != shape or len(plan.order) != num):
         raise ValueError(
             f"plan must be of {num} entries of a weight {shape}, "
             f"got one of {len(plan.order)} entries of {plan.shape}"
         )
-    return _apply(x, weight, delta, index, bias, base, plan, mode, None, impl, observe)
+    return linear(x, weight, delta, index, bias, mode, plan, None, impl, observe)
 
 
 def linear(
@@ -114,20 +102,34 @@ def linear(
     bias: Tensor | None,
     mode: str,
     plan: TilePlan | None = None,
-    before_dx: Callable[[], None] | None = None,
+    holding: AbstractContextManager | None = None,
     impl: str | None = None,
     observe: Observer | None = None,
 ) -> Tensor:
     """`sparse_linear` for a caller that has checked its arguments once and for all, as a host has.
 
-    before_dx is called in backward before `weight` is read: the host puts the entries back there,
-    if something took them out of the weight after the forward (a disabled adapter, a state_dict).
+    The backward runs inside `holding`: there the host writes the entries again, if something has
+    restored the weight since the forward (a disabled adapter, a state_dict).
     """
-    return _apply(x, weight, delta, index, bias, None, plan, mode, before_dx, impl, observe)
+    dense = isinstance(weight, Tensor)
+    return apply(
+        SparseLinearFunction,
+        x,
+        weight if dense else None,
+        None if dense else weight,
+        bias,
+        delta,
+        index,
+        plan,
+        mode,
+        holding,
+        impl,
+        observe,
+    )
 
 
 class SparseLinearFunction(torch.autograd.Function):
-    """y (M, N) from x (M, K); see `sparse_linear`. weight is a tensor, or else None."""
+    """y (..., N) from x (..., K); see `sparse_linear`. weight is a tensor, or else None."""
 
     @staticmethod
     def forward(
@@ -138,21 +140,19 @@ class SparseLinearFunction(torch.autograd.Function):
         bias,
         delta,
         index,
-        base,
         plan,
         mode,
-        before_dx,
+        holding,
         impl,
         observe,
     ):
+        shape, x = x.shape, as_tokens(x)
         ops = backend.select(x, impl)
-        bias = None if bias is None else bias.to(x.dtype)
-        if base is not None:
-            ops.sparse_write([weight], [base], [delta], [index])
+        bias = None if bias is None else cast(bias, x.dtype)
         if mode == "additive":
             y = linear_by_panels(ops, x, panels or weight, bias, delta, index)
         else:
-            y = ops.linear(x, weight.to(x.dtype), bias)
+            y = ops.linear(x, cast(weight, x.dtype), bias)
 
         ctx.needs_dx, _, _, ctx.needs_dbias, ctx.needs_delta = ctx.needs_input_grad[:5]
         # delta is saved in inplace mode too: a step of the optimizer between forward and backward
@@ -163,35 +163,31 @@ class SparseLinearFunction(torch.autograd.Function):
             weight if ctx.needs_dx else None,
             delta,
             index,
-            base,
         )
         ctx.panels, ctx.plan, ctx.mode, ctx.impl = panels, plan, mode, impl
-        ctx.before_dx, ctx.observe = before_dx, observe
-        return y
+        ctx.holding, ctx.observe = holding if ctx.needs_dx else None, observe
+        return like_tokens(y, shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
-        x, weight, delta, index, base = ctx.saved_tensors
+        x, weight, delta, index = ctx.saved_tensors
+        shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
         ops = backend.select(dy, ctx.impl)
         dx = dbias = d_delta = None
-        with without_autocast(dy):
-            if ctx.needs_dx:
-                if base is not None:
-                    ops.sparse_write([weight], [base], [delta], [index])
-                elif ctx.before_dx is not None:
-                    ctx.before_dx()
-                if ctx.mode == "additive":
-                    dx = linear_dx_by_panels(ops, dy, ctx.panels or weight, delta, index)
-                else:
-                    dx = ops.linear_dx(dy, weight.to(dy.dtype))
-            if ctx.needs_delta:
-                d_delta = ops.sparse_grad(dy, x, index, ctx.plan).to(delta.dtype)
-            if ctx.needs_dbias:
-                dbias = dy.sum(0)
-            if ctx.observe is not None:
-                ctx.observe(dy, x)
-        return dx, None, None, dbias, d_delta, None, None, None, None, None, None, None
+        if ctx.needs_dx:
+            if ctx.mode == "additive":
+                dx = linear_dx_by_panels(ops, dy, ctx.panels or weight, delta, index)
+            else:
+                dx = ops.linear_dx(dy, cast(weight, dy.dtype))
+        if ctx.needs_delta:
+            d_delta = cast(ops.sparse_grad(dy, x, index, ctx.plan), delta.dtype)
+        if ctx.needs_dbias:
+            dbias = dy.sum(0)
+        if ctx.observe is not None:
+            ctx.observe(dy, x)
+        dx = None if dx is None else dx.view(*shape[:-1], dx.shape[-1])
+        return dx, None, None, dbias, d_delta, None, None, None, None, None, None
 
 
 def check_entries(name: str, index: Tensor, shape: tuple[int, int]) -> int:
@@ -233,22 +229,3 @@ def _check_weight(weight: Weight, x: Tensor) -> None:
             f"x must have shape (..., {weight.shape[1]}) to go with weight {weight.shape}, "
             f"got {tuple(x.shape)}"
         )
-
-
-def _apply(x, weight, delta, index, bias, base, plan, mode, before_dx, impl, observe):
-    dense = isinstance(weight, Tensor)
-    y = SparseLinearFunction.apply(
-        as_tokens(x),
-        weight if dense else None,
-        None if dense else weight,
-        bias,
-        delta,
-        index,
-        base,
-        plan,
-        mode,
-        before_dx,
-        impl,
-        observe,
-    )
-    return y.view(*x.shape[:-1], y.shape[-1])

@@ -15,7 +15,7 @@ for MA 22 k and what SM3 works with, 32 k of one layer at a time. Nothing has th
 in which candidates are named, the first of a window, needs more for a moment: that of one layer.
 """
 
-from s2kernels.peft.spiel.growth import NUM_PROBES
+from s2kernels.peft.spiel.gradient_window import NUM_PROBES
 from s2kernels.plan import TILE, index_dtype
 
 Shape = tuple[int, int]  # (N, K)

@@ -335,7 +335,8 @@ def _in_original_basis(model: nn.Module, structure: Structure, units: Tensor) ->
     """S2FT layers may run their structure in a working basis, whose order their keeper knows."""
     for member in structure.members:
         layer: Any = layer_of(model, structure, member)
-        permutations = getattr(getattr(layer, "base_weights", None), "permutations", {})
+        arrangement = getattr(getattr(layer, "keeper", None), "arrangement", None)
+        permutations = getattr(arrangement, "permutations", {})
         if permutation := permutations.get(getattr(layer, "structure", None)):
             return torch.empty_like(units).index_copy_(0, permutation.orders[structure.unit], units)
     return units

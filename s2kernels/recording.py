@@ -100,12 +100,11 @@ class Premises:
         self._moments = [(p, dict(kept)) for p, kept in optimizer.state.items()]
         self._settings = list(self._settings_now())
         self._adapters: list[Any] = [m for m in model.modules() if "merged_adapters" in vars(m)]
+        # the keepers of the weights that S2FT writes to
+        keepers = {id(m.keeper): m.keeper for m in self._adapters if "keeper" in vars(m)}
+        self._keepers: list[Any] = list(keepers.values())
+        self._held = [keeper.copy_of_held() for keeper in self._keepers]
         self._state = list(self._state_now())
-        self._written = [
-            (layer, layer.written, layer.base_slice)
-            for layer in self._adapters
-            if "written" in vars(layer)
-        ]
 
     def hold(self) -> bool:
         """Whether all of it still is as it was."""
@@ -118,13 +117,13 @@ class Premises:
         )
 
     def put_back(self) -> None:
-        """Make true again what the layers say of their weights, after a recording that failed.
+        """Make true again what the keepers say of the weights, after a recording that failed.
 
         A forward that fails takes the slices out of the weights; but what a recording launches is
         not done, and they are still in there.
         """
-        for layer, written, base_slice in self._written:
-            layer.written, layer.base_slice = written, base_slice
+        for keeper, held in zip(self._keepers, self._held, strict=True):
+            keeper.put_back_held(held)
 
     def _has_moments(self) -> bool:
         state = self._optimizer.state
@@ -150,11 +149,8 @@ class Premises:
             yield tuple(layer._active_adapter)
             yield len(own["merged_adapters"])
             yield dict(own.get("scaling", ()))  # of LoRA
-            if "written" in own:
-                yield own["written"]
-                yield own["base_slice"]
-                yield own["base_weights"].engaged
-                yield from own["positions"].values()
+        for keeper in self._keepers:
+            yield keeper.snapshot()
 
 
 def _all_same(now: Iterator[Any], then: list[Any]) -> bool:

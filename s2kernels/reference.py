@@ -62,7 +62,8 @@ def slice_grad(
     if index is not None:
         dy, x = (dy, take(x, index)) if dim == "in" else (take(dy, index), x)
     acc = _accumulator(dy)
-    dy, x = dy.to(acc), x.to(acc)
+    if dy.dtype != acc:
+        dy, x = dy.to(acc), x.to(acc)
     # The narrow operand is the one to transpose: a BLAS on CPU takes thrice as long for the other.
     transposed = dim == "in"
     a, b = (x, dy) if transposed else (dy, x)
@@ -123,24 +124,32 @@ def swiglu_bwd(
     Returns dgate (M, K), dup (M, K) and h[:, index] as a compact (M, R), or None for index=None.
     With `out`, dgate and dup are written there; out=(gate, up) writes them over their operands.
     """
-    h_slice = None if index is None else swiglu(take(gate, index), take(up, index))
     dgate, dup = (torch.empty_like(gate), torch.empty_like(up)) if out is None else out
     acc = _accumulator(gate)
     if gate.dtype == acc:
-        _swiglu_bwd(dh, gate, up, dgate, dup)
+        h_slice = _swiglu_bwd(dh, gate, up, dgate, dup, index)
     else:
+        # the slice of h is rounded as `swiglu` rounds it
+        h_slice = None if index is None else swiglu(take(gate, index), take(up, index))
         g, u = gate.to(acc), up.to(acc)
-        _swiglu_bwd(dh.to(acc), g, u, g, u)
+        _swiglu_bwd(dh.to(acc), g, u, g, u, None)
         dgate.copy_(g)
         dup.copy_(u)
     return dgate, dup, h_slice
 
 
-def _swiglu_bwd(dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+def _swiglu_bwd(
+    dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, index: Index | None
+) -> Tensor | None:
     """dgate may be gate, and dup may be up: each operand is read before it is written over."""
     d_silu = dh * up
-    torch.ops.aten.silu.out(gate, out=dup).mul_(dh)
+    h_slice = None if index is None else take(up, index)
+    torch.ops.aten.silu.out(gate, out=dup)
+    if h_slice is not None and index is not None:
+        h_slice.mul_(take(dup, index))
+    dup.mul_(dh)
     torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=dgate)
+    return h_slice
 
 
 def linear_dx_swiglu_bwd(
@@ -238,7 +247,7 @@ def linear_dx_plus_slice(dy: Tensor, weight: Tensor, dy_slice: Tensor, delta: Te
 def take(x: Tensor, index: Index) -> Tensor:
     """x[:, index] as a compact copy (M, R): a view would keep the whole of x alive."""
     if isinstance(index, slice):
-        return x[:, index].clone(memory_format=torch.contiguous_format)
+        return x.narrow_copy(1, index.start, index.stop - index.start)
     return x.index_select(1, index)
 
 

@@ -5,7 +5,8 @@ import torch
 from peft import get_peft_model
 from tiny_models import tiny_model, token_ids
 
-from s2kernels.peft import S2FTConfig, fused, projections
+from s2kernels.peft import S2FTConfig
+from s2kernels.peft.s2ft import fused_mlp, fused_qkv
 
 SETTINGS = [
     ("inplace", "permute"),
@@ -29,8 +30,8 @@ def count_calls(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    counted(fused, "mlp")
-    counted(projections, "joined_linear")
+    counted(fused_mlp, "mlp")
+    counted(fused_qkv, "joined_linear")
     return counts
 
 

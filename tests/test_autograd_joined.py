@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.memory import kept_by, storages
-from s2kernels.autograd.joined import is_alone, join_, joined, joined_linear
+from s2kernels.autograd.joined import is_alone, join_, joined, joined_linear, runs_of
 
 GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_")
 
@@ -151,7 +151,7 @@ class Projections:
             join_(*self.weights[:together])
 
     def __call__(self, **kwargs):
-        return joined_linear(self.x, self.weights, self.biases, **kwargs)
+        return joined_linear(self.x, self.weights, runs_of(self.weights, self.biases), **kwargs)
 
     def dense(self, dtype):
         x = self.x.detach().to(dtype).requires_grad_()

@@ -8,21 +8,23 @@ from s2ft_models import EVERY_PROJECTION, MODES, WIDE, config, deltas, randomize
 from tiny_models import tiny_model, token_ids
 
 from s2kernels.peft import S2FTLinear
-from s2kernels.peft.layer import S2FTLayer
+from s2kernels.peft.s2ft.layer import S2FTLayer
 
 
+@pytest.mark.parametrize("layout", ("permute", "gather"))
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("model_type", ("phi3", "gpt2", "gpt_neox", "bert", "qwen3_moe"))
-def test_the_life_of_an_adapter_on_other_layouts_of_weights(model_type, mode, tmp_path):
+def test_the_life_of_an_adapter_on_other_layouts_of_weights(model_type, mode, layout, tmp_path):
     """Fused, transposed, interleaved, named otherwise, beside experts: nothing is special."""
     ids = token_ids()
     base = tiny_model(model_type, **WIDE)
     original, logits = base_state(base), base(ids).logits
     targets = EVERY_PROJECTION.get(model_type, "all-linear")
-    model = randomized(get_peft_model(base, config(mode=mode, target_modules=targets)))
+    fields = dict(mode=mode, layout=layout, target_modules=targets)
+    model = randomized(get_peft_model(base, config(**fields)))
     want = model(ids).logits.detach()
     assert (want - logits).abs().max() > 1e-3
-    assert model.base_model.base_weights.permutations
+    assert model.base_model.keeper.arrangement.moved == (layout == "permute")
     with model.disable_adapter():
         assert (model(ids).logits - logits).abs().max() <= 1e-12
     assert_same(base_state(model), original)

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.memory import kept_by
 from s2kernels import backend, kernels, reference
 from s2kernels.peft import report, select_indices
-from s2kernels.peft.experts import S2FTExperts, S2FTExpertTensor
+from s2kernels.peft.s2ft.experts import S2FTExperts, S2FTExpertTensor
 from s2kernels.select import random_units, ranked_units, scores
 
 IDS = token_ids()
@@ -185,7 +185,7 @@ def test_the_life_of_an_adapter(model_type, mode, layout, tmp_path):
     original, logits = base_state(base), base(IDS).logits
     model = get_peft_model(base, config(mode=mode, layout=layout, target_modules=ALL))
     assert (model(IDS).logits - logits).abs().max() <= 1e-10  # co-permuted, and nothing else
-    permuted = model.base_model.base_weights.permutations
+    permuted = model.base_model.keeper.arrangement.permutations
     assert (EXPERTS in permuted) == (layout == "permute")
     want = randomized(model)(IDS).logits.detach()
     assert (want - logits).abs().max() > 1e-3

@@ -13,7 +13,7 @@ from bench.memory import storages
 from s2kernels import backend
 from s2kernels.autograd.joined import joined
 from s2kernels.peft import S2FTConfig
-from s2kernels.peft.fused import FusedFFN
+from s2kernels.peft.s2ft.fused_mlp import FusedMLP
 
 GATED_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "qwen3_moe")
 
@@ -198,7 +198,7 @@ def test_a_forward_of_something_else_is_left_alone():
     model = get_peft_model(base, S2FTConfig(heads=2, channels=5))
     assert mlp.forward is own
     other = blocks(model)[1].mlp
-    assert isinstance(other.forward, FusedFFN)
+    assert isinstance(other.forward, FusedMLP)
     wrapper = other.forward = lambda x, inside=other.forward: inside(x)
     want = model(token_ids()).logits
     inner = model.unload()

@@ -96,7 +96,7 @@ def test_copies_and_pickles(mode, layout, calls):
         assert taken(calls) == (2, 2)
         mlp = blocks(twin)[0].mlp
         assert mlp.forward.module is mlp
-        assert mlp.forward.base_weights is twin.base_model.base_weights
+        assert mlp.forward.keeper is twin.base_model.keeper
 
 
 def test_a_failed_second_adapter_leaves_the_first_one_fused(calls):

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from s2kernels.coupling import channels_of_heads
 from s2kernels.peft import S2FTConfig, S2FTLinear, report
-from s2kernels.peft.layer import S2FTLayer
+from s2kernels.peft.s2ft.layer import S2FTLayer
 from s2kernels.select import random_units
 
 
@@ -90,7 +90,7 @@ def test_auto_is_additive_where_a_weight_is_shared():
     original = base_state(model)
     model = randomized(get_peft_model(model, config()))
     model(token_ids())
-    assert not any("mlp" in name for name in model.base_model.base_weights.permutations)
+    assert not any("mlp" in name for name in model.base_model.keeper.arrangement.permutations)
     with pytest.raises(ValueError, match="the weight is shared by 2 modules"):
         get_peft_model(model.unload(), config(mode="inplace", layout="gather"))
     assert_same(base_state(model.base_model.model), original)

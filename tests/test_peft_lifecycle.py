@@ -7,7 +7,7 @@ from tiny_models import tiny_model, token_ids
 from torch.optim.swa_utils import AveragedModel
 
 from s2kernels.peft import S2FTConfig, SpIELConfig
-from s2kernels.peft.lifecycle import AdapterLayer
+from s2kernels.peft.host.layer import AdapterLayer
 
 EVERY_CONFIG = pytest.mark.parametrize("config", (S2FTConfig, SpIELConfig))
 IDS = token_ids(batch=2)

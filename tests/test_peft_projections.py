@@ -11,7 +11,7 @@ from torch import nn
 
 from bench.memory import kept_by
 from s2kernels import backend
-from s2kernels.peft.projections import Projection
+from s2kernels.peft.s2ft.fused_qkv import Projection
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_what_nobody_asks_for_dies_with_the_input():
     own = Attention(adapted())
     x = torch.randn(2, 3, 32, dtype=torch.float64, requires_grad=True) * 1
     y = own.query(x)
-    waiting = [weakref.ref(out) for out, *_ in own.inputs._waiting.outputs.values()]
+    waiting = [weakref.ref(out) for out in own.inputs._waiting.outputs.values()]
     assert all(ref() is not None for ref in waiting)
     del y, x
     gc.collect()

@@ -9,7 +9,7 @@ from tiny_models import tiny_model, token_ids
 
 from s2kernels.coupling import channels_of_heads
 from s2kernels.peft import S2FTConfig, S2FTLinear, select_indices
-from s2kernels.peft.layer import S2FTLayer
+from s2kernels.peft.s2ft.layer import S2FTLayer
 from s2kernels.select import random_scores, random_units, ranked_units, scores
 
 STRATEGIES = ("weight", "activation", "product", "gradient")

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model,
 from s2ft_models import EVERY_COMBINATION, LAYOUTS, WIDE, config, deltas, randomized, train
 from tiny_models import tiny_model, token_ids
 
-from s2kernels.peft import S2FTConfig, S2FTLinear, base_weights, save_pretrained
+from s2kernels.peft import S2FTConfig, S2FTLinear, save_pretrained
+from s2kernels.peft.s2ft import arranged_weights
 
 IDS = token_ids()
 
@@ -76,7 +77,7 @@ def test_an_exception_in_a_forward_restores_the_base(layout):
         with pytest.raises(KeyError, match="in the middle"):
             model(ids)
         hook.remove()
-        slices = [m.written for m in model.modules() if isinstance(m, S2FTLinear)]
+        slices = [m.keeper.written(m) for m in model.modules() if isinstance(m, S2FTLinear)]
         assert slices == [None] * 4
         if layout != "permute":  # the raw weights are then in the original basis, too
             assert all(
@@ -148,7 +149,7 @@ def test_a_failure_half_way_leaves_no_stale_positions(when, monkeypatch):
     name = "undo_" if when == "release" else "apply_"
     if when == "engage":
         model.state_dict()
-    real, calls = getattr(base_weights, name), []
+    real, calls = getattr(arranged_weights, name), []
 
     def fail_at_the_second(*args):
         calls.append(args)
@@ -157,7 +158,7 @@ def test_a_failure_half_way_leaves_no_stale_positions(when, monkeypatch):
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(base_weights, name, fail_at_the_second)
+        patch.setattr(arranged_weights, name, fail_at_the_second)
         with pytest.raises(torch.OutOfMemoryError):
             model.state_dict() if when == "release" else model(IDS)
     assert (model(IDS).logits - want).abs().max() < 1e-12
@@ -347,4 +348,4 @@ def test_parts_of_the_model_have_the_weights_of_the_whole(layout):
         found = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
         assert_same({name: found[name] for name in want}, want)
     for module in inner.modules():
-        assert not isinstance(module, S2FTLinear) or module.written is None
+        assert not isinstance(module, S2FTLinear) or module.keeper.written(module) is None

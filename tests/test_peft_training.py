@@ -25,7 +25,6 @@ from transformers.pytorch_utils import Conv1D
 
 from bench.memory import kept_by
 from s2kernels import backend, kernels, reference
-from s2kernels.peft import S2FTLinear
 
 NUM_PROJECTIONS = dict(
     phi3=8, gpt2=8, gpt_neox=8, opt=12, bert=12, roberta=12, mixtral=12, qwen3_moe=13
@@ -235,9 +234,7 @@ def test_a_disabled_pass_between_forward_and_backward_changes_no_gradient(mode, 
             assert (model(ids).logits - reference).abs().max() <= 1e-12
 
     def take_the_slices_out():
-        for module in model.modules():
-            if isinstance(module, S2FTLinear):
-                module.restore()
+        model.base_model.keeper.restore()
 
     for disturb in (disturb_and_leave, take_the_slices_out):
         model.zero_grad()

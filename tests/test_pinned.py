@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -47,7 +48,12 @@ def signatures() -> dict[str, str]:
                 found[f"{name}.{field.name}"] = f"{field.type} = {field.default!r}"
         elif name.endswith(("Tuner", "Callback")) or inspect.isfunction(value):
             found[name] = str(inspect.signature(value))
-    return {name: text.replace(str(dataclasses.MISSING), "MISSING") for name, text in found.items()}
+    # Where a class is defined may change, its public name may not.
+    own_module = re.compile(r"s2kernels\.peft\.[a-z0-9_.]+\.")
+    return {
+        name: own_module.sub("", text).replace(str(dataclasses.MISSING), "MISSING")
+        for name, text in found.items()
+    }
 
 
 class SavedBytes:

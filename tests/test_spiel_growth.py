@@ -252,7 +252,7 @@ def test_the_loss_scale_is_seen_where_most_outputs_have_no_gradient():
 
 def test_a_step_is_left_out_for_one_gradient_that_is_not_finite(monkeypatch):
     """As GradScaler does, wherever that gradient is: here far from the entry that is probed."""
-    monkeypatch.setattr("s2kernels.peft.spiel.growth.NUM_PROBES", 1)
+    monkeypatch.setattr("s2kernels.peft.spiel.gradient_window.NUM_PROBES", 1)
     base, x, y, _, _ = regression()
     model = get_peft_model(base, config(num_tunable_weights=300, accumulation_steps=3))
     optimizer = make_optimizer(model, lr=0.01)

@@ -133,13 +133,14 @@ def test_a_weight_that_comes_to_be_shared_is_left_alone():
     model(IDS)
     blocks = model.base_model.model.model.layers
     first, second = (block.mlp.down_proj for block in blocks)
-    assert second.written == "default"
+    assert second.keeper.written(second) == "default"
     second.base_layer.weight = first.base_layer.weight
     want = first.base_layer.weight.detach().clone()
-    _, entries, index = first.displaced
+    held = first.keeper.held(first)
+    entries, index = held.base, held.where
     want.view(-1)[index.long()] = entries
     model(IDS)
-    assert first.written is None and second.written is None
+    assert first.keeper.written(first) is second.keeper.written(second) is None
     assert torch.equal(first.base_layer.weight, want)
 
 
@@ -229,7 +230,7 @@ def test_a_shared_weight_is_trained_in_a_copy():
     original = base_state(model)
     model = randomized(wrapped(model))
     model(IDS)
-    inplace = [layer.name for layer in layers(model) if layer.written]
+    inplace = [layer.name for layer in layers(model) if layer.keeper.written(layer)]
     assert len(inplace) == 12 and not any("down_proj" in name for name in inplace)
     assert_same(base_state(model), original)
     with pytest.raises(ValueError, match="the weight is shared by 2 modules"):

@@ -178,7 +178,7 @@ def test_memory_beyond_the_base_grows_with_the_entries_alone(selection):
     layer = layer_of(model)
     plans = [*layer._plans.values()]
     plans += [plan for watch in tuner.watches for plan in watch._plans or ()]
-    held = [layer.displaced[1], *layer.buffers(), *layer.spiel_delta.parameters()]
+    held = [layer.keeper.held(layer).base, *layer.buffers(), *layer.spiel_delta.parameters()]
     held += [p.grad for p in layer.spiel_delta.parameters()]
     held += [vars(owner) for owner in (*plans, *tuner.watches)] + [dict(optimizer.state)]
     seen = {tensor.untyped_storage()._cdata: tensor.numel() for tensor in _tensors(held)}
@@ -187,7 +187,7 @@ def test_memory_beyond_the_base_grows_with_the_entries_alone(selection):
 
 def spawned(rank, folder, results):
     """One of two processes that train replicas on different data."""
-    from s2kernels.peft.spiel import tuner as tuner_module
+    from s2kernels.peft.spiel import reselection as tuner_module
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)

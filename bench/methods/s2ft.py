@@ -34,7 +34,7 @@ class S2FTInplace(Method):
         )
         peft = get_peft_model(model, config)
         if self.options.compile:  # its first forward permutes, which is not to be traced
-            peft.base_model.base_weights.engage()
+            peft.base_model.keeper.engage()
         return peft
 
     def layout(self) -> str:

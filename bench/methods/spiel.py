@@ -13,7 +13,7 @@ from bench.methods.base import Method
 from bench.methods.budget import entries_in_all
 from bench.methods.options import Options, Unavailable
 from s2kernels.peft import SpIELConfig, SpIELTuner, make_optimizer
-from s2kernels.peft.spiel.growth import Watch
+from s2kernels.peft.spiel.gradient_window import GradientWindow
 
 
 class SpIEL(Method):
@@ -76,7 +76,7 @@ class SpIEL(Method):
     def is_due(self) -> bool:
         return bool(self.tuner.watches) or self.tuner.schedule.reselects(self.tuner.steps + 1)
 
-    def _whole_window(self, watch: Watch):
+    def _whole_window(self, watch: GradientWindow):
         """What is observed in all steps of a window, observed in one."""
 
         def observe(dy: Tensor, x: Tensor) -> None:

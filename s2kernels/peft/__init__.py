@@ -17,18 +17,18 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from s2kernels.peft.config import PEFT_TYPE, S2FTConfig
-from s2kernels.peft.linear import S2FTLinear
-from s2kernels.peft.model import S2FTModel
-from s2kernels.peft.report import report
-from s2kernels.peft.saving import save_pretrained
-from s2kernels.peft.selection import indices_of, select_indices
+from s2kernels.peft.host.saving import save_pretrained
+from s2kernels.peft.s2ft.config import PEFT_TYPE, S2FTConfig
+from s2kernels.peft.s2ft.linear import S2FTLinear
+from s2kernels.peft.s2ft.model import S2FTModel
+from s2kernels.peft.s2ft.report import report
+from s2kernels.peft.s2ft.selection import indices_of, select_indices
 from s2kernels.peft.spiel.callback import SpIELCallback
 from s2kernels.peft.spiel.config import PEFT_TYPE as SPIEL_TYPE
 from s2kernels.peft.spiel.config import SpIELConfig
 from s2kernels.peft.spiel.layer import SpIELLinear
 from s2kernels.peft.spiel.model import SpIELModel
-from s2kernels.peft.spiel.tuner import SpIELTuner, make_optimizer, support_of
+from s2kernels.peft.spiel.reselection import SpIELTuner, make_optimizer, support_of
 
 # PEFT's dictionaries are meant to be filled from outside, but typed for its own enumeration only.
 _METHODS: tuple[tuple[Any, Any, Any], ...] = (

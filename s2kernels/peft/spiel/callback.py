@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from s2kernels.peft.spiel.checkpoint import load_tuner, save_tuner
-from s2kernels.peft.spiel.tuner import SpIELTuner
+from s2kernels.peft.spiel.reselection import SpIELTuner
 
 
 class SpIELCallback(TrainerCallback):

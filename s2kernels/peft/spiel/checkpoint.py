@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from s2kernels.files import replacing
-from s2kernels.peft.spiel.tuner import WINDOW_FIELDS, SpIELTuner
+from s2kernels.peft.spiel.reselection import WINDOW_FIELDS, SpIELTuner
 
 JSON_NAME = "spiel_tuner.json"
 TENSORS_NAME = "spiel_tuner.safetensors"

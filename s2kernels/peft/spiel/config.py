@@ -3,16 +3,17 @@
 from dataclasses import dataclass, field
 
 from s2kernels.autograd.checks import MODES, check_choice
+from s2kernels.peft.host.config import AdapterConfig, MethodType
+from s2kernels.peft.host.model_card import CardText
 from s2kernels.peft.spiel.schedule import DECAYS, Schedule
-from s2kernels.peft.targets import TargetsConfig, _PeftType
 
 SELECTIONS = ("accumulated_gradient", "momentum_approximation")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-PEFT_TYPE = _PeftType("SPIEL")
+PEFT_TYPE = MethodType("SPIEL")
 
 
 @dataclass
-class SpIELConfig(TargetsConfig):
+class SpIELConfig(AdapterConfig):
     """Sparse fine-tuning of scattered entries that are dropped and grown (SpIEL, arXiv 2401.16405).
 
     Of every target, as many entries of the weight are trained as its share of all targets' entries
@@ -117,4 +118,15 @@ class SpIELConfig(TargetsConfig):
             self.initial_replacement_rate,
             self.final_replacement_rate,
             self.replacement_schedule,
+        )
+
+    def card_text(self) -> CardText:
+        num = self.num_tunable_weights
+        budget = f"density {self.density}" if num is None else f"a budget of {num:,}"
+        return CardText(
+            "## SpIEL adapter",
+            ("spiel", "arxiv:2401.16405"),
+            "Sparse fine-tuning: scattered entries of the linear layers' weights were trained\n"
+            f"({budget}, selection {self.selection}, seed {self.seed}).",
+            "`s2kernels merge` makes one model of base and adapter, which loads without s2kernels.",
         )

@@ -1,152 +1,220 @@
-"""The layer that PEFT puts in the place of a Linear: how its deltas reach the output."""
+"""The layer that PEFT puts in the place of a Linear: its trained entries, and its forward."""
 
-from collections.abc import Callable
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
 
-from s2kernels.autograd.sparse import Weight, linear
-from s2kernels.peft.loaded import changed, moved
-from s2kernels.peft.spiel.dequantize import is_quantized, keeping_order, panels_of
-from s2kernels.peft.spiel.entries import EntryLayer
-from s2kernels.peft.spiel.weights import write_entries
-from s2kernels.plan import tile_plan
+from s2kernels import backend
+from s2kernels.adapter import fingerprint
+from s2kernels.autograd.sparse import Observer, Weight, check_entries, linear
+from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.layer import AdapterLayer
+from s2kernels.peft.host.premises import Premises
+from s2kernels.peft.host.weights import WeightKeeper
+from s2kernels.peft.host.written_layer import Held
+from s2kernels.peft.spiel.dequantize import check_order, is_quantized, keeping_order, panels_of
+from s2kernels.peft.spiel.replace import Replacement
+from s2kernels.plan import TilePlan, rows_and_columns, tile_plan
 
 
-class SpIELLinear(EntryLayer):
-    """A frozen linear layer, weight (N, K), with k trained entries per adapter: see `EntryLayer`.
+def launch_sparse_write(entries: list[tuple]) -> None:
+    """`sparse_write` of the entries of layers, all on one device and all with or without delta."""
+    weights, base, deltas, index = zip(*entries, strict=True)
+    write = backend.select(weights[0]).sparse_write
+    write(weights, base, None if deltas[0] is None else deltas, index)
 
-    `observers` are called in backward: see `s2kernels.autograd.sparse_linear`.
+
+class EntriesCall(NamedTuple):
+    """What a forward of the layer does; see `AdapterLayer.prepared`.
+
+    adapter: the one that is active, None for the base alone; written: the same where its entries
+    belong in the weight, else None. weight: None where the base layer is quantized.
     """
 
-    def active(self) -> str | None:
-        """The adapter that the output is to have; None for the base alone.
+    changes: int
+    premises: Premises
+    adapter: str | None
+    written: str | None
+    weight: Tensor | None
+    bias: Tensor | None
+    holding: Holding | None
 
-        Raises ValueError for several at once.
+
+class SpIELLinear(AdapterLayer):
+    """A frozen linear layer, weight (N, K), with k trained entries per adapter.
+
+    Saved per adapter:
+
+        spiel_delta        Parameter (k,), fp32 by default
+        spiel_index        (k,) positions row * K + column, ascending: see `index_dtype`
+        spiel_fingerprint  int64 (1,), of W0 there: an adapter is refused on another base. 0, for
+                           "not known", where the weight is quantized
+
+    `name` is that of the layer in the model. `observers` are called in backward: see
+    `s2kernels.autograd.sparse_linear`.
+    """
+
+    spiel_delta: nn.ParameterDict
+    spiel_index: BufferDict
+    spiel_fingerprint: BufferDict
+    delta_name, index_name = "spiel_delta", "spiel_index"
+    fingerprint_name = "spiel_fingerprint"
+    adapter_layer_names = ("spiel_delta",)
+    other_param_names = (
+        *("spiel_index", "spiel_fingerprint", "modes", "observers"),
+        *("_plans", "_renew", "_seen"),
+    )
+
+    def __init__(self, base_layer: nn.Module, keeper: WeightKeeper, name: str) -> None:
+        super().__init__(keeper, name)
+        self.base_layer = base_layer
+        linear_layer: Any = base_layer
+        self.in_features: int = linear_layer.in_features
+        self.out_features: int = linear_layer.out_features
+        self.observers: dict[str, Observer] = {}
+        self._plans: dict[str, TilePlan] = {}
+
+    @torch.inference_mode(False)  # or they could never be trained
+    def update_layer(
+        self, adapter_name: str, index: Tensor, mode: str, dtype: torch.dtype | None
+    ) -> None:
+        """Add an adapter that trains the entries at `index` (k,), sorted, deltas in dtype.
+
+        Raises ValueError for an offloaded weight, for mode="inplace" where the base layer does not
+        admit it, and for a 4-bit weight that bitsandbytes has rearranged.
         """
-        if self.disable_adapters or self.merged:
-            return None
-        names = self._present(self.active_adapters)
+        self.check_is_loaded()
+        check_order(self.get_base_layer())
+        self.check_mode(mode)
+        weight = self.weight
+        num = check_entries("index", index, self.shape)
+        if dtype is None:
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
+        zeros = torch.zeros(num, dtype=dtype, device=weight.device)
+        self.add(adapter_name, mode, nn.Parameter(zeros), index)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the weight, which a quantized one does not have."""
+        return self.out_features, self.in_features
+
+    def obstacle(self) -> str | None:
+        base = self.get_base_layer()
+        if type(base) is not nn.Linear:
+            return f"the base layer is a {type(base).__name__}"
+        if not self.weight.is_contiguous():
+            return f"the weight is not contiguous, its stride is {self.weight.stride()}"
+        return None
+
+    def take(self, adapter: str) -> Held:
+        index = self.spiel_index[adapter]
+        base = self.weight.data[rows_and_columns(index, self.in_features)]
+        return Held(adapter, self.weight, index, base, self.spiel_delta[adapter])
+
+    def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
+        return [(held.weight, held.base, delta, held.where)]
+
+    def locate(self) -> None:
+        self._plans = {}
+        for name, index in self.spiel_index.items():
+            if index.is_meta:
+                continue
+            num = check_entries(f"{self.name}: spiel_index of adapter {name!r}", index, self.shape)
+            if num != len(self.spiel_delta[name]):
+                raise ValueError(
+                    f"{self.name}: spiel_index of adapter {name!r} must have the "
+                    f"{len(self.spiel_delta[name])} entries of spiel_delta, got {num}"
+                )
+
+    def fingerprint_of(self, base: Tensor) -> Tensor:
+        return fingerprint(base[None], "out")
+
+    def check_fingerprint(self, expected: Tensor, base: Tensor) -> None:
+        if not torch.equal(self.fingerprint_of(base).to(expected.device), expected):
+            raise ValueError(
+                f"{self.name}: the adapter was trained on another base: what the weight holds at "
+                f"its {len(base)} trained entries is not as it was; load the base that it was "
+                "trained on"
+            )
+
+    def unknown_fingerprint(self, adapter: str) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64, device=self.spiel_index[adapter].device)
+
+    def active(self) -> list[str]:
+        """See `AdapterLayer.active`. Raises ValueError for several at once."""
+        names = super().active()
         if len(names) > 1:
             raise ValueError(f"one SpIEL adapter can be active at a time, got {names}")
-        return names[0] if names else None
+        return names
 
-    def inplace_adapter(self) -> str | None:
-        """The adapter whose entries belong in the weight now; None where there is none."""
-        name = self.active()
-        if name is None or self.modes[name] == "additive":
-            return None
-        return name if self.modes[name] == "inplace" or self.not_inplace() is None else None
+    def prepare(self) -> EntriesCall:
+        written, premises = self.written_adapter(), Premises()
+        name = next(iter(self.active()), None)
+        weight = None if is_quantized(self.get_base_layer()) else self.weight
+        if not torch.compiler.is_compiling():
+            self.note(premises, name)
+        return EntriesCall(
+            *(self.keeper.changes, premises, name, written, weight),
+            self.bias if name is not None else None,
+            holding(self.keeper, {self: written}) if name is not None else None,
+        )
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output with the active adapter: (..., N) for x (..., K)."""
-        self.refresh()
+        if torch.compiler.is_compiling():
+            return self._compute(x, self.prepare(), *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        name = self.active()
+        call = self.prepared()
+        if self.keeper.are_ready({self: call.written}):
+            return self._compute(x, call, *args, **kwargs)
+        with self.keeper.lock:
+            self.keeper.ensure_written({self: call.written})
+            return self._compute(x, call, *args, **kwargs)
+
+    def _compute(self, x: Tensor, call: EntriesCall, *args, **kwargs) -> Tensor:
+        name = call.adapter
         if name is None:
-            self.restore()
             with keeping_order(self.get_base_layer()):
                 y = self.base_layer(x, *args, **kwargs)
-            before_dx = self.before_dx(None)
-            if y.requires_grad and before_dx is not None and not self.merged:
-                y.register_hook(lambda dy: before_dx())
+            self.keep_w0_for_backward_of(y)
             return y
-        if self.inplace_adapter() is None:
-            self.restore()
-            base = self.get_base_layer()
-            weight = panels_of(base) if is_quantized(base) else self.weight
-            return self._linear(x, name, weight, "additive", self.before_dx(None))
-        # A forward of the whole model has written all entries by one launch. What comes from
-        # elsewhere (a recomputed checkpoint, a call of a submodule) writes its own.
-        if self.written != name or not self.weights.in_forward:
-            self.weights.write([(self, name)])
-        return self._linear(x, name, self.weight, "inplace", self.before_dx(name))
-
-    def _linear(
-        self,
-        x: Tensor,
-        name: str,
-        weight: Weight,
-        mode: str,
-        before_dx: Callable[[], None] | None,
-    ) -> Tensor:
         delta, index = self.spiel_delta[name], self.spiel_index[name]
         if name not in self._plans and torch.is_grad_enabled() and delta.requires_grad:
             self._plans[name] = tile_plan(index, self.shape)
+        weight: Weight | None = call.weight
+        if weight is None:
+            weight = panels_of(self.get_base_layer())
+        mode = "additive" if call.written is None else "inplace"
         return linear(
-            *(x, weight, delta, index, self.bias, mode, self._plans.get(name), before_dx),
+            *(x, weight, delta, index, call.bias, mode, self._plans.get(name), call.holding),
             observe=self.observers.get(name),
         )
 
-    def before_dx(self, name: str | None) -> Callable[[], None] | None:
-        """What a backward is to call before it reads the weight, so that it meets what the forward
-        saw there: the entries of the adapter `name`, or W0 alone for None.
+    @torch.no_grad()
+    def replace(self, adapter_name: str, replaced: Replacement) -> None:
+        """Train other entries from now on: the delta of grown ones is 0, gradients move along.
+
+        The weight must hold W0. States of an optimizer are the caller's.
         """
-        if torch.compiler.is_compiling():
-            return None
-        return partial(self._before_dx, name, self._operands(name))
-
-    def _operands(self, name: str | None) -> tuple[Tensor, ...]:
-        """What the weight is made of with the entries of that adapter; nothing without one."""
-        if name is None or name not in self.spiel_delta:
-            return ()
-        return self.weight, self.spiel_delta[name], self.spiel_index[name]
-
-    def _before_dx(self, name: str | None, operands: tuple[Tensor, ...]) -> None:
-        """Raises RuntimeError where what the forward saw cannot be put back any more."""
-        if self.merged or not (name is None or self.weights.attached):
-            raise RuntimeError("the adapter was merged or unloaded between forward and backward")
-        if name is None:
-            self.restore()
-            return
-        # by identity: autograd notices what is written into them
-        if list(map(id, operands)) != list(map(id, self._operands(name))):
-            raise RuntimeError(
-                f"{self.name}: the weight, or the adapter {name!r}, is another one than it was in "
-                "the forward"
-            )
-        if self.written != name:
-            self.weights.write([(self, name)])
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write base + delta into the weight, rounded once, until `unmerge` restores every bit.
-
-        Raises as `check_merge` does, before anything changes.
-        """
-        for name in self.check_merge(safe_merge, adapter_names):
-            before = self.weight, self.take_base_entries(name), self.spiel_index[name].clone()
-            write_entries([before], [self.spiel_delta[name]])
-            self._merged_entries.append(before)
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Undo every `merge`, the last one first: the weight is what it was, bit for bit."""
-        self.restore()
-        while self.merged_adapters:
-            write_entries([self._merged_entries.pop()], None)
-            self.merged_adapters.pop()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.restore()
-        super().delete_adapter(adapter_name)
+        delta = self.spiel_delta[adapter_name]
+        replaced.apply_(delta)
+        if delta.grad is not None:
+            replaced.apply_(delta.grad)
+        self.spiel_index[adapter_name].copy_(replaced.index)
+        check_entries(f"{self.name}: index", self.spiel_index[adapter_name], self.shape)
+        self._plans.pop(adapter_name, None)
+        self.spiel_fingerprint[adapter_name] = self.unknown_fingerprint(adapter_name)
+        self._renew[adapter_name] = True
+        self._seen[adapter_name] = self._sources(adapter_name)
+        self.keeper.changed()
 
     def _apply(self, fn, recurse: bool = True):
-        found = changed(self.spiel_index, self.spiel_fingerprint, self._seen, loaded=False)
-        if self.is_moved():
-            self.restore()
-        before = self.weight
         super()._apply(fn, recurse)
-        if self.displaced is not None:
-            index = self.spiel_index[str(self.written)]
-            self.displaced = self.weight, fn(self.displaced[1]), index
-        self._merged_entries = [
-            (self.weight, fn(base), fn(index)) if weight is before else (weight, base, index)
-            for weight, base, index in self._merged_entries
-        ]
         self._plans = {}
-        self._seen = moved(self.spiel_index, self.spiel_fingerprint, self._seen, found)
         return self
 
     def extra_repr(self) -> str:

@@ -12,19 +12,21 @@ from peft.tuners.tuners_utils import (
 )
 from torch import Tensor, nn
 
-from s2kernels.peft.lifecycle import AdapterModel
+from s2kernels.peft.host.model import AdapterModel
+from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.spiel.config import SpIELConfig
 from s2kernels.peft.spiel.dequantize import is_quantized
-from s2kernels.peft.spiel.layer import SpIELLinear
-from s2kernels.peft.spiel.weights import EntryWeights
+from s2kernels.peft.spiel.layer import SpIELLinear, launch_sparse_write
 from s2kernels.plan import index_dtype
 from s2kernels.select import seeded_generator
+
+# what DistributedDataParallel asks a model for
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 class SpIELModel(AdapterModel):
     """SpIEL adapters in a model; made by `get_peft_model` and its kin."""
 
-    base_weights: EntryWeights
     prefix: str = "spiel_"
     tuner_layer_cls = SpIELLinear
     target_module_mapping: dict = {}  # the default is all linear layers of any model
@@ -41,12 +43,33 @@ class SpIELModel(AdapterModel):
         self._check_is_whole(model)
         config = self._own_config(adapter_name)
         existing = self._existing_layers(model)
-        self.base_weights = existing[0].weights if existing else EntryWeights(model)
-        self.base_weights.restore(existing)
-        self.base_weights.inspect()
+        if existing:
+            self.keeper = existing[0].keeper
+        else:
+            self.keeper = WeightKeeper(model, launch_sparse_write)
+        self.keeper.release()
+        self.keeper.inspect()
         self._counts = budgets(model, config)
         with self._adding(model, adapter_name, existing):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _attach(self) -> None:
+        super()._attach()
+        # DDP would copy the indices of process 0 to the others in every forward: a change, as after
+        # loading, for nothing
+        model = self.keeper.model
+        names = [name for name, _ in model.named_buffers() if ".spiel_" in name]
+        names += [f"base_model.model.{name}" for name in names]
+        setattr(model, _DDP_IGNORES, [*getattr(model, _DDP_IGNORES, []), *names])
+
+    def _detach(self) -> None:
+        super()._detach()
+        model = self.keeper.model
+        ignored = getattr(model, _DDP_IGNORES, [])
+        if left := [name for name in ignored if ".spiel_" not in name]:
+            setattr(model, _DDP_IGNORES, left)
+        elif ignored:
+            delattr(model, _DDP_IGNORES)
 
     def _create_and_replace(
         self,
@@ -66,7 +89,7 @@ class SpIELModel(AdapterModel):
         if isinstance(target, SpIELLinear):
             target.update_layer(adapter_name, index, config.mode, dtype)
             return
-        layer = SpIELLinear(base, self.base_weights, current_key)
+        layer = SpIELLinear(base, self.keeper, current_key)
         layer.update_layer(adapter_name, index, config.mode, dtype)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

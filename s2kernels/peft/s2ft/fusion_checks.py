@@ -3,25 +3,18 @@
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from s2kernels.autograd.checks import is_autocast
-from s2kernels.peft.layer import S2FTLayer
-from s2kernels.peft.linear import S2FTLinear
+from s2kernels.peft.host.premises import Premises
+from s2kernels.peft.s2ft.layer import S2FTLayer
+from s2kernels.peft.s2ft.linear import S2FTLinear
 
 
-def is_watched() -> bool:
-    """Whether there are hooks on the calls of all modules."""
-    return bool(_has_any_global_hook())
-
-
-def one_adapter(layers: Sequence[S2FTLayer]) -> str | None:
+def sole_active_adapter(layers: Sequence[S2FTLayer]) -> str | None:
     """The only adapter that is active in any of the layers, if it is to be fused."""
-    names: set[str] = set()
-    for layer in layers:
-        if layer.disable_adapters or layer.merged or layer.base_weights.adapter_names is not None:
-            return None
-        names |= {name for name in layer.active_adapters if name in layer.s2ft_delta}
+    if any(layer.disable_adapters or layer.merged for layer in layers):
+        return None
+    names = {name for layer in layers for name in layer.active()}
     if len(names) != 1:
         return None
     (name,) = names
@@ -38,18 +31,9 @@ def linear_behind(module: nn.Module) -> nn.Linear | None:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a call runs the forward of the class alone, hooks of all modules aside."""
-    return "forward" not in vars(module) and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether there are hooks on the calls of this very module."""
-    own = vars(module)
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    )
+    premises = Premises()
+    premises.bare(module)
+    return premises.hold()
 
 
 def is_silu(activation: nn.Module) -> bool:
@@ -60,13 +44,6 @@ def is_silu(activation: nn.Module) -> bool:
         "SiLUActivation",
     )
     return known and is_bare(activation)
-
-
-def fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether all weights are plain, frozen, and what torch.nn.Linear would multiply x with."""
-    first = weights[0]
-    same = is_autocast(x) or x.dtype == first.dtype
-    return same and x.device == first.device and are_alike(weights)
 
 
 def are_alike(weights: Sequence[Tensor]) -> bool:
@@ -80,3 +57,22 @@ def are_alike(weights: Sequence[Tensor]) -> bool:
         and weight.device == first.device
         for weight in weights
     )
+
+
+def weights_match_input(weight: Tensor, x: Tensor) -> bool:
+    """Whether torch.nn.Linear would multiply x with the weight as they are."""
+    return (x.dtype == weight.dtype or is_autocast(x)) and x.device == weight.device
+
+
+def note_bare_linear(premises: Premises, module: nn.Module) -> None:
+    """Note what `linear_behind` looks at, and that the weights stay frozen where they lie."""
+    premises.bare(module)
+    if isinstance(module, S2FTLinear):
+        premises.same_child(module, "base_layer")
+        module = module.base_layer
+        premises.bare(module)
+    for name in ("weight", "bias"):
+        premises.same_tensor(module, name)
+    if isinstance(module, nn.Linear):
+        premises.as_trainable(module.weight)
+        premises.unmoved(module.weight)

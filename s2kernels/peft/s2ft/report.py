@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from s2kernels.peft.layer import S2FTLayer
+from s2kernels.peft.s2ft.layer import S2FTLayer
 
 
 def report(model: nn.Module, adapter_name: str = "default") -> str:

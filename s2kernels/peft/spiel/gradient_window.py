@@ -12,7 +12,7 @@ from s2kernels.plan import TilePlan, tile_plan
 NUM_PROBES = 64
 
 
-class Watch:
+class GradientWindow:
     """What is seen of one layer while a window is open.
 
     The first backward names `candidates`, the k entries of largest gradient; one that tells no
@@ -80,7 +80,7 @@ class Watch:
 
 
 # and the delta of that layer, with the gradient that the optimizer has got
-Watched = tuple[Watch, Tensor]
+Watched = tuple[GradientWindow, Tensor]
 
 
 def close_step(watched: Sequence[Watched], group: object) -> None:

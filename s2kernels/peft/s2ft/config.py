@@ -4,16 +4,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from s2kernels.autograd.checks import MODES, check_choice
-from s2kernels.peft.targets import TargetsConfig, _PeftType
+from s2kernels.peft.host.config import AdapterConfig, MethodType
+from s2kernels.peft.host.model_card import CardText
 from s2kernels.select import SCOPES, STRATEGIES
 
 LAYOUTS = ("auto", "permute", "block", "gather")
 SELECTIONS = ("random", *STRATEGIES)
-PEFT_TYPE = _PeftType("S2FT")
+PEFT_TYPE = MethodType("S2FT")
 
 
 @dataclass
-class S2FTConfig(TargetsConfig):
+class S2FTConfig(AdapterConfig):
     """Structured sparse fine-tuning (S2FT, arXiv 2412.06289).
 
     In every attention and FFN block some heads and channels are trained: the input channels of
@@ -133,3 +134,16 @@ class S2FTConfig(TargetsConfig):
                 "coupled=False draws for each target, which goes with selection='random' alone, "
                 f"got selection={self.selection!r}"
             )
+
+    def card_text(self) -> CardText:
+        chosen = f"selection {self.selection}, heads {self.heads}, channels {self.channels}"
+        chosen += f", seed {self.seed}"
+        if self.indices is not None and (self.selection, self.scope) == ("random", "layer"):
+            chosen = "given by their indices"  # a random selection within layers leaves none behind
+        return CardText(
+            "## S2FT adapter",
+            ("s2ft", "arxiv:2412.06289"),
+            "Structured sparse fine-tuning: of every block some heads and channels were trained\n"
+            f"({chosen}). The tensors are in the order of the checkpoint's channels.",
+            "Servers that take LoRA adapters take this one after `s2kernels export-lora`, exactly.",
+        )

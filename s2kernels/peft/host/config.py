@@ -1,14 +1,14 @@
-"""What the configurations of all methods share: their type, which modules are meant, the card."""
+"""What the configurations of both methods share: their type, which modules are meant, the card."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
 
-from s2kernels.peft.card import write_card
+from s2kernels.peft.host.model_card import CardText, write_card
 
 
-class _PeftType(str):
+class MethodType(str):
     """A value like those of `peft.PeftType`, which is a closed enumeration."""
 
     value = property(str.__str__)
@@ -16,7 +16,7 @@ class _PeftType(str):
 
 
 @dataclass
-class TargetsConfig(PeftConfig):
+class AdapterConfig(PeftConfig):
     """The fields that choose modules. Each method says itself what `target_modules` may name.
 
     `get_peft_model` and its kin leave it as it was: what the model makes of it, such as the names
@@ -65,4 +65,8 @@ class TargetsConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes adapter_config.json, and into README.md how the adapter is loaded."""
         super().save_pretrained(save_directory, **kwargs)
-        write_card(save_directory, self)
+        write_card(save_directory, self.base_model_name_or_path, self.card_text())
+
+    def card_text(self) -> CardText:
+        """What the model card says of an adapter of this configuration."""
+        raise NotImplementedError

@@ -1,9 +1,8 @@
-"""Loading: when it may be done, and which adapters of a layer it has replaced the buffers of."""
+"""Which adapters of a layer were loaded since the last look."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from s2kernels.autograd.checks import version_of
@@ -49,11 +48,3 @@ def moved(
         index, fingerprint = seen[name]
         now[name] = [index, now[name][1] if is_own else fingerprint]
     return now
-
-
-def check_none_is_merged(layers: Iterable[BaseTunerLayer]) -> None:
-    """Raises RuntimeError for merged adapters: unmerging would write over what is loaded."""
-    if any(layer.merged for layer in layers):
-        raise RuntimeError(
-            "weights cannot be loaded while adapters are merged: call unmerge_adapter first"
-        )

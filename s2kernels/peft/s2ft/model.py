@@ -15,13 +15,16 @@ from torch import nn
 from s2kernels.adapter import combine
 from s2kernels.architectures import TABLE, Member, in_projections
 from s2kernels.coupling import find, is_conv1d, structures
-from s2kernels.peft.base_weights import BaseWeights
-from s2kernels.peft.config import S2FTConfig
-from s2kernels.peft.experts import S2FTExperts, tensors_to_train
-from s2kernels.peft.layer import S2FTLayer
-from s2kernels.peft.lifecycle import AdapterModel
-from s2kernels.peft.linear import S2FTLinear, features
-from s2kernels.peft.selection import (
+from s2kernels.peft.host.model import AdapterModel
+from s2kernels.peft.host.weights import WeightKeeper
+from s2kernels.peft.s2ft.arranged_weights import ArrangedWeights, arrangement_of
+from s2kernels.peft.s2ft.config import S2FTConfig
+from s2kernels.peft.s2ft.experts import S2FTExperts, tensors_to_train
+from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp
+from s2kernels.peft.s2ft.fused_qkv import Projection, fuse_qkv
+from s2kernels.peft.s2ft.layer import S2FTLayer, launch_slice_write
+from s2kernels.peft.s2ft.linear import S2FTLinear, features
+from s2kernels.peft.s2ft.selection import (
     check_budget_pattern,
     drawn_index,
     own_budget,
@@ -33,7 +36,7 @@ from s2kernels.select import random_units
 class S2FTModel(AdapterModel):
     """S2FT adapters in a transformers model; made by `get_peft_model` and its kin."""
 
-    base_weights: BaseWeights
+    arrangement: ArrangedWeights
     prefix: str = "s2ft_"
     tuner_layer_cls = S2FTLayer
     target_module_mapping = {model_type: in_projections(model_type) for model_type in TABLE}
@@ -57,10 +60,14 @@ class S2FTModel(AdapterModel):
                 raise
             found = {}
         existing = self._existing_layers(model)
-        self.base_weights = existing[0].base_weights if existing else BaseWeights(model)
-        self.base_weights.release()
-        self.base_weights.inspect()
-        self.base_weights.structures = found
+        if existing:
+            self.keeper = existing[0].keeper
+        else:
+            self.keeper = WeightKeeper(model, launch_slice_write, ArrangedWeights(model))
+        self.keeper.release()
+        self.keeper.inspect()
+        self.arrangement = arrangement_of(self.keeper)
+        self.arrangement.structures = found
 
         if config.indices is None and (config.selection, config.scope) != ("random", "layer"):
             if config.selection not in ("random", "weight"):
@@ -92,7 +99,27 @@ class S2FTModel(AdapterModel):
 
     def _attach(self) -> None:
         layers = self._layers_of(self.model)
-        self.base_weights.attach(layers, self.base_weights.structures)
+        why_not = self.keeper.not_inplace(layers[0].weight) if layers else None
+        self.arrangement.plan(layers, why_not)
+        self._take_charge(
+            layers,
+            writes=any(
+                layer.layouts[name] == "permute" or layer.modes[name] != "additive"
+                for layer in layers
+                for name in layer.modes
+            ),
+        )
+        for structure in self.arrangement.structures.values():
+            if structure.kind == "ffn":
+                fuse_mlp(self.keeper, structure)
+            elif structure.kind == "attention":
+                fuse_qkv(self.keeper, structure)
+
+    def _detach(self) -> None:
+        super()._detach()
+        for module in self.keeper.model.modules():
+            if isinstance(vars(module).get("forward"), (FusedMLP, Projection)):
+                del module.forward
 
     def _check_target_module_exists(  # type: ignore[override] # PEFT calls it on the instance
         self, peft_config: Any, key: str
@@ -118,7 +145,7 @@ class S2FTModel(AdapterModel):
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         is_linear = isinstance(base, nn.Linear) or is_conv1d(base)
         if not is_linear and resolve_quantization_backend(base) is None:
-            found = self.base_weights.structures.get(current_key)
+            found = self.arrangement.structures.get(current_key)
             tensors = found is not None and found.kind == "experts"
             raise TypeError(
                 f"target_modules must name linear layers, {current_key} is a {type(base).__name__}"
@@ -128,7 +155,7 @@ class S2FTModel(AdapterModel):
             return
         name: str | None = None
         member: Member | None = None
-        place = find(self.base_weights.structures, current_key)
+        place = find(self.arrangement.structures, current_key)
         if place is None:
             if config.layout != "gather":
                 raise ValueError(
@@ -149,12 +176,10 @@ class S2FTModel(AdapterModel):
             index = drawn_index(config, structure, current_key.removeprefix(f"{name}."))
 
         if isinstance(target, S2FTLinear):
-            target.update_layer(adapter_name, index, config.mode, config.layout)
-            target.fuse[adapter_name] = config.fuse
+            target.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
             return
-        layer = S2FTLinear(base, self.base_weights, current_key, dim, name, member)
-        layer.update_layer(adapter_name, index, config.mode, config.layout)
-        layer.fuse[adapter_name] = config.fuse
+        layer = S2FTLinear(base, self.keeper, current_key, dim, name, member)
+        layer.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -168,7 +193,7 @@ class S2FTModel(AdapterModel):
         parent: nn.Module,
         name: str,
     ) -> None:
-        structure = self.base_weights.structures[name]
+        structure = self.arrangement.structures[name]
         leaves = [
             leaf
             for leaf in self._expert_targets[name]
@@ -179,15 +204,14 @@ class S2FTModel(AdapterModel):
         layer = (
             target
             if isinstance(target, S2FTExperts)
-            else S2FTExperts(target, self.base_weights, structure)
+            else S2FTExperts(target, self.keeper, structure)
         )
         for leaf in leaves:
             key = f"{name}.{leaf}"
             drawn = config.indices is None
             index = drawn_index(config, structure, leaf) if drawn else _given_index(config, key)
             tensor = layer.tensor(leaf)
-            tensor.update_layer(adapter_name, index, config.mode, config.layout)
-            tensor.fuse[adapter_name] = config.fuse
+            tensor.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
             if adapter_name not in self.active_adapters:
                 tensor.s2ft_delta[adapter_name].requires_grad_(False)
         if layer is not target:
@@ -221,11 +245,10 @@ class S2FTModel(AdapterModel):
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     give = partial(_give_adapter_names, adapter_names=names)
                     hooks.append(module.register_forward_pre_hook(give, with_kwargs=True))
-        self.base_weights.adapter_names = names
         try:
-            yield
+            with self.keeper.mixed(names):
+                yield
         finally:
-            self.base_weights.adapter_names = None
             for hook in hooks:
                 hook.remove()
 
@@ -254,7 +277,7 @@ class S2FTModel(AdapterModel):
                         f"adapters must not train modules whole: {name} is in modules_to_save of "
                         f"{', '.join(saving)}"
                     )
-        layers = {layer.name: layer for layer in self.base_weights.layers}
+        layers = {layer.name: layer for layer in self.keeper.layers}
         parts = [
             {name: layer.slice_of(each) for name, layer in layers.items() if each in layer.modes}
             for each in adapters

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from s2kernels import backend
 from s2kernels.optim import SM3, AgedAdamW, Support
 from s2kernels.peft.spiel.config import SpIELConfig
-from s2kernels.peft.spiel.growth import Watch, agree, close_step
+from s2kernels.peft.spiel.gradient_window import GradientWindow, agree, close_step
 from s2kernels.peft.spiel.layer import SpIELLinear
+from s2kernels.peft.spiel.optimizer_state import bare_optimizer, move_states
 from s2kernels.peft.spiel.replace import best_free, replacement, smallest
-from s2kernels.peft.spiel.states import bare_optimizer, move_states
 
 # what a window keeps of a layer from one step to the next
 WINDOW_FIELDS = ("candidates", "total", "squares")
@@ -80,7 +80,7 @@ class SpIELTuner:
                     f"candidates after the first step, got {config.accumulation_steps}"
                 )
         self.steps = 0
-        self.watches: list[Watch] = []
+        self.watches: list[GradientWindow] = []
         self._watch()
 
     @property
@@ -135,9 +135,9 @@ class SpIELTuner:
         if self.watches or self.selection != "accumulated_gradient":
             return
         if self.schedule.watches(self.steps + 1):
-            self._open([Watch(layer.shape, self.index_of(layer)) for layer in self.layers])
+            self._open([GradientWindow(layer.shape, self.index_of(layer)) for layer in self.layers])
 
-    def _open(self, watches: list[Watch]) -> None:
+    def _open(self, watches: list[GradientWindow]) -> None:
         self.watches = watches
         for layer, watch in zip(self.layers, watches, strict=True):
             layer.observers[self.adapter_name] = watch.observe
@@ -152,7 +152,7 @@ class SpIELTuner:
         return layer.spiel_index[self.adapter_name]
 
     def _reselect(self) -> None:
-        self.layers[0].weights.restore(self.layers)
+        self.layers[0].keeper.restore(self.layers)
         for i, layer in enumerate(self.layers):
             delta, index = layer.spiel_delta[self.adapter_name], self.index_of(layer)
             num = self.schedule.count(self.steps, len(index))
@@ -161,7 +161,7 @@ class SpIELTuner:
             else:
                 self._grow_by_momentum(layer, delta, num)
 
-    def _grow_by_gradient(self, layer: SpIELLinear, watch: Watch, num: int) -> None:
+    def _grow_by_gradient(self, layer: SpIELLinear, watch: GradientWindow, num: int) -> None:
         if num == 0 or watch.candidates is None or watch.total is None or watch.squares is None:
             return  # the layer has seen no gradient
         delta, index = layer.spiel_delta[self.adapter_name], self.index_of(layer)

@@ -10,7 +10,7 @@ Else its forward is the one of `s2kernels.autograd.experts`, which computes the 
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,12 +19,27 @@ from torch import Tensor, nn
 from s2kernels.architectures import Member
 from s2kernels.autograd.experts import Routing, expert_delta, expert_linear, experts_forward
 from s2kernels.coupling import Structure
-from s2kernels.peft.config import S2FTConfig
-from s2kernels.peft.layer import S2FTLayer
-from s2kernels.peft.selection import is_target
+from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.premises import Premises
+from s2kernels.peft.host.weights import WeightKeeper
+from s2kernels.peft.host.written_layer import Held
+from s2kernels.peft.s2ft.config import S2FTConfig
+from s2kernels.peft.s2ft.layer import S2FTLayer
+from s2kernels.peft.s2ft.selection import is_target
+from s2kernels.reference import Index
 
-if TYPE_CHECKING:
-    from s2kernels.peft.base_weights import BaseWeights
+
+class ExpertCall(NamedTuple):
+    """What a forward makes of one tensor of experts; see `AdapterLayer.prepared`.
+
+    written: the adapter whose slices are in the parameter; added: those whose part is added.
+    """
+
+    changes: int
+    premises: Premises
+    written: str | None
+    added: list[str]
+    holding: Holding | None
 
 
 class S2FTExpertTensor(S2FTLayer):
@@ -33,10 +48,10 @@ class S2FTExpertTensor(S2FTLayer):
     other_param_names = (*S2FTLayer.other_param_names, "rows")
 
     def __init__(
-        self, experts: nn.Module, base_weights: "BaseWeights", structure: Structure, member: Member
+        self, experts: nn.Module, keeper: WeightKeeper, structure: Structure, member: Member
     ) -> None:
         name = f"{structure.name}.{member.suffix}"
-        super().__init__(base_weights, name, member.dim, structure.name, member)
+        super().__init__(keeper, name, member.dim, structure.name, member)
         # not registered here: it is a module of S2FTExperts, under one name alone
         self._experts = (experts,)
         self._leaf = member.suffix
@@ -45,7 +60,9 @@ class S2FTExpertTensor(S2FTLayer):
         # for dim="out": the positions of all experts in one matrix (E * N, K), int32 (E * R,)
         self.rows: dict[str, Tensor] = {}
 
-    def update_layer(self, adapter_name: str, index: Tensor, mode: str, layout: str) -> None:
+    def update_layer(
+        self, adapter_name: str, index: Tensor, mode: str, layout: str, fuse: bool = True
+    ) -> None:
         """See `S2FTLayer.update_layer`. Raises ValueError for parameters of which no slice can be
         trained in any mode.
         """
@@ -55,7 +72,7 @@ class S2FTExpertTensor(S2FTLayer):
             )
         if reason := self.obstacle():
             raise ValueError(f"{self.name} cannot be trained: {reason}")
-        super().update_layer(adapter_name, index, mode, layout)
+        super().update_layer(adapter_name, index, mode, layout, fuse)
 
     def get_base_layer(self) -> nn.Module:
         return self._experts[0]
@@ -69,6 +86,10 @@ class S2FTExpertTensor(S2FTLayer):
             return "the experts are spread over processes"
         return None
 
+    def note(self, premises: Premises, adapter: str | None) -> None:
+        super().note(premises, adapter)
+        premises.same_tensor(self.get_base_layer(), self._leaf)
+
     @torch.inference_mode(False)
     def locate(self) -> None:
         super().locate()
@@ -81,25 +102,22 @@ class S2FTExpertTensor(S2FTLayer):
             first = torch.arange(len(where), dtype=torch.int32, device=where.device)
             self.rows[name] = (where + first.unsqueeze(1) * self.out_features).flatten()
 
-    def entries(self, adapter_name: str, delta: Tensor | None) -> list[tuple]:
-        weight, where = self.weight.data, self.positions[adapter_name]
-        base_slice = self.base_slice
-        assert base_slice is not None
+    def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
+        weight, base, where = held.weight.data, held.base, held.where
         if delta is not None:
             delta = delta.detach()
         if self.dim == "out" or isinstance(where, slice):  # all experts at once
-            place = self.rows[adapter_name] if self.dim == "out" else where
-            size = base_slice.shape[2]
+            place = self.rows[held.adapter] if self.dim == "out" else where
+            size = base.shape[2]
             flat = None if delta is None else delta.view(-1, size)
-            matrix = weight.view(-1, self.in_features)
-            return [(matrix, base_slice.view(-1, size), flat, place, self.dim)]
+            return [(weight.view(-1, self.in_features), base.view(-1, size), flat, place, self.dim)]
         return [
-            (weight[e], base_slice[e], None if delta is None else delta[e], where[e], self.dim)
+            (weight[e], base[e], None if delta is None else delta[e], where[e], self.dim)
             for e in range(len(weight))
         ]
 
-    def take_base_slice(self, adapter_name: str) -> Tensor:
-        weight, where = self.weight.data, self.positions[adapter_name]
+    def take_base_slice(self, where: Index) -> Tensor:
+        weight = self.weight.data
         axis = 2 if self.dim == "in" else 1
         if isinstance(where, slice):
             part = weight.narrow(axis, where.start, where.stop - where.start)
@@ -107,54 +125,59 @@ class S2FTExpertTensor(S2FTLayer):
         index = where.long().unsqueeze(3 - axis)
         return torch.take_along_dim(weight, index, axis)
 
+    def prepare(self) -> ExpertCall:
+        written, premises = self.written_adapter(), Premises()
+        if not torch.compiler.is_compiling():
+            self.note(premises, written)
+        added = [] if written is not None else self.active()
+        return ExpertCall(
+            *(self.keeper.changes, premises, written, added),
+            holding(self.keeper, {self: written}),
+        )
+
+    def call_now(self) -> ExpertCall:
+        """What a forward does now."""
+        return self.prepare() if torch.compiler.is_compiling() else self.prepared()
+
     def project(self, x: Tensor, routing: Routing, *, from_tokens: bool) -> Tensor:
         """What the parameter makes of each pair of a token and an expert, with the active adapters:
         (S, N); see `s2kernels.autograd.experts.expert_linear`.
         """
-        name = self.inplace_adapter()
-        if name is not None:
+        call = self.call_now()
+        if call.written is not None:
             return expert_linear(
                 x,
                 self.weight,
                 routing,
                 from_tokens=from_tokens,
-                delta=self.s2ft_delta[name],
-                index=self.positions[name],
+                delta=self.s2ft_delta[call.written],
+                index=self.positions[call.written],
                 dim=self.dim,
-                before_dx=self.before_dx(name),
+                holding=call.holding,
             )
-        before_dx = self.before_dx(None)
-        y = expert_linear(x, self.weight, routing, from_tokens=from_tokens, before_dx=before_dx)
-        for name in self.added():
+        y = expert_linear(x, self.weight, routing, from_tokens=from_tokens, holding=call.holding)
+        for name in call.added:
             delta, where = self.s2ft_delta[name], self.positions[name]
             y = expert_delta(y, x, delta, where, self.dim, routing, from_tokens=from_tokens)
         return y
-
-    def added(self) -> list[str]:
-        """The adapters whose part is added to the output now."""
-        if self.disable_adapters or self.merged or self.inplace_adapter() is not None:
-            return []
-        return self._present(self.active_adapters)
 
     def bring_up_to_date(self) -> None:
         """The parameter holds what the next forward wants: W0, or one adapter's slice in it.
 
         Raises ValueError for a mixed batch.
         """
-        self.refresh()
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = self.base_weights.adapter_names
+        call, names = self.call_now(), self.keeper.rows
         if names is not None and not self.disable_adapters and self._present(sorted(set(names))):
             raise ValueError(
                 f"adapter_names: {self.name} is a tensor of experts, which a mixed batch cannot "
                 "have an adapter of for each row; use set_adapter"
             )
-        name = self.inplace_adapter()
-        if name is None:
-            self.restore()
-        elif self.written != name or not self.base_weights.in_forward:
-            self.base_weights.write([(self, name)])
+        written = call.written if names is None else None
+        if not self.keeper.are_ready({self: written}):
+            with self.keeper.lock:
+                self.keeper.ensure_written({self: written})
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -171,18 +194,16 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
     adapter_layer_names = ()
     other_param_names = ()
 
-    def __init__(
-        self, base_layer: nn.Module, base_weights: "BaseWeights", structure: Structure
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, keeper: WeightKeeper, structure: Structure) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.base_weights, self.structure = base_weights, structure
+        self.keeper, self.structure = keeper, structure
 
     def tensor(self, leaf: str) -> S2FTExpertTensor:
         """The layer of the parameter `leaf`; a new one without adapters where there was none."""
         if leaf not in self._modules:
             member = self.structure.role(leaf)
-            layer = S2FTExpertTensor(self.base_layer, self.base_weights, self.structure, member)
+            layer = S2FTExpertTensor(self.base_layer, self.keeper, self.structure, member)
             self.add_module(leaf, layer)
         return self.get_submodule(leaf)  # type: ignore[return-value]
 
@@ -206,7 +227,7 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
         if not self._is_ours(hidden_states):
             y = self.base_layer(hidden_states, top_k_index, top_k_weights)
             for layer in self.tensors:
-                layer.put_back_before_backward_of(y)
+                layer.keep_w0_for_backward_of(y)
             return y
         return experts_forward(
             self.base_layer,
@@ -219,12 +240,16 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
         """Whether there is something that the wrapped module does not do: gradients of slices that
         are in its parameters, or slices that are not.
         """
-        if any(layer.added() for layer in self.tensors):
+        if self.keeper.rows is not None:
+            return False
+        calls = [(layer, layer.call_now()) for layer in self.tensors]
+        if any(call.added for _, call in calls):
             return True
         # x alone is reason enough: dx, too, is to be that of the slices in the parameters now
-        written = [(layer, name) for layer in self.tensors if (name := layer.inplace_adapter())]
         return torch.is_grad_enabled() and any(
-            x.requires_grad or layer.s2ft_delta[name].requires_grad for layer, name in written
+            x.requires_grad or layer.s2ft_delta[call.written].requires_grad
+            for layer, call in calls
+            if call.written is not None
         )
 
     def _project(self, leaf: str, x: Tensor, routing: Routing, *, from_tokens: bool) -> Tensor:

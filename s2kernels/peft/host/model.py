@@ -1,88 +1,24 @@
-"""The life of adapters, where all methods lead it alike: added, disabled, merged, unloaded."""
+"""What the tuners of both methods are: how adapters are added to a model, merged and unloaded."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
-
-class AdapterLayer(nn.Module, BaseTunerLayer):
-    """A frozen base weight with adapters, whose names are the keys of `modes`."""
-
-    modes: dict[str, str]
-    name: str
-
-    def check_is_loaded(self) -> None:
-        """Raises ValueError for a weight that accelerate keeps elsewhere: it fetches it for the
-        forward of the base layer alone. One that is on the meta device without that is loaded
-        later.
-        """
-        if self.weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook"):
-            raise ValueError(
-                f"{self.name} cannot be trained: accelerate has offloaded its weight (device_map, "
-                "cpu_offload, disk_offload); keep the targets on a device"
-            )
-
-    def not_inplace(self) -> str | None:
-        """Why nothing can be written into the base weight; None if it can."""
-        raise NotImplementedError
-
-    def restore(self) -> None:
-        """Put back, bit for bit, what an inplace adapter has taken the place of."""
-        raise NotImplementedError
-
-    def copy_adapter(self, source: str, adapter_name: str) -> None:
-        """Have an adapter of this layer hold what another one, `source`, does.
-
-        The weight must hold W0. Raises ValueError where `source` was trained on another base.
-        """
-        raise NotImplementedError
-
-    def merged_values(self, adapter_name: str) -> Tensor:
-        """What a merge would write into the weight, shaped like delta, before it is rounded."""
-        raise NotImplementedError
-
-    def check_merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> list[str]:
-        """The adapters that `merge` would merge, in that order.
-
-        Raises ValueError for a base that is not a plain dense weight, and with safe_merge for a
-        result that is not finite.
-        """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
-        if names and (reason := self.not_inplace()):
-            raise ValueError(
-                f"an adapter can only be merged into a plain dense weight: {reason}; "
-                "load the base in a floating dtype to merge"
-            )
-        self.restore()
-        for name in names if safe_merge else []:
-            if not torch.isfinite(self.merged_values(name).to(self.weight.dtype)).all():
-                raise ValueError(f"adapter {name!r} gives a merged weight that is not finite")
-        return names
-
-    def enable_adapters(self, enabled: bool) -> None:
-        if not enabled:
-            self.restore()
-        super().enable_adapters(enabled)
-
-    def _present(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.modes]
+from s2kernels.peft.host.layer import AdapterLayer
+from s2kernels.peft.host.model_hooks import ModelHooks
+from s2kernels.peft.host.weights import WeightKeeper
 
 
 class AdapterModel(BaseTuner):
-    """Adapters in a model. Whoever inherits makes `base_weights`, the keeper of what the weights
-    hold, in `inject_adapter`.
-    """
+    """Adapters in a model. Whoever inherits finds or makes `keeper` in `inject_adapter`."""
 
     tuner_layer_cls: type[AdapterLayer]
-    base_weights: Any
+    keeper: WeightKeeper
     _template: str | None = None  # while an adapter is added: the one that it starts as a copy of
 
     def _own_config(self, adapter_name: str) -> Any:
@@ -149,9 +85,10 @@ class AdapterModel(BaseTuner):
         try:
             yield
             self._copy_template(model, adapter_name)
+            self._detach()
             self._attach()
         except BaseException:
-            self.base_weights.detach()
+            self._detach()
             for module, modules in children:
                 module._modules.clear()
                 module._modules.update(modules)
@@ -165,13 +102,24 @@ class AdapterModel(BaseTuner):
 
     def _attach(self) -> None:
         """Have the keeper take charge of all layers."""
-        self.base_weights.attach(self._layers_of(self.model))
+        self._take_charge(self._layers_of(self.model))
+
+    def _take_charge(self, layers: list[Any], writes: bool = True) -> None:
+        self.keeper.attach(layers)
+        self.keeper.hooks = ModelHooks(self.keeper, writes)
+
+    def _detach(self) -> None:
+        """Restore the weights; the keeper is in charge of nothing any more."""
+        self.keeper.detach()
+        if self.keeper.hooks is not None:
+            self.keeper.hooks.remove()
+            self.keeper.hooks = None
 
     def _layers_of(self, model: nn.Module) -> list[Any]:
         return [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
 
     def disable_adapter_layers(self) -> None:
-        self.base_weights.restore(self.base_weights.layers)
+        self.keeper.restore()
         super().disable_adapter_layers()
 
     def merge_adapter(
@@ -189,13 +137,14 @@ class AdapterModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(safe_merge, adapter_names)
-        self.base_weights.detach()
+        self._detach()
         if not merge:
-            for layer in self.base_weights.layers:
+            for layer in self.keeper.layers:
                 layer.unmerge()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Every layer is looked at before the first one is changed."""
-        for layer in self.base_weights.layers:
+        self.keeper.release()
+        for layer in self.keeper.layers:
             layer.check_merge(safe_merge, adapter_names)

@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from s2kernels.coupling import Structure, structures
-from s2kernels.peft.config import S2FTConfig
+from s2kernels.peft.s2ft.config import S2FTConfig
 from s2kernels.select import (
     budget,
     check_scope,

@@ -1,0 +1,74 @@
+"""Which threads are inside a forward of a model, and what must wait for that."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+
+
+class Forwards:
+    """The forwards of one model that are running, by thread, and the lock of its weights.
+
+    A copy of it, or a pickle, has no forwards and a lock of its own.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Condition(threading.RLock())
+        self._running: dict[int, int] = {}  # thread -> forwards that it is inside of
+        self._seen: set[int] = set()  # threads in which one has run
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict:
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    @property
+    def here(self) -> bool:
+        """Whether this thread is inside a forward."""
+        return get_ident() in self._running
+
+    def enter(self) -> None:
+        """This thread is inside of one more. The caller holds the lock."""
+        thread = get_ident()
+        self._seen.add(thread)
+        self._running[thread] = self._running.get(thread, 0) + 1
+
+    def leave(self) -> bool:
+        """And of one less; whether no thread is inside of any now. The caller holds the lock."""
+        thread = get_ident()
+        self._running[thread] -= 1
+        if not self._running[thread]:
+            del self._running[thread]
+            self.lock.notify_all()
+        return not self._running
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds the lock, once no other thread is inside a forward. A thread that is inside of one
+        itself does not wait: another one might wait for it.
+        """
+        with self.lock:
+            if not self.here:
+                self.lock.wait_for(lambda: not self._running)
+            yield
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether forwards have run in other threads than this one."""
+        return bool(self._seen - {get_ident()})
+
+    @property
+    def rows(self) -> list[str] | None:
+        """Of a mixed batch in this thread: the adapter of each row, while its forward runs."""
+        return getattr(self._local, "rows", None)
+
+    @contextmanager
+    def mixed(self, rows: list[str] | None) -> Iterator[None]:
+        """Forwards of this thread within are those of a mixed batch with these `rows`."""
+        before, self._local.rows = self.rows, rows
+        try:
+            yield
+        finally:
+            self._local.rows = before

@@ -1,0 +1,351 @@
+"""What the layers of both methods are: adapters of one frozen weight, and their life."""
+
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from s2kernels.coupling import not_plain
+from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.loading import Sources, changed, moved, sources
+from s2kernels.peft.host.premises import Premises
+from s2kernels.peft.host.weights import WeightKeeper
+from s2kernels.peft.host.written_layer import Held
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A frozen base weight with adapters, whose names are the keys of `modes`.
+
+    Each has a trained delta, an index that says where in the weight it lies, and a fingerprint of
+    W0 there: an adapter is refused on another base. A fingerprint of zeros stands for "not known".
+
+    A call of the layer is prepared once and then used until something changes: see `prepared`.
+    """
+
+    # the attributes of `deltas`, `indices` and `fingerprints`, which are saved under these names
+    delta_name: str
+    index_name: str
+    fingerprint_name: str
+
+    def __init__(self, keeper: WeightKeeper, name: str) -> None:
+        super().__init__()
+        self.keeper, self.name = keeper, name
+        setattr(self, self.delta_name, nn.ParameterDict())
+        setattr(self, self.index_name, BufferDict({}, persistent=True))
+        setattr(self, self.fingerprint_name, BufferDict({}, persistent=True))
+        self.modes: dict[str, str] = {}
+        # the indices and fingerprints that were looked at, and their versions
+        self._seen: dict[str, Sources] = {}
+        # adapters whose fingerprint is 0 until somebody asks for the state_dict
+        self._renew: dict[str, bool] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+        self._call: Any = None
+        self.register_load_state_dict_post_hook(_after_load)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_call": None}  # a copy has other tensors
+
+    @property
+    def deltas(self) -> nn.ParameterDict:
+        """The trained parameter of each adapter."""
+        return getattr(self, self.delta_name)
+
+    @property
+    def indices(self) -> BufferDict:
+        """Where in the weight each adapter's delta lies."""
+        return getattr(self, self.index_name)
+
+    @property
+    def fingerprints(self) -> BufferDict:
+        """Of each adapter, the fingerprint of W0 there, int64."""
+        return getattr(self, self.fingerprint_name)
+
+    # What each method says of its own layers
+
+    def obstacle(self) -> str | None:
+        """Why nothing can be written into the weight, as far as the kind of the layer decides."""
+        raise NotImplementedError
+
+    def take(self, adapter: str) -> Held:
+        """A copy of what the weight holds where the adapter's values lie."""
+        raise NotImplementedError
+
+    def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
+        """Arguments of the writing op: base + delta, or for None base alone, into held.weight."""
+        raise NotImplementedError
+
+    def locate(self) -> None:
+        """Look up where the adapters' values lie in the weight as it is.
+
+        Raises ValueError for an index that does not fit the layer.
+        """
+        raise NotImplementedError
+
+    def fingerprint_of(self, base: Tensor) -> Tensor:
+        """The fingerprint of values that `take` took, int64, shaped like the saved one."""
+        raise NotImplementedError
+
+    def check_fingerprint(self, expected: Tensor, base: Tensor) -> None:
+        """Raises ValueError for values of another base than the one that has that fingerprint."""
+        raise NotImplementedError
+
+    def prepare(self) -> Any:
+        """What a forward does as things are now; see `prepared`."""
+        raise NotImplementedError
+
+    # What a forward does
+
+    def prepared(self) -> Any:
+        """`prepare`, once until something changes. It has `changes`, of the keeper at that time,
+        and `premises`.
+        """
+        call = self._call
+        if call is None or call.changes != self.keeper.changes or not call.premises.hold():
+            with torch.inference_mode(False):  # views made there could not be saved for a backward
+                self.keeper.notice_weight(self)
+                self.refresh()
+                call = self._call = self.prepare()
+        return call
+
+    def active(self) -> list[str]:
+        """The adapters that decide the output: none while they are disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return self._present(self.active_adapters)
+
+    def not_inplace(self) -> str | None:
+        """Why nothing can be written into the base weight; None if it can."""
+        if reason := self.obstacle():
+            return reason
+        weight = self.weight
+        return not_plain(weight) or self.keeper.not_inplace(weight)
+
+    def written_adapter(self) -> str | None:
+        """The adapter whose values belong in the weight now; None where there is none.
+
+        Raises ValueError where an adapter demands mode="inplace" and is not the only active one, or
+        the weight itself is trained: it would get no gradient.
+        """
+        names = self.active()
+        trained = self.weight.requires_grad
+        if len(names) == 1 and not trained:
+            mode = self.modes[names[0]]
+            legal = mode == "inplace" or (mode == "auto" and self.not_inplace() is None)
+            return names[0] if legal else None
+        for name in names:
+            if self.modes[name] == "inplace":
+                wanted = "a frozen weight" if trained else "exactly one active adapter"
+                raise ValueError(
+                    f"adapter {name!r} of {self.name} has mode='inplace', which needs {wanted}, "
+                    f"got {'a trained one' if trained else names}; use mode='auto' or 'additive'"
+                )
+        return None
+
+    def operands(self, adapter: str) -> tuple[Tensor, ...] | None:
+        """The weight, and the adapter's delta and index; None where the layer lacks it."""
+        if adapter not in self.modes:
+            return None
+        return self.weight, self.deltas[adapter], self.indices[adapter]
+
+    def note(self, premises: Premises, adapter: str | None) -> None:
+        """Note what is written: the weight, and the adapter's tensors."""
+        base = self.get_base_layer()
+        premises.same_child(self, "base_layer")
+        premises.same_tensor(base, "weight")
+        premises.as_trainable(self.weight)
+        if adapter is not None:
+            premises.same_tensor(self.deltas, adapter)
+            for buffers in (self.indices, self.fingerprints):
+                premises.same_tensor(buffers, adapter)
+                premises.unwritten(buffers[adapter])
+
+    def keep_w0_for_backward_of(self, y: Tensor) -> None:
+        """The backward of the base layer's output y meets W0, whatever is written until then."""
+        if y.requires_grad and self.not_inplace() is None:
+            held = holding(self.keeper, {self: None})
+            if held is not None:
+                y.register_hook(lambda dy: _enter(held))
+
+    # What changes it
+
+    def check_is_loaded(self) -> None:
+        """Raises ValueError for a weight that accelerate keeps elsewhere: it fetches it for the
+        forward of the base layer alone. One that is on the meta device without that is loaded
+        later.
+        """
+        if self.weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook"):
+            raise ValueError(
+                f"{self.name} cannot be trained: accelerate has offloaded its weight (device_map, "
+                "cpu_offload, disk_offload); keep the targets on a device"
+            )
+
+    def check_mode(self, mode: str) -> None:
+        """Raises ValueError for mode="inplace" where the base layer does not admit it."""
+        if mode == "inplace" and (reason := self.not_inplace()):
+            raise ValueError(f"mode='inplace' needs a plain dense weight: {reason}")
+
+    def add(self, adapter: str, mode: str, delta: nn.Parameter, index: Tensor) -> None:
+        """Have an adapter of these tensors, of which the caller has checked the shapes."""
+        self.deltas[adapter] = delta
+        self.indices[adapter] = index.to(self.weight.device)
+        self.modes[adapter] = mode
+        self.locate()
+        self.fingerprints[adapter] = self._fingerprint(adapter)
+        self._seen[adapter] = self._sources(adapter)
+        self.keeper.changed()
+
+    @torch.inference_mode(False)  # or it could never be trained
+    def copy_adapter(self, source: str, adapter: str) -> None:
+        """Have an adapter of this layer hold what another one, `source`, does.
+
+        The weight must hold W0. Raises ValueError where `source` was trained on another base.
+        """
+        self.refresh()
+        self.renew_fingerprints()
+        requires_grad = self.deltas[adapter].requires_grad
+        delta = self.deltas[source].detach().clone()
+        self.deltas[adapter] = nn.Parameter(delta, requires_grad=requires_grad)
+        self.indices[adapter] = self.indices[source].clone()
+        self.locate()
+        known = self.fingerprints[source]  # of the dense base, where this one is quantized
+        own = known.clone() if known.any() else self._fingerprint(adapter)
+        self.fingerprints[adapter] = own
+        self._seen[adapter] = self._sources(adapter)
+        self.keeper.changed()
+
+    @torch.inference_mode(False)
+    def refresh(self, loaded: bool = False) -> None:
+        """Take note of adapters that were loaded since the last time.
+
+        loaded: the base may have been loaded, too. Adapters that did not come along are from then
+        on those of the new base.
+
+        Raises ValueError for one that does not fit the layer, or was trained on another base.
+        """
+        if torch.compiler.is_compiling():
+            return
+        found = changed(self.indices, self.fingerprints, self._seen, loaded)
+        if not found:
+            return
+        self.keeper.restore([self])
+        self.locate()
+        for name, is_own in found.items():
+            if self.indices[name].is_meta:
+                continue
+            expected = self.fingerprints[name]
+            if is_own or not expected.any():  # the fingerprint did not come along
+                self.fingerprints[name] = torch.zeros_like(expected)
+                self._renew[name] = True
+            elif not self.merged and not_plain(self.weight) is None:
+                self._renew.pop(name, None)
+                self.check_fingerprint(expected, self.take(name).base)
+            self._seen[name] = self._sources(name)
+        self.keeper.changed()
+
+    @torch.inference_mode(False)
+    def renew_fingerprints(self) -> None:
+        """Compute the fingerprints that are not known; the weight holds W0."""
+        if self.merged:
+            return
+        for name in list(self._renew):
+            self.fingerprints[name] = self._fingerprint(name)
+            del self._renew[name]
+            self._seen[name] = self._sources(name)
+
+    def _sources(self, adapter: str) -> Sources:
+        return sources(self.indices[adapter], self.fingerprints[adapter])
+
+    def _fingerprint(self, adapter: str) -> Tensor:
+        if not_plain(self.weight) or self.indices[adapter].is_meta:
+            return self.unknown_fingerprint(adapter)
+        return self.fingerprint_of(self.take(adapter).base).to(self.weight.device)
+
+    def unknown_fingerprint(self, adapter: str) -> Tensor:
+        """Zeros of the shape of a fingerprint."""
+        raise NotImplementedError
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        before = self.active_adapters
+        super().set_adapter(adapter_names, inference_mode)
+        if self.active_adapters != before:
+            self.keeper.changed()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.keeper.restore([self])
+        before = self.disable_adapters
+        super().enable_adapters(enabled)
+        if self.disable_adapters != before:
+            self.keeper.changed()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.keeper.release()  # the basis may be that of the adapter
+        super().delete_adapter(adapter_name)
+        self.keeper.changed()
+
+    def _apply(self, fn, recurse: bool = True):
+        found = changed(self.indices, self.fingerprints, self._seen, loaded=False)
+        self.keeper.moving(self)
+        before = self.weight
+        super()._apply(fn, recurse)
+        self._seen = moved(self.indices, self.fingerprints, self._seen, found)
+        self.keeper.moved(self, before, fn)
+        return self
+
+    # Merging
+
+    def merged_values(self, adapter: str) -> Tensor:
+        """What a merge would write into the weight, shaped like delta, before it is rounded."""
+        return self.take(adapter).base + self.deltas[adapter].detach()
+
+    def check_merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> list[str]:
+        """The adapters that `merge` would merge, in that order.
+
+        Raises ValueError for a base that is not a plain dense weight, and with safe_merge for a
+        result that is not finite.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if names and (reason := self.not_inplace()):
+            raise ValueError(
+                f"an adapter can only be merged into a plain dense weight: {reason}; "
+                "load the base in a floating dtype to merge"
+            )
+        self.keeper.restore([self])
+        for name in names if safe_merge else []:
+            if not torch.isfinite(self.merged_values(name).to(self.weight.dtype)).all():
+                raise ValueError(f"adapter {name!r} gives a merged weight that is not finite")
+        return names
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write base + delta into the weight, rounded once, until `unmerge` restores every bit.
+
+        Raises as `check_merge` does, before anything changes.
+        """
+        for name in self.check_merge(safe_merge, adapter_names):
+            self.keeper.merge(self, name)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Undo every `merge`, the last one first: the weight is what it was, bit for bit."""
+        self.keeper.restore([self])
+        while self.merged_adapters:
+            self.keeper.unmerge(self)
+            self.merged_adapters.pop()
+
+    def _present(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.modes]
+
+
+def _after_load(layer: AdapterLayer, incompatible_keys) -> None:
+    layer.refresh(loaded=True)
+
+
+def _enter(held: Holding) -> None:
+    with held:
+        pass

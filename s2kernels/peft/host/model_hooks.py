@@ -1,0 +1,131 @@
+"""How a keeper gets to know what is done to its model: forwards, state_dict, load_state_dict."""
+
+import inspect
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2kernels.peft.host.weights import WeightKeeper
+
+
+class ModelHooks:
+    """The hooks on the model of a keeper, and the forward in the place of that of its class.
+
+    writes: whether anything is ever written or permuted. If not, the model keeps its own forward,
+    which torch.compile can take in one graph.
+    """
+
+    def __init__(self, keeper: WeightKeeper, writes: bool = True) -> None:
+        self.keeper = keeper
+        self._handles: list[Any] = []
+        for module in self._owners():
+            self._handles += [
+                module.register_state_dict_pre_hook(self._before_state_dict),
+                module.register_state_dict_post_hook(_AfterStateDict(keeper)),
+                module.register_load_state_dict_pre_hook(self._before_load_state_dict),
+            ]
+        if writes:
+            self._handles.append(keeper.model.register_forward_pre_hook(self._refuse_replica))
+            keeper.model.forward = ModelForward(keeper)  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Take all of them off."""
+        for handle in self._handles:
+            handle.remove()
+        forward = vars(self.keeper.model).get("forward")
+        if isinstance(forward, ModelForward) and forward.keeper is self.keeper:
+            forward.put_back()
+
+    def _owners(self) -> list[nn.Module]:
+        """The model and all of its parts that hold a weight of the layers."""
+        paths = [layer.name.split(".") for layer in self.keeper.layers]
+        parts = {part for path in paths for part in accumulate(path, "{}.{}".format)}
+        model = self.keeper.model
+        return [model, *map(model.get_submodule, sorted(parts))]
+
+    def _refuse_replica(self, module: nn.Module, args: Any) -> None:
+        if module is not self.keeper.model:
+            raise RuntimeError(
+                "nn.DataParallel copies the weights before an adapter is written into them: use "
+                "DistributedDataParallel"
+            )
+
+    def _before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.keeper.release()
+        self.keeper.renew_fingerprints()
+
+    def _before_load_state_dict(self, module: nn.Module, *args: Any) -> None:
+        if self.keeper.merged:
+            raise RuntimeError(
+                "weights cannot be loaded while adapters are merged: call unmerge_adapter first"
+            )
+        self.keeper.release()
+        self.keeper.changed()
+
+
+class _AfterStateDict:
+    """Copies the weights that are written to, where other threads use the model: what they write
+    later would change what this one is about to save.
+    """
+
+    def __init__(self, keeper: WeightKeeper) -> None:
+        self.keeper = keeper
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
+    ) -> None:
+        keeper = self.keeper
+        if not keeper.forwards.elsewhere or keeper.forwards.here:
+            return
+        with keeper.forwards.alone():
+            keeper.release()
+            arrangement = keeper.arrangement
+            all_move = arrangement is not None and arrangement.moves(keeper.layers)
+            written = {layer.weight.data_ptr() for layer in keeper.layers}
+            for name, value in state.items():
+                if not isinstance(value, Tensor) or value.is_meta or not name.startswith(prefix):
+                    continue
+                if all_move or value.data_ptr() in written:
+                    state[name] = value.detach().clone()
+
+
+class ModelForward:
+    """The forward of a model whose weights are written to: that of its class, between `begin` and
+    `end` of its keeper. What replaces it later can call it for as long as it likes.
+    """
+
+    def __init__(self, keeper: WeightKeeper) -> None:
+        model = keeper.model
+        self.keeper: WeightKeeper | None = keeper
+        self.model = model
+        # one that somebody has set before; None for that of the class
+        self._before = vars(model).get("forward")
+        self.__signature__ = inspect.signature(model.forward)
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        keeper, failed = self.keeper, True
+        if keeper is None:
+            return self._forward(*args, **kwargs)
+        keeper.begin()
+        try:
+            output = self._forward(*args, **kwargs)
+            failed = False
+            return output
+        finally:
+            keeper.end(failed)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def put_back(self) -> None:
+        """Undo the replacement."""
+        self.keeper = None
+        if self._before is None:
+            del self.model.forward
+        else:
+            self.model.forward = self._before  # type: ignore[method-assign]

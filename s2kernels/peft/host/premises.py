@@ -1,0 +1,93 @@
+"""What a prepared call takes for granted of modules and tensors, compared before each use.
+
+State of a tuner changes through its own methods, and `WeightKeeper.changes` counts these. What
+others change without telling is found here: a module or parameter that was replaced, a hook that
+was added, a buffer that was written to. Each is one comparison by identity or of a number.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from s2kernels.autograd.checks import version_of
+
+# torch calls these around every module
+GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks_always_called,
+    torch_module._global_forward_hooks_with_kwargs,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+_OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Premises:
+    """A list of facts; `hold` says whether all of them are still true."""
+
+    __slots__ = ("_addresses", "_empty", "_same", "_trainable", "_versions")
+
+    def __init__(self) -> None:
+        self._same: list[tuple[Mapping[str, Any], str, Any]] = []
+        self._empty: list[Mapping] = []
+        self._trainable: list[tuple[Tensor, bool]] = []
+        self._versions: list[tuple[Tensor, int]] = []
+        self._addresses: list[tuple[Tensor, int]] = []
+
+    def hold(self) -> bool:
+        """Whether everything is as it was when it was noted."""
+        for owner, key, value in self._same:
+            if owner.get(key) is not value:
+                return False
+        for hooks in self._empty:
+            if hooks:
+                return False
+        for tensor, trainable in self._trainable:
+            if tensor.requires_grad is not trainable:
+                return False
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                return False
+        for tensor, address in self._addresses:
+            if tensor.data_ptr() != address:
+                return False
+        return True
+
+    def same_child(self, module: nn.Module, name: str) -> None:
+        """The child module under that name is the one that it is now."""
+        self._same.append((module._modules, name, module._modules.get(name)))
+
+    def same_tensor(self, module: nn.Module, name: str) -> None:
+        """The parameter or buffer under that name is the one that it is now."""
+        owner = module._parameters if name in module._parameters else module._buffers
+        self._same.append((owner, name, owner.get(name)))
+
+    def bare(self, module: nn.Module) -> None:
+        """A call of the module runs the forward of its class, without hooks of its own."""
+        self._same.append((vars(module), "forward", None))
+        self.unhooked(module)
+
+    def unhooked(self, module: nn.Module) -> None:
+        """No hooks are set on the calls of this very module."""
+        self._empty += [vars(module)[name] for name in _OWN_HOOKS]
+
+    def unwatched(self) -> None:
+        """No hooks are set on the calls of all modules."""
+        self._empty += GLOBAL_HOOKS
+
+    def as_trainable(self, tensor: Tensor) -> None:
+        """The tensor gets a gradient if it gets one now."""
+        self._trainable.append((tensor, tensor.requires_grad))
+
+    def unwritten(self, tensor: Tensor) -> None:
+        """Nothing is written into the tensor. One of inference mode does not count writes."""
+        if not tensor.is_inference():
+            self._versions.append((tensor, version_of(tensor)))
+
+    def unmoved(self, tensor: Tensor) -> None:
+        """The tensor stays where it lies in memory."""
+        if not tensor.is_meta:
+            self._addresses.append((tensor, tensor.data_ptr()))

@@ -1,0 +1,373 @@
+"""The keeper: what the weights of one model hold at any time, and the way back to W0.
+
+Two things are done to weights, and both are undone bit for bit:
+
+    adapters     W0 + delta is written where an adapter is trained in place
+    arrangement  channels are reordered (layout "permute"), weights are laid one after the other
+
+A forward of the whole model writes every such adapter, by one launch a device. A layer that is used
+outside of one, and a backward, ask for what they need. `state_dict`, `load_state_dict`, unloading
+and deleting an adapter restore W0 and undo the arrangement. A disabled adapter and an exception in
+a forward restore W0.
+
+Threads: one lock guards all that is written. Whatever restores weights waits until no other thread
+is inside a forward of the model.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from s2kernels.coupling import not_plain
+from s2kernels.peft.host.forwards import Forwards
+from s2kernels.peft.host.premises import Premises
+from s2kernels.peft.host.written_layer import Arrangement, Held, WrittenLayer
+
+
+class WeightKeeper:
+    """Keeper of the base weights of one model, which is the one that PEFT injects into.
+
+    launch:  writes `entries` of layers, which are all on one device
+    arrangement: None where weights are never arranged otherwise than in the checkpoint
+    changes: counts the changes of what a forward does. Whoever has prepared a call compares it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        launch: Callable[[list[tuple]], None],
+        arrangement: Arrangement | None = None,
+    ) -> None:
+        self.model, self._launch, self.arrangement = model, launch, arrangement
+        self.forwards = Forwards()
+        self.hooks: Any = None  # those on the model while it is attached
+        self.layers: list[Any] = []  # each is a WrittenLayer
+        self.attached = False
+        self.changes = 0
+        self._held: dict[WrittenLayer, Held] = {}
+        self._merged: dict[WrittenLayer, list[Held]] = {}
+        self._weights: dict[WrittenLayer, Tensor] = {}  # when they were last looked at
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was found out about these very tensors, which a copy does not have."""
+        # held while a weight is read that another thread must not restore meanwhile
+        self.lock = self.forwards.lock
+        self._num_owners: dict[int, int] | None = None
+        self._sharded = False
+        # of a forward: what it writes, by device, and what that was prepared from
+        self._writes: list[list[tuple]] | None = None
+        self._premises = Premises()
+
+    def __getstate__(self) -> dict:
+        found_out = ("lock", "_num_owners", "_writes", "_premises")
+        return self.__dict__ | dict.fromkeys(found_out)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def changed(self) -> None:
+        """Something that decides what a forward does has changed."""
+        self.changes += 1
+        self._writes = None
+
+    @property
+    def rows(self) -> list[str] | None:
+        """Of a mixed batch: the adapter of each row, while its forward runs in this thread."""
+        return self.forwards.rows
+
+    def mixed(self, rows: list[str] | None) -> AbstractContextManager[None]:
+        """Forwards of this thread within are those of a mixed batch with these `rows`."""
+        return self.forwards.mixed(rows)
+
+    # Its life
+
+    def attach(self, layers: Iterable[Any]) -> None:
+        """Take charge of `layers`: all layers of this tuner in the model."""
+        self.layers = list(layers)
+        self.inspect()
+        self._weights = {layer: layer.weight for layer in self.layers}
+        self.attached = True
+        self.changed()
+
+    def detach(self) -> None:
+        """Restore the weights, and be in charge of nothing any more."""
+        self.release()
+        if self.arrangement is not None:
+            self.arrangement.engaged = False  # other layers may want another one
+        self.attached = False
+        self.changed()
+
+    def inspect(self) -> None:
+        """Look for what forbids writing into weights."""
+        self._num_owners = {}
+        for _, value in self.model.named_parameters(remove_duplicate=False):
+            self._num_owners[id(value)] = self._num_owners.get(id(value), 0) + 1
+        self._sharded = any(isinstance(module, FSDPModule) for module in self.model.modules())
+
+    def not_inplace(self, weight: Tensor) -> str | None:
+        """Why nothing can be written into this weight, as far as the rest of the model decides."""
+        if self._num_owners is None:
+            self.inspect()
+        assert self._num_owners is not None
+        if self._sharded:
+            return "FSDP gathers the weights anew for each forward and backward"
+        owners = self._num_owners.get(id(weight), 1)
+        return f"the weight is shared by {owners} modules" if owners > 1 else None
+
+    # First verb: an adapter is written
+
+    def held(self, layer: WrittenLayer) -> Held | None:
+        """What the layer's weight holds: an adapter, or None for W0."""
+        return self._held.get(layer)
+
+    def written(self, layer: WrittenLayer) -> str | None:
+        """The adapter that the layer's weight holds; None for W0."""
+        held = self._held.get(layer)
+        return None if held is None else held.adapter
+
+    def are_ready(self, adapters: dict[Any, str | None]) -> bool:
+        """Whether the forward that this thread is in has written these adapters of layers, or for
+        None whether the weight holds W0.
+        """
+        for layer, adapter in adapters.items():
+            held = self._held.get(layer)
+            if (None if held is None else held.adapter) != adapter:
+                return False
+            if held is not None and not self.forwards.here:
+                return False
+        return True
+
+    def begin(self) -> None:
+        """A forward of the model begins in this thread: write what it needs."""
+        with self.lock:
+            if not self.forwards.here:
+                if self.rows is not None:
+                    self.restore()
+                elif self._writes is None or not self._premises.hold():
+                    self._prepare()
+                for entries in self._writes or ():
+                    self._launch(entries)
+            self.forwards.enter()
+
+    def end(self, failed: bool) -> None:
+        """It ends. One that has failed leaves W0 behind, unless other threads are inside one."""
+        with self.lock:
+            if self.forwards.leave() and failed:
+                self.restore()
+
+    def ensure_written(self, adapters: dict[Any, str | None]) -> None:
+        """The weights of the layers hold these adapters, as they are now, or for None W0.
+
+        For layers that are used outside of a forward of the model, or after something has restored
+        weights inside of one. The caller holds `lock`.
+        """
+        self.restore([layer for layer, adapter in adapters.items() if adapter is None])
+        wanted = [(layer, adapter) for layer, adapter in adapters.items() if adapter is not None]
+        if wanted:
+            self._engage()
+            for entries in self._by_device(self._taken(wanted)):
+                self._launch(entries)
+
+    def _prepare(self) -> None:
+        """Decide what a forward writes, now and until something changes."""
+        self._notice_changes()
+        for layer in self.layers:
+            layer.refresh()
+        with self.forwards.alone():
+            self._engage()
+            adapters = {layer: layer.written_adapter() for layer in self.layers}
+            self.restore([layer for layer, adapter in adapters.items() if adapter is None])
+            wanted = [(layer, name) for layer, name in adapters.items() if name is not None]
+            entries = self._taken(wanted)
+        self._premises = Premises()
+        for layer in self.layers:
+            layer.note(self._premises, adapters[layer])
+        self._writes = self._by_device(entries)
+
+    def _taken(self, wanted: Sequence[tuple[WrittenLayer, str]]) -> list[tuple]:
+        """The entries that write these adapters, once what they take the place of is kept."""
+        others = [layer for layer, name in wanted if self.written(layer) not in (None, name)]
+        moved = [layer for layer, _ in wanted if self._is_moved(layer)]
+        self.restore([*others, *moved])
+        entries: list[tuple] = []
+        for layer, name in wanted:
+            if layer not in self._held:
+                self._held[layer] = layer.take(name)
+            held = self._held[layer]
+            held.delta = layer.deltas[name]
+            entries += layer.entries(held, held.delta)
+        return entries
+
+    def _is_moved(self, layer: WrittenLayer) -> bool:
+        """Whether an adapter is written in a weight that is not the layer's any more."""
+        held = self._held.get(layer)
+        return held is not None and held.weight is not layer.weight
+
+    def _by_device(self, entries: Iterable[tuple]) -> list[list[tuple]]:
+        devices: dict[torch.device, list[tuple]] = {}
+        for entry in entries:
+            devices.setdefault(entry[0].device, []).append(entry)
+        return list(devices.values())
+
+    def _notice_changes(self) -> None:
+        """Look at the model again: FSDP2 comes after the adapter was made, and anybody may assign a
+        weight.
+
+        Raises RuntimeError for weights that were sharded while they held what was trained.
+        """
+        self.inspect()
+        held = self._held or (self.arrangement is not None and self.arrangement.moved)
+        if held and any(isinstance(layer.weight, DTensor) for layer in self.layers):
+            raise RuntimeError(
+                "the model was sharded after its first forward, while the weights held what was "
+                "trained: shard it before, or call state_dict() first"
+            )
+        for layer in self.layers:
+            self.notice_weight(layer)
+
+    def notice_weight(self, layer: WrittenLayer) -> None:
+        """A layer whose dense weight is another one than it was has another base."""
+        before, now = self._weights.get(layer), layer.weight
+        if before is None or before is now:
+            return
+        self._weights[layer] = now
+        if not self._sharded and not (not_plain(before) or not_plain(now)):
+            layer.refresh(loaded=True)
+
+    # Second verb: restore
+
+    def restore(self, layers: Iterable[Any] | None = None) -> None:
+        """Put W0 back into the weights of these layers, by default of all."""
+        with self.lock:
+            found = [layer for layer in (self.layers if layers is None else layers)]
+            found = [layer for layer in found if layer in self._held]
+            if not found:
+                return
+            with self.forwards.alone():
+                pairs = [layer.entries(self._held[layer], None) for layer in found]
+                for entries in self._by_device(entry for each in pairs for entry in each):
+                    self._launch(entries)
+                for layer in found:
+                    del self._held[layer]
+                self._writes = None
+
+    def release(self) -> None:
+        """Give the weights back as they were: W0, in the order of the checkpoint, each in a storage
+        of its own.
+
+        Raises RuntimeError in the middle of a forward over permuted weights: the layers still to
+        come would not be in the order of those that went before.
+        """
+        arrangement = self.arrangement
+        moved = arrangement is not None and arrangement.moved
+        if moved and self.forwards.here:
+            raise RuntimeError(
+                "the base weights cannot be given back inside a forward, by a state_dict in a hook "
+                "for one: call it after the forward, or use layout='gather'"
+            )
+        with self.forwards.alone():
+            self.restore()
+            if arrangement is None:
+                return
+            try:
+                if arrangement.release():
+                    self.changed()
+            finally:
+                if moved:
+                    self._locate()
+
+    def _engage(self) -> None:
+        """Bring the weights into the working basis, if there is one and nothing is merged."""
+        if self.arrangement is None or self.arrangement.engaged or self._merged:
+            return
+        try:
+            self.arrangement.engage(self.layers, self.not_inplace(self.layers[0].weight))
+        finally:
+            if self.arrangement.moved:
+                self._locate()
+
+    def engage(self) -> None:
+        """Bring the weights into the working basis now, rather than in the next forward."""
+        with self.forwards.alone():
+            self._engage()
+
+    def _locate(self) -> None:
+        for layer in self.layers:
+            layer.locate()
+        self.changed()
+
+    # Merged adapters
+
+    def merge(self, layer: WrittenLayer, adapter: str) -> None:
+        """Write base + delta into the layer's weight, rounded once, until `unmerge`."""
+        with self.forwards.alone():
+            self.release()
+            held = layer.take(adapter)
+            for entries in self._by_device(layer.entries(held, held.delta)):
+                self._launch(entries)
+            self._merged.setdefault(layer, []).append(held)
+            self.changed()
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter is merged into any weight."""
+        return bool(self._merged)
+
+    def unmerge(self, layer: WrittenLayer) -> None:
+        """Undo the last `merge` of the layer: the weight is what it was before, bit for bit."""
+        with self.forwards.alone():
+            held = self._merged[layer].pop()
+            if not self._merged[layer]:
+                del self._merged[layer]
+            for entries in self._by_device(layer.entries(held, None)):
+                self._launch(entries)
+            self.changed()
+
+    # Weights that move, or are laid out otherwise
+
+    def moving(self, layer: WrittenLayer) -> None:
+        """The layer's weight is about to be moved or cast."""
+        if self._is_moved(layer):
+            self.restore([layer])
+
+    def moved(self, layer: WrittenLayer, before: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+        """The layer's weight, which was `before`, was moved or cast by fn."""
+        held = self._held.get(layer)
+        for each in [*([held] if held is not None else []), *self._merged.get(layer, [])]:
+            each.base = fn(each.base)
+            if isinstance(each.where, Tensor):
+                each.where = fn(each.where)
+            if each.weight is before:
+                each.weight = layer.weight
+        if self._weights.get(layer) is before:
+            self._weights[layer] = layer.weight
+        self.changed()
+
+    def renew_fingerprints(self) -> None:
+        """Have all layers compute the fingerprints that are not known; the weights hold W0."""
+        for layer in self.layers:
+            self.notice_weight(layer)
+            layer.renew_fingerprints()
+
+    # What a recording of a step relies on
+
+    def snapshot(self) -> tuple:
+        """What decides a forward and what the weights hold, comparable by `==`."""
+        engaged = self.arrangement is not None and self.arrangement.engaged
+        return self.changes, engaged, tuple((id(k), id(v)) for k, v in self._held.items())
+
+    def copy_of_held(self) -> dict[Any, Held]:
+        """What is written, for `put_back_held`."""
+        return dict(self._held)
+
+    def put_back_held(self, held: dict[Any, Held]) -> None:
+        """Make `held` true again, after launches that were recorded rather than done."""
+        self._held = dict(held)
+        self._writes = None

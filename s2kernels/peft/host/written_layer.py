@@ -1,0 +1,85 @@
+"""What the keeper of the weights asks of a layer, and of what arranges weights in memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from s2kernels.peft.host.premises import Premises
+
+
+@dataclass
+class Held:
+    """What an adapter took the place of in one weight.
+
+    weight: the Parameter that was written to; the layer may have been given another since.
+    where: the channels or entries; base: what the weight held there; delta: what was added to it.
+    """
+
+    adapter: str
+    weight: Tensor
+    where: Any
+    base: Tensor
+    delta: Tensor
+
+
+class WrittenLayer(Protocol):
+    """A layer whose weight is written to. It describes itself, and holds nothing of its weight."""
+
+    name: str
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def merged(self) -> bool: ...
+
+    @property
+    def deltas(self) -> nn.ParameterDict: ...
+
+    def written_adapter(self) -> str | None:
+        """The adapter whose values belong in the weight now."""
+
+    def take(self, adapter: str) -> Held:
+        """A copy of what the weight holds where the adapter's values lie."""
+
+    def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
+        """Arguments of the writing op: base + delta, or for None base alone, into held.weight."""
+
+    def operands(self, adapter: str) -> tuple[Tensor, ...] | None:
+        """The weight, the adapter's delta and index; None without that adapter."""
+
+    def note(self, premises: Premises, adapter: str | None) -> None:
+        """Note what these are."""
+
+    def locate(self) -> None:
+        """Look up anew where the adapters' values lie, since the basis has changed."""
+
+    def refresh(self, loaded: bool = False) -> None:
+        """Take note of adapters that were loaded; with `loaded`, the base may have been, too."""
+
+    def renew_fingerprints(self) -> None:
+        """Compute the fingerprints that are not known; the weight holds W0."""
+
+
+class Arrangement(Protocol):
+    """How the weights of a model lie in memory: the order of their channels, and beside which.
+
+    engaged: whether that is as the layers want it. moved: whether channels are in another order
+    than in the checkpoint.
+    """
+
+    engaged: bool
+
+    @property
+    def moved(self) -> bool: ...
+
+    def moves(self, layers: Sequence[Any]) -> bool:
+        """Whether `engage` puts channels into another order."""
+
+    def engage(self, layers: Sequence[Any], why_not: str | None) -> None:
+        """Bring the channels into the order that the layers want."""
+
+    def release(self) -> bool:
+        """Undo all of it. Whether there was anything to undo."""

@@ -1,0 +1,203 @@
+"""Gated FFNs as one Function, where that computes the same.
+
+A FFN is given a forward of its own, beside that of its class. With one adapter active, not merged,
+over plain dense weights and without hooks in between, it computes what the class would, to
+rounding, by `mlp`, which keeps less for the backward and makes fewer passes over memory. With
+anything else, and under torch.compile, which fuses as well, it is the forward of the class.
+
+On a GPU the weights of gate and up are laid one after the other: the pair is one GEMM.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from s2kernels import backend
+from s2kernels.autograd.joined import joined
+from s2kernels.autograd.mlp import mlp
+from s2kernels.coupling import Structure
+from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.premises import Premises
+from s2kernels.peft.host.weights import WeightKeeper
+from s2kernels.peft.s2ft.arranged_weights import join
+from s2kernels.peft.s2ft.fusion_checks import (
+    are_alike,
+    is_silu,
+    linear_behind,
+    note_bare_linear,
+    sole_active_adapter,
+    weights_match_input,
+)
+from s2kernels.peft.s2ft.linear import S2FTLinear
+from s2kernels.reference import Index
+
+
+class Gated(NamedTuple):
+    """What a forward computes down(activation(gate(x)) * up(x)) with; gate_up may be one module."""
+
+    gate_up: tuple[str, ...]
+    down: str
+    activation: str
+
+
+_LLAMA = Gated(("gate_proj", "up_proj"), "down_proj", "act_fn")
+_PHI3 = Gated(("gate_up_proj",), "down_proj", "activation_fn")
+# The forwards that do: their class, and the model type that defines it.
+_CLASSES = {
+    ("LlamaMLP", "llama"): _LLAMA,
+    ("MistralMLP", "mistral"): _LLAMA,
+    ("Qwen2MLP", "qwen2"): _LLAMA,
+    ("Qwen3MLP", "qwen3"): _LLAMA,
+    ("Qwen3MoeMLP", "qwen3_moe"): _LLAMA,
+    ("Phi3MLP", "phi3"): _PHI3,
+}
+# A class that inherits one of them computes the same; one that overrides it is not here.
+GATED = {
+    (f"transformers.models.{model}.modeling_{model}", f"{name}.forward"): gated
+    for (name, model), gated in _CLASSES.items()
+}
+
+
+class MLPCall(NamedTuple):
+    """What a forward of the FFN does now: `mlp` with these arguments after x.
+
+    written: for each layer the adapter that its weight is to hold. weights: None where it is the
+    forward of the class.
+    """
+
+    changes: int
+    premises: Premises
+    written: dict[S2FTLinear, str | None]
+    weights: Sequence[Tensor] | None = None
+    biases: Sequence[Tensor | None] = ()
+    deltas: Sequence[Tensor | None] = ()
+    where: Index = slice(0, 0)
+    mode: str = "inplace"
+    both: Tensor | None = None
+    holding: Holding | None = None
+
+
+def fuse_mlp(keeper: WeightKeeper, structure: Structure) -> list[nn.Module]:
+    """Give the FFN a forward of its own, if that can be; returns the module then."""
+    module = keeper.model.get_submodule(structure.name)
+    forward = type(module).forward
+    gated = GATED.get((forward.__module__, forward.__qualname__))
+    if gated is None or "forward" in vars(module):
+        return []
+    modules = [module.get_submodule(name) for name in (*gated.gate_up, gated.down)]
+    if not any(isinstance(each, S2FTLinear) for each in modules):
+        return []
+    module.forward = FusedMLP(module, gated, keeper)
+    join_early(keeper, [linear_behind(each) for each in modules[:-1]])
+    return [module]
+
+
+def join_early(keeper: WeightKeeper, linears: Sequence[nn.Linear | None]) -> None:
+    """Join the weights of two layers as early as can be: a GEMM may round otherwise where its
+    operands lie elsewhere.
+    """
+    weights = [linear.weight for linear in linears if linear is not None]
+    if len(weights) == 2 and are_alike(weights) and backend.prefers_joined(weights[0]):
+        join(keeper, *weights)
+
+
+class FusedMLP:
+    """The forward of one gated FFN, `module`."""
+
+    def __init__(self, module: nn.Module, gated: Gated, keeper: WeightKeeper) -> None:
+        self.module, self.gated, self.keeper = module, gated, keeper
+        self._call: MLPCall | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_call": None}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() or len(args) != 1 or kwargs:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        keeper, call, (x,) = self.keeper, self._call, args
+        if call is None or call.changes != keeper.changes or not call.premises.hold():
+            with torch.inference_mode(False):  # views made there could not be saved for a backward
+                call = self._call = self._prepare()
+        if (
+            call.weights is None
+            or keeper.rows is not None
+            or not weights_match_input(call.weights[0], x)
+        ):
+            return type(self.module).forward(self.module, x)
+        operands: Any = call[3:]
+        if keeper.are_ready(call.written):
+            return mlp(x, *operands)
+        with keeper.lock:
+            keeper.ensure_written(call.written)
+            return mlp(x, *operands)
+
+    def _prepare(self) -> MLPCall:
+        """What a forward does until something changes."""
+        names = (*self.gated.gate_up, self.gated.down)
+        modules = [getattr(self.module, name) for name in names]
+        layers = [each for each in modules if isinstance(each, S2FTLinear)]
+        for layer in layers:
+            layer.refresh()
+        operands = self._operands(modules, layers)
+        premises = Premises()
+        premises.unwatched()
+        for name in (*names, self.gated.activation):
+            premises.same_child(self.module, name)
+            note_bare_linear(premises, getattr(self.module, name))
+        if operands is None or not premises.hold():
+            return MLPCall(self.keeper.changes, premises, {})
+        for layer in layers:
+            layer.note(premises, operands["written"][layer])
+        held = holding(self.keeper, operands["written"])
+        return MLPCall(self.keeper.changes, premises, **operands, holding=held)
+
+    def _operands(
+        self, modules: list[nn.Module], layers: list[S2FTLinear]
+    ) -> dict[str, Any] | None:
+        """What one Function takes; None where it would not compute what the modules do."""
+        linears = [linear for linear in map(linear_behind, modules) if linear is not None]
+        adapter = sole_active_adapter(layers)
+        if adapter is None or len(linears) < len(modules):
+            return None
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        if not are_alike(weights) or not is_silu(getattr(self.module, self.gated.activation)):
+            return None
+        trained = [layer for layer in layers if adapter in layer.active()]
+        if len(modules) == 2 and modules[0] in trained:
+            return None  # the trained channels of gate and up in one weight are two sets of them
+        written = {layer: layer.written_adapter() for layer in layers}
+        modes = {written[layer] is not None for layer in trained}
+        positions = [layer.positions[adapter] for layer in trained]
+        if len(modes) > 1 or not _are_the_same(positions):
+            return None
+
+        biases: list[Tensor | None] = [linear.bias for linear in linears]
+        deltas = [layer.s2ft_delta[adapter] if layer in trained else None for layer in modules]
+        if len(modules) == 2:
+            both: Tensor | None = weights[0]
+            weights = [*weights[0].chunk(2), weights[1]]
+            biases = [*((None, None) if biases[0] is None else biases[0].chunk(2)), biases[1]]
+            deltas = [None, *deltas]
+        else:
+            if backend.prefers_joined(weights[0]):
+                join(self.keeper, *weights[:2])
+            both = joined(*weights[:2])
+        return dict(
+            written=written,
+            weights=weights,
+            biases=biases,
+            deltas=deltas,
+            where=positions[0],
+            mode="inplace" if modes == {True} else "additive",
+            both=both,
+        )
+
+
+def _are_the_same(positions: list[Index]) -> bool:
+    first = positions[0]
+    if any(isinstance(each, slice) for each in positions):
+        return all(isinstance(each, slice) and each == first for each in positions)
+    tensors = [each for each in positions if isinstance(each, Tensor)]
+    return all(not each.is_meta and torch.equal(tensors[0], each) for each in tensors[1:])

@@ -1,0 +1,175 @@
+"""What every S2FT layer is: a base weight of which each adapter trains a slice."""
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from s2kernels import backend
+from s2kernels.adapter import Slice, check_fingerprint, fingerprint
+from s2kernels.architectures import Member
+from s2kernels.autograd.experts import check_positions
+from s2kernels.peft.host.layer import AdapterLayer
+from s2kernels.peft.host.weights import WeightKeeper
+from s2kernels.peft.host.written_layer import Held
+from s2kernels.peft.s2ft.arranged_weights import arrangement_of
+from s2kernels.reference import Index
+
+
+def launch_slice_write(entries: list[tuple]) -> None:
+    """`slice_write` of the entries of layers, all on one device."""
+    backend.select(entries[0][0]).slice_write(*zip(*entries, strict=True))
+
+
+class S2FTLayer(AdapterLayer):
+    """A frozen base weight (N, K) with, per adapter, a trained slice on `dim`.
+
+    Saved per adapter, in the original basis:
+
+        s2ft_delta   Parameter, fp32 by default: (N, R) for dim="in", (R, K) for dim="out"
+        s2ft_index   int32 (R,), the trained channels
+        s2ft_dim     int32 (), the axis of the weight they lie on: 1 for "in", 0 for "out"
+        s2ft_fingerprint  int64 (R,), of W0 there: an adapter is refused on another base. Zeros, for
+                     "not known", where the weight is not dense and floating
+
+    All but s2ft_dim have an axis of experts in front where the weight is (E, N, K).
+
+    `structure` and `member` say where the weight sits in the coupling table, None if nowhere.
+    """
+
+    # (E,) of experts, () of a single matrix
+    num_experts: tuple[int, ...] = ()
+    in_features: int
+    out_features: int
+
+    s2ft_delta: nn.ParameterDict
+    s2ft_index: BufferDict
+    s2ft_fingerprint: BufferDict
+    delta_name, index_name = "s2ft_delta", "s2ft_index"
+    fingerprint_name = "s2ft_fingerprint"
+    adapter_layer_names = ("s2ft_delta",)
+    other_param_names: tuple[str, ...] = (
+        *("s2ft_index", "s2ft_dim", "s2ft_fingerprint"),
+        *("modes", "layouts", "fuse", "positions", "_seen", "_renew"),
+    )
+
+    def __init__(
+        self,
+        keeper: WeightKeeper,
+        name: str,
+        dim: str,
+        structure: str | None = None,
+        member: Member | None = None,
+    ) -> None:
+        super().__init__(keeper, name)
+        self.dim, self.structure, self.member = dim, structure, member
+        self.s2ft_dim = BufferDict({}, persistent=True)
+        self.layouts: dict[str, str] = {}
+        self.fuse: dict[str, bool] = {}  # whether it may be computed together with others
+        # where the channels of each adapter lie in the present basis
+        self.positions: dict[str, Index] = {}
+
+    @torch.inference_mode(False)  # or they could never be trained
+    def update_layer(
+        self, adapter_name: str, index: Tensor, mode: str, layout: str, fuse: bool = True
+    ) -> None:
+        """Add an adapter that trains the channels `index`, int32 (R,) or (E, R), in the original
+        basis.
+
+        Raises ValueError for an offloaded weight, and for mode="inplace" where the base layer does
+        not admit it.
+        """
+        self.check_is_loaded()
+        self.check_mode(mode)
+        weight = self.weight
+        num = self._check_index("index", index)
+        shape = (self.out_features, num) if self.dim == "in" else (num, self.in_features)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
+        zeros = torch.zeros(*self.num_experts, *shape, dtype=dtype, device=weight.device)
+        self.s2ft_dim[adapter_name] = torch.tensor(
+            self.axis, dtype=torch.int32, device=weight.device
+        )
+        self.layouts[adapter_name], self.fuse[adapter_name] = layout, fuse
+        self.add(adapter_name, mode, nn.Parameter(zeros), index)
+
+    @property
+    def axis(self) -> int:
+        """The axis of the weight on which the trained channels lie."""
+        return 1 if self.dim == "in" else 0
+
+    @property
+    def num_channels(self) -> int:
+        """Channels on that axis, trained or not."""
+        return self.in_features if self.dim == "in" else self.out_features
+
+    @torch.inference_mode(False)  # autograd saves positions, which it would not of such a tensor
+    def locate(self) -> None:
+        """Look up, for the present basis, where the channels of each adapter lie.
+
+        Raises ValueError for an index or a dim that does not fit the layer.
+        """
+        arrangement = arrangement_of(self.keeper)
+        for name, index in self.s2ft_index.items():
+            if index.is_meta:
+                continue
+            self._check_index(f"s2ft_index of adapter {name!r}", index)
+            if int(self.s2ft_dim[name]) != self.axis:
+                raise ValueError(
+                    f"s2ft_dim of adapter {name!r} must be {self.axis}, that of {self.dim}put "
+                    f"channels, got {int(self.s2ft_dim[name])}"
+                )
+            working = arrangement.to_working(self, index)
+            if working.is_inference():
+                working = working.clone()
+            here = working.cpu()
+            start = int(here.flatten()[0])
+            stop = start + here.shape[-1]
+            run = torch.arange(start, stop, dtype=torch.int32, device="cpu")
+            is_run = bool((here == run).all())  # the same one in every expert
+            self.positions[name] = slice(start, stop) if is_run else working
+
+    def _check_index(self, name: str, index: Tensor) -> int:
+        name = f"{self.name}: {name}"
+        if tuple(index.shape[:-1]) != self.num_experts:
+            raise ValueError(
+                f"{name} must have shape {(*self.num_experts, 'R')}, got {tuple(index.shape)}"
+            )
+        return check_positions(name, index, self.num_channels)
+
+    def take(self, adapter: str) -> Held:
+        where = self.positions[adapter]
+        base = self.take_base_slice(where)
+        return Held(adapter, self.weight, where, base, self.s2ft_delta[adapter])
+
+    def take_base_slice(self, where: Index) -> Tensor:
+        """A copy of what the weight holds at these channels, shaped like delta."""
+        raise NotImplementedError
+
+    def fingerprint_of(self, base: Tensor) -> Tensor:
+        return fingerprint(base, self.dim)
+
+    def check_fingerprint(self, expected: Tensor, base: Tensor) -> None:
+        check_fingerprint(self.name, expected, base, self.dim)
+
+    def unknown_fingerprint(self, adapter: str) -> Tensor:
+        return torch.zeros_like(self.s2ft_index[adapter], dtype=torch.int64)
+
+    def slice_of(self, adapter_name: str) -> Slice:
+        """The adapter's part of this layer, in the original basis."""
+        return Slice(
+            self.dim,
+            self.s2ft_index[adapter_name],
+            self.s2ft_delta[adapter_name].detach(),
+            self.s2ft_fingerprint[adapter_name],
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for name, where in self.positions.items():
+            if isinstance(where, Tensor):
+                self.positions[name] = fn(where)
+        return self
+
+    def extra_repr(self) -> str:
+        sizes = {name: index.shape[-1] for name, index in self.s2ft_index.items()}
+        return f"dim={self.dim!r}, channels={sizes}"
