@@ -1,0 +1,81 @@
+"""Host time, counted: Python function calls of one layer in one training step.
+
+A GPU finishes a layer of a 7B model at 512 tokens in about a millisecond, so Python must not take
+longer. Calls do not depend on the machine, times do: see bench/bench_host.py for these.
+"""
+
+import sys
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_models import tiny_model, token_ids
+
+from s2kernels import backend
+from s2kernels.flat import FlatAdamW
+from s2kernels.peft import S2FTConfig, SpIELConfig
+
+IDS = token_ids()
+S2FT = dict(heads=1, channels=8, seed=3)
+# Measured with torch 2.13: 270, 273, 216 and 401; the frozen model makes 93, PEFT's LoRA 263. The
+# rest is room for other versions of Python and torch.
+MOST = {"inplace": 290, "additive": 290, "unfused": 230, "spiel": 420}
+
+
+def prepared(method: str, num_layers: int):
+    """A step of the method, with dx down to the embeddings, as Python calls it on a GPU."""
+    model = tiny_model("llama", torch.float32, num_hidden_layers=num_layers)
+    model.requires_grad_(False)
+    inner, optimizer = model, None
+    if method == "spiel":
+        model = get_peft_model(model, SpIELConfig(density=0.02, seed=3, mode="inplace"))
+    else:
+        mode = "additive" if method == "additive" else "inplace"
+        config = S2FTConfig(mode=mode, fuse=method != "unfused", **S2FT)
+        model = get_peft_model(model, config)
+        deltas = [p for p in model.parameters() if p.requires_grad]
+        optimizer = FlatAdamW(deltas, accumulate_in_backward=True)
+    inner.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
+    model.train()
+
+    def step():
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def calls(step) -> int:
+    """Python function calls of one step, once everything is prepared."""
+    for _ in range(3):
+        step()
+    count = 0
+
+    def profile(frame, event, arg):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def calls_of_a_layer(method: str) -> float:
+    """Of one layer more, so that the embeddings, the head and the loss do not count."""
+    few, many = (calls(prepared(method, num_layers)) for num_layers in (2, 6))
+    return (many - few) / 4
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(backend, "prefers_joined", lambda weight: True)
+
+
+@pytest.mark.parametrize("method", MOST)
+def test_python_calls_of_a_layer(method):
+    assert calls_of_a_layer(method) <= MOST[method]
