@@ -1,15 +1,24 @@
 """The methods side by side: each takes over one model and trains its part of it."""
 
+from transformers import PreTrainedConfig
+
 from bench.methods.adapters import DoRA, LoRA, LoRAFP32, SHiRA
 from bench.methods.base import Method, adamw
-from bench.methods.budget import COMPARABLE, TOLERANCE, Budget, comparable, counts
+from bench.methods.budget import Budget, Sizes, comparable
 from bench.methods.dense import Frozen, Full
 from bench.methods.galore import GaLore
 from bench.methods.lisa import LISA
 from bench.methods.lora_fused import LoRAFused
 from bench.methods.loreft import LoReFT
 from bench.methods.options import ATTENTION, Options, Unavailable
-from bench.methods.s2ft import S2FTAdditive, S2FTInplace, S2FTUnfused, in_slices
+from bench.methods.s2ft import (
+    S2FTAdditive,
+    S2FTInplace,
+    S2FTPermutedAdditive,
+    S2FTPermutedInplace,
+    S2FTUnfused,
+    in_slices,
+)
 from bench.methods.spiel import SpIEL, SpIELMA
 
 # In the order of tables and figures.
@@ -20,15 +29,20 @@ METHODS: dict[str, type[Method]] = {
         *(LoRA, LoRAFP32, LoRAFused, DoRA),
         *(GaLore, LISA, LoReFT, SHiRA),
         *(SpIEL, SpIELMA),
-        *(S2FTInplace, S2FTUnfused, S2FTAdditive),
+        *(S2FTInplace, S2FTAdditive, S2FTPermutedInplace, S2FTPermutedAdditive, S2FTUnfused),
     )
 }
 
+
+def counts(config: PreTrainedConfig, budget: Budget) -> dict[str, int]:
+    """Trained parameters of every method, by its name, in a model of `config`."""
+    sizes = Sizes(config)
+    return {name: method.count(sizes, budget) for name, method in METHODS.items()}
+
+
 __all__ = [
     "ATTENTION",
-    "COMPARABLE",
     "METHODS",
-    "TOLERANCE",
     "Budget",
     "Method",
     "Options",

@@ -1,4 +1,4 @@
-"""How much each method trains, and sizes that make the methods comparable."""
+"""How much the methods are to train, so that they can be compared."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,15 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-# How far from LoRA's the trained parameters of a comparable method may lie, as a share of them, at
-# rank 16 and above in models of hidden size 512 and above. What is left are DoRA's magnitudes (N
-# for each (N, K), beside LoRA's rank * (N + K)) and the rounding of heads and of GaLore's rank.
-TOLERANCE = 0.05
-ALIGNED = 8  # S2FT's channels come in so many, where that is little: GEMMs like rows of 16 bytes
-COMPARABLE = (
-    *("lora", "lora_fp32", "lora_fused", "dora", "galore", "shira"),
-    *("spiel", "spiel_ma", "s2ft_inplace", "s2ft_unfused", "s2ft_additive"),
-)
+ALIGNED = 8  # S2FT's channels are rounded to so many: GEMMs want rows of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -28,7 +20,7 @@ class Budget:
     rank: int  # LoRA and DoRA, on all linear layers
     seed: int
     shira_rank: int = 32  # SHiRA trains rank * (N + K) entries of each linear layer
-    galore_rank: int = 128  # the default of GaLore's README, as the next two are
+    galore_rank: int = 128  # this and the next two: the defaults of GaLore's README
     galore_gap: int = 200  # steps from one SVD to the next
     galore_scale: float = 0.25
     reft_rank: int = 8  # LoReFT: as its users run it
@@ -41,7 +33,7 @@ class Budget:
 
 
 class Sizes:
-    """What a model of `config` has, counted on one that takes no memory."""
+    """What a model of `config` has, counted on the meta device."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         with torch.device("meta"):
@@ -89,41 +81,11 @@ class Sizes:
         return self.layers * self.layer_linears["down_proj"][0]
 
 
-def counts(config: PreTrainedConfig, budget: Budget) -> dict[str, int]:
-    """Trained parameters of every method, by its name, in a model of `config`.
-
-    GaLore moves whole weights, but from one SVD to the next only within a subspace: its count is
-    the dimension of that, as its users count.
-    """
-    sizes = Sizes(config)
-    lora = sizes.of_linears(lambda n, k: budget.rank * (n + k))
-    linears = list(sizes.layer_linears.values()) * sizes.layers
-    entries = entries_in_all(budget, sizes.parameters, linears)
-    spiel = sum(entries_of_layers(entries, linears))
-    s2ft = budget.heads * sizes.per_head + budget.channels * sizes.per_channel
-    lisa_layers = min(budget.lisa_layers, sizes.layers)
-    return {
-        "frozen": 0,
-        "full": sizes.parameters,
-        "lora": lora,
-        "lora_fp32": lora,
-        "lora_fused": lora,
-        "dora": lora + sizes.of_linears(lambda n, k: n),
-        "galore": sizes.of_linears(lambda n, k: budget.galore_rank * max(n, k)),
-        "lisa": sizes.embedding_and_head + lisa_layers * sizes.layer_parameters,
-        "loreft": sizes.layers * (2 * budget.reft_rank * sizes.hidden + budget.reft_rank),
-        "shira": sizes.of_linears(lambda n, k: budget.shira_rank * (n + k)),
-        "spiel": spiel,
-        "spiel_ma": spiel,
-        "s2ft_inplace": s2ft,
-        "s2ft_unfused": s2ft,
-        "s2ft_additive": s2ft,
-    }
-
-
 def entries_in_all(budget: Budget, parameters: int, linears: list[tuple[int, int]]) -> int:
-    """Entries that SpIEL is to train in a model of so many parameters and of these linear layers,
-    (N, K) each: no more than these have."""
+    """Entries that SpIEL is to train: at most those of the linear layers.
+
+    parameters: of the whole model. linears: (N, K) of each linear layer of its blocks.
+    """
     wanted = budget.rank * sum(n + k for n, k in linears)
     if budget.spiel_density is not None:
         wanted = max(1, int(budget.spiel_density * parameters))
@@ -143,11 +105,12 @@ def comparable(
     share: float | None = None,
     seed: int = 0,
 ) -> Budget:
-    """Sizes with which the methods train as many parameters as LoRA of `rank` on all linear layers,
-    or a `share` of all parameters, as nearly as each of them can; LoRA of rank 16 if none is given.
+    """Sizes with which each method trains about as many parameters as LoRA of `rank`.
 
-    Full fine-tuning, LISA and LoReFT cannot choose: theirs are the sizes that their users take.
-    S2FT's budget goes in equal parts to o_proj and down_proj, in whole heads.
+    LoRA is on all linear layers; its rank is 16 if nothing is given. With `share` each method
+    trains this share of all parameters instead. Full fine-tuning, LISA and LoReFT cannot choose
+    how much they train: theirs are the sizes that their users take. One half of S2FT's parameters
+    is in o_proj, in whole heads, the other in down_proj.
 
     Raises ValueError for a rank below 1, a share outside of (0, 1), and both at once.
     """

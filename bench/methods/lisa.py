@@ -1,21 +1,27 @@
-"""LISA (arXiv 2403.17919): the embedding, the head, and a few layers drawn anew now and then."""
+"""LISA (arXiv 2403.17919): the embedding, the head, and a few layers that change now and then."""
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method, adamw
+from bench.methods.budget import Budget, Sizes
 
 
 class LISA(Method):
     """Trains the embedding, the head and `lisa_layers` random layers, all of their parameters.
 
-    After every `lisa_interval` steps the layers are drawn anew; gradients and optimizer states of
+    After every `lisa_interval` steps other layers are drawn; gradients and optimizer states of
     layers that are no longer trained are dropped. `active` holds the layers trained at present.
     """
 
     name = "lisa"
-    periodic = "draws the trained layers anew"
+    periodic = "draws other layers to train"
+
+    @classmethod
+    def count(cls, sizes: Sizes, budget: Budget) -> int:
+        layers = min(budget.lisa_layers, sizes.layers)
+        return sizes.embedding_and_head + layers * sizes.layer_parameters
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         self.period = self.budget.lisa_interval

@@ -1,4 +1,4 @@
-"""The strongest LoRA that we can write, so that S2FT is held against that, too.
+"""The fastest LoRA that we can write, so that S2FT is compared with that as well.
 
 Of each linear layer the weight W (N, K) is frozen, A (r, K) and Bt (r, N), B transposed, are
 trained. With M tokens, r the rank and s = alpha / r:
@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
+from bench.methods.budget import Budget, Sizes
 from s2kernels import backend
 from s2kernels.autograd.mlp import room_for_gradients
 
@@ -35,6 +36,10 @@ class LoRAFused(Method):
     """LoRA on all linear layers by manual autograd; adapters in the dtype of the model."""
 
     name = "lora_fused"
+
+    @classmethod
+    def count(cls, sizes: Sizes, budget: Budget) -> int:
+        return sizes.of_linears(lambda n, k: budget.rank * (n + k))
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         torch.manual_seed(self.budget.seed)

@@ -1,4 +1,4 @@
-"""What applies to every method alike: checkpointing, liger-kernel, attention, torch.compile."""
+"""What every method can be given: checkpointing, liger-kernel, attention, torch.compile."""
 
 import importlib.util
 import warnings

@@ -1,4 +1,8 @@
-"""S2FT, as its users run it: s2kernels.peft on o_proj and down_proj."""
+"""S2FT, as its users run it: s2kernels.peft on o_proj and down_proj.
+
+Each mode is measured in two layouts. "gather" leaves the order of heads and channels as it is.
+"permute" is the paper's co-permutation: the trained channels are moved to the front.
+"""
 
 from typing import ClassVar
 
@@ -7,18 +11,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
+from bench.methods.budget import Budget, Sizes
 from s2kernels.peft import S2FTConfig
 
 
 class S2FTInplace(Method):
     """The slice is written into the dense weight: forward and dx are one dense GEMM each.
 
-    The FFN is one Function, and q and k are one GEMM, as they are by default.
+    The FFN is one Function, and q and k are one GEMM on a GPU, as they are by default.
     """
 
     name = "s2ft_inplace"
     mode: ClassVar[str] = "inplace"
+    layout: ClassVar[str] = "gather"
     fuse: ClassVar[bool] = True
+
+    @classmethod
+    def count(cls, sizes: Sizes, budget: Budget) -> int:
+        return budget.heads * sizes.per_head + budget.channels * sizes.per_channel
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         budgets = {"o_proj": self.budget.heads, "down_proj": self.budget.channels}
@@ -28,24 +38,14 @@ class S2FTInplace(Method):
             channels=self.budget.channels,
             seed=self.budget.seed,
             mode=self.mode,
-            layout=self.layout(),
+            layout=self.layout,
             fuse=self.fuse,
             task_type="CAUSAL_LM",
         )
         peft = get_peft_model(model, config)
-        if self.options.compile:  # its first forward permutes, which is not to be traced
+        if self.options.compile:  # else its first forward permutes, which must not be traced
             peft.base_model.base_weights.engage()
         return peft
-
-    def layout(self) -> str:
-        return "auto"
-
-
-class S2FTUnfused(S2FTInplace):
-    """The operators of the model as transformers has them, as the floor runs them, too."""
-
-    name = "s2ft_unfused"
-    fuse = False
 
 
 class S2FTAdditive(S2FTInplace):
@@ -54,9 +54,22 @@ class S2FTAdditive(S2FTInplace):
     name = "s2ft_additive"
     mode = "additive"
 
-    def layout(self) -> str:
-        # This one torch.compile takes in one graph.
-        return "gather" if self.options.compile else "auto"
+
+class S2FTPermutedInplace(S2FTInplace):
+    name = "s2ft_permuted_inplace"
+    layout = "permute"
+
+
+class S2FTPermutedAdditive(S2FTAdditive):
+    name = "s2ft_permuted_additive"
+    layout = "permute"
+
+
+class S2FTUnfused(S2FTInplace):
+    """The operators of the model as transformers has them, which the floor runs, too."""
+
+    name = "s2ft_unfused"
+    fuse = False
 
 
 def in_slices(model: nn.Module) -> dict[str, int]:

@@ -1,0 +1,238 @@
+"""The demo: one small Llama, fine-tuned by several methods side by side, and what each costs.
+
+    python -m bench.demo [--help]
+
+Pre-trains a byte-level Llama on the source code of Python's standard library, then fine-tunes
+copies of that checkpoint on the English text of Python's language reference. In every round each
+method takes one step on the same batch, and its time is compared with that of the frozen floor in
+the same round. Prints a table, writes the results, draws the figures, and takes the S2FT adapters
+through save, load and merge. A slow machine takes fewer rounds, so that the demo ends in time.
+
+Exits with 1 if S2FT keeps one byte more or less than `bench.demo.checks` says, or if an adapter
+does not come back as it was trained.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from bench.demo import corpus, job
+from bench.demo.checks import check_adapters, check_saved
+from bench.demo.job import ENTRANTS, FLOOR, S2FT, Job
+from bench.demo.training import Run, finetune, pretrain
+from bench.measure import machine, results, timing
+from bench.steps.step import held_bytes
+from plots import draw_file
+
+OUT = machine.ROOT / "out"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    chosen, device = choose_job(args), torch.device(args.device)
+    began = time.perf_counter()
+    transformers_logging.set_verbosity_error()
+    # PEFT reads a property of the model that transformers is about to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+    code = corpus.as_tokens(corpus.source_code())
+    english, held_out = corpus.split(corpus.as_tokens(corpus.reference_text()), held_out=0.1)
+    print(
+        f"Python's standard library: pre-training on {len(code) / 1e6:.2f} MB of source code, "
+        f"fine-tuning on {len(english) / 1e6:.2f} MB of English reference, "
+        f"{len(held_out) / 1e6:.2f} MB of it held out"
+    )
+    base, losses, seconds = pretrain(chosen, code, job.PRETRAINING * chosen.budget_s, device)
+    chosen = replace(chosen, steps=affordable_steps(chosen, statistics.median(seconds)))
+    extra = {"losses": losses, "parameters": base.num_parameters()}
+    pretraining = benchmark(chosen, "pre-training", seconds, extra)
+
+    probes = corpus.even_windows(held_out, chosen.held_out_batches * chosen.batch, chosen.length)
+    probes = list(probes.to(device).split(chosen.batch))
+    generator = torch.Generator().manual_seed(chosen.seed)
+    batches = [
+        corpus.random_batch(english, chosen.batch, chosen.length, generator).to(device)
+        for _ in range(chosen.steps)
+    ]
+    runs = {entrant.name: Run(entrant, base, chosen) for entrant in ENTRANTS}
+    rounds, curves = finetune(runs, batches, probes, chosen.evaluations, device)
+    times = {name: [each[name] for each in rounds[chosen.untimed :]] for name in runs}
+    entries = {name: entry(chosen, name, run, times, curves[name]) for name, run in runs.items()}
+    for name, run in runs.items():
+        entries[name]["extra_info"]["bytes"] = held_bytes(run.method, probes[0])
+    measure_as_run(chosen, runs, entries, probes[0], device)
+    print_entries(chosen, pretraining, entries)
+    exact = check_saved(chosen, runs, entries)
+    intact = check_adapters(chosen, runs, entries, base, probes[0], args.adapter)
+
+    path = args.results / machine.device_name(device) / "demo.json"
+    results.write(path, [pretraining, *entries.values()], machine.machine_info(device))
+    print(f"\nresults: {path}")
+    for figure in draw_file(path, args.figures):
+        print(f"figure: {figure}")
+    print(f"{time.perf_counter() - began:.0f} s in all")
+    return 0 if exact and intact else 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: cuda where there is a GPU",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, batches and slices; default 0"
+    )
+    parser.add_argument(
+        "--budget-s",
+        type=float,
+        help=f"seconds of the whole demo, about; default {job.CPU.budget_s:.0f}",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="of fine-tuning, each method, at least 10; default: as many as the budget has time "
+        f"for, up to {job.CPU.steps}, on a GPU {job.CUDA.steps}",
+    )
+    parser.add_argument(
+        "--toy", action="store_true", help="a job of seconds: to see that it runs, not what it says"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=OUT / "results", help="folder; default out/results"
+    )
+    parser.add_argument(
+        "--figures", type=Path, default=OUT / "figures", help="folder; default out/figures"
+    )
+    parser.add_argument("--adapter", type=Path, help="keep the S2FT adapters in this folder")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = machine.default_device().type
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    if args.steps is not None and args.steps < 10:
+        parser.error(f"--steps must be at least 10, got {args.steps}")
+    if args.budget_s is not None and not args.budget_s > 0:
+        parser.error(f"--budget-s must be above 0, got {args.budget_s}")
+    return args
+
+
+def choose_job(args: argparse.Namespace) -> Job:
+    chosen = job.TOY if args.toy else job.CPU if args.device == "cpu" else job.CUDA
+    given = {"budget_s": args.budget_s, "steps": args.steps}
+    chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    least = chosen.least_steps if args.steps is None else args.steps
+    return replace(chosen, seed=args.seed, least_steps=least)
+
+
+def affordable_steps(chosen: Job, pretraining_step: float) -> int:
+    """How many rounds of fine-tuning there is time for, from the seconds of a pre-training step.
+
+    A round is estimated as one step of full fine-tuning for each method.
+    """
+    step = pretraining_step * chosen.batch / chosen.pretrain_batch
+    rounds = int(job.FINETUNING * chosen.budget_s / (step * len(ENTRANTS)))
+    return min(chosen.steps, max(chosen.least_steps, rounds))
+
+
+def benchmark(chosen: Job, name: str, seconds: list[float], extra: dict) -> dict:
+    """One entry of pytest-benchmark's JSON; `seconds` of every timed step."""
+    dtype = str(chosen.dtype).removeprefix("torch.")
+    return {
+        "group": "demo",
+        "name": name,
+        "fullname": f"bench/demo::{name}",
+        "params": asdict(chosen) | {"dtype": dtype, "tokens": chosen.tokens},
+        "stats": timing.stats(seconds),
+        "extra_info": extra,
+    }
+
+
+def entry(
+    chosen: Job,
+    name: str,
+    run: Run,
+    seconds: dict[str, list[float]],
+    held_out: dict[int, float],
+) -> dict:
+    """What was measured of one method."""
+    ratios = timing.paired_ratios(seconds[name], seconds[FLOOR])
+    extra = {
+        "lr": run.lr,
+        "trained_parameters": run.method.trained_parameters(),
+        "ratio_to_floor": timing.quartiles(ratios),
+        "held_out": {"steps": list(held_out), "losses": list(held_out.values())},
+        "losses": [float(loss) for loss in run.losses],
+    }
+    return benchmark(chosen, name, seconds[name], extra)
+
+
+def measure_as_run(
+    chosen: Job,
+    runs: dict[str, Run],
+    entries: dict[str, dict],
+    batch: Tensor,
+    device: torch.device,
+) -> None:
+    """S2FT as a user runs it: no dx below the first trained layer, so less than the floor."""
+    compared = {name: runs[name] for name in (*S2FT, FLOOR)}
+    for name, run in compared.items():
+        run.set_lr(0.0)  # the models stay as they were trained
+        if name != FLOOR:
+            run.method.stop_full_depth()
+    actions = {name: (lambda _, run=run: run.step(batch)) for name, run in compared.items()}
+    rounds = timing.interleave(actions, chosen.depth_rounds, device)
+    rounds = list(tqdm(rounds, total=chosen.depth_rounds, desc="S2FT as run", leave=False))
+    for name in S2FT:
+        ratio = statistics.median(times[name] / times[FLOOR] for times in rounds)
+        saved = held_bytes(runs[name].method, batch)["saved"]
+        entries[name]["extra_info"]["as_run"] = {"ratio_to_floor": ratio, "saved": saved}
+
+
+def print_entries(chosen: Job, pretraining: dict, entries: dict[str, dict]) -> None:
+    head = ["method", "lr", "trained", "step ms", "step / floor", "quartiles", "as run"]
+    rows = [[*head, "weights", "gradients", "optimizer", "saved", "held-out loss"]]
+    for name, measured in entries.items():
+        extra = measured["extra_info"]
+        ratio, held_out = extra["ratio_to_floor"], extra["held_out"]["losses"]
+        sizes = [extra["bytes"][part] for part in ("weights", "gradients", "optimizer", "saved")]
+        rows.append(
+            [
+                name,
+                "-" if extra["lr"] is None else f"{extra['lr']:g}",
+                f"{extra['trained_parameters']:,}",
+                f"{measured['stats']['median'] * 1e3:.1f}",
+                f"{ratio['median']:.3f}",
+                f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
+                f"{extra['as_run']['ratio_to_floor']:.3f}" if "as_run" in extra else "-",
+                *(f"{size / 2**20:.2f}" for size in sizes),
+                f"{held_out[0]:.3f} -> {held_out[-1]:.3f}",
+            ]
+        )
+    parameters = pretraining["extra_info"]["parameters"]
+    print(
+        f"\nLlama of {parameters / 1e6:.2f} M parameters in {pretraining['params']['dtype']}: "
+        f"{pretraining['stats']['rounds']} steps of pre-training, then {chosen.steps} steps of "
+        f"{chosen.tokens} tokens with each method\n\n{results.table(rows)}\n\n"
+        f"step ms, step / floor: medians of {chosen.steps - chosen.untimed} rounds, with the "
+        "optimizer; a ratio is of two steps of one round\n"
+        "weights to saved: MiB; saved: activations kept for the backward, whole storages\n"
+        "held-out loss: nats per byte; lr: AdamW's peak, 5 % warm-up, cosine to 0\n"
+        "every method computes dx down to the embedding, as the floor does; as run: S2FT as it is "
+        "used, without that\n"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
