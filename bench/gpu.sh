@@ -9,13 +9,13 @@
 # a test, a launch, an op or a step failed. --rehearse does the same at toy sizes, GPU or not.
 #
 #     OUT_DIR/tests.txt    a line for each try of a file of tests
-#     OUT_DIR/log.txt      what failing tests, the tuner, the ops and the steps said
+#     OUT_DIR/log.txt      what the tests, the tuner, the ops and the steps said
 #     OUT_DIR/<device>/    tune.json, ops.json, steps.json: to be copied to bench/results/<device>/
 #     OUT_DIR/tuned.py     to be copied to s2kernels/kernels/; later runs are faster with it
-#     OUT_DIR/results.tar  all of these, written however a run ends
+#     OUT_DIR/results.tar  all of these, written however a run ends; an OUT_DIR may begin from it
 #
-# An OUT_DIR that has nothing but results.tar begins from that. Needs python3 with torch, triton,
-# transformers, peft, pytest, pytest-benchmark and tqdm; no network and no installation.
+# Needs python3 with torch, triton, transformers, peft, pytest, pytest-benchmark and tqdm; no network
+# and no installation.
 set -euo pipefail
 
 TESTS=30 TUNE=12 OPS=20 # percent of the budget, at most; the steps have the rest
@@ -36,10 +36,6 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ -n "$out" ] && [[ $budget =~ ^[0-9]+$ ]] || usage
-
-end=$(($(date +%s) + budget))
-left() { echo $((end - $(date +%s))); }
-share() { echo $((budget * $1 / 100)); }
 
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -71,95 +67,68 @@ if [ -n "$rehearse" ]; then
     steps=(--suite toy) tune=(--toy --ops slice_grad)
 else
     nvidia-smi
-    tests=(tests/test_*kernel*.py tests/test_autograd_*.py tests/bench/test_memory.py)
+    tests=(tests/test_*kernel*.py tests/test_autograd_*.py tests/bench/test_bench_memory.py)
     tests+=(tests/test_peft_{training,states,adapters,saving,injection}.py)
     tests+=(tests/test_peft_fused*.py tests/test_peft_projections.py tests/test_fast_ops.py)
     tests+=(tests/test_flat.py tests/test_captured_*.py)
     steps=() tune=()
 fi
 
-# What a test that passed depends on: it is not run again with the same sources and packages.
-key=$("$python" - <<'END'
-import hashlib
-from importlib import metadata
-from pathlib import Path
+# A file of tests that passed is not run again with the same sources.
+key=$(find s2kernels autograd tests -name '*.py' | sort | xargs cat | sha256sum | cut -c1-12)
+last_try() { awk -v f="$1" -v key="$key" '$1 == f && $3 == key { last = $2 } END { print last }' "$out/tests.txt"; }
+end=$(($(date +%s) + budget)) failed=0 unfinished=()
 
-digest = hashlib.sha256()
-for package in sorted(f"{found.name} {found.version}" for found in metadata.distributions()):
-    digest.update(package.encode())
-for folder in ("s2kernels", "autograd", "tests"):
-    for path in sorted(Path(folder).rglob("*.py")):
-        digest.update(path.read_bytes())
-print(digest.hexdigest()[:12])
-END
-)
-failed=0 unfinished=()
-
-# FILE SECONDS: runs a file of tests and notes how it went
-one_file() {
-    local rc=0 how child log
-    log=$(mktemp)
-    timeout -k 10 "$2" "$python" -m pytest -q -p no:cacheprovider "$1" >"$log" 2>&1 &
-    child=$!
-    trap 'kill $child; exit' TERM
-    wait "$child" || rc=$?
-    case $rc in 0) how=passed ;; 5) how=skipped ;; 124 | 137) how=unfinished ;; *) how=failed ;; esac
-    echo "$1 $how $key" | tee -a "$out/tests.txt"
-    case $how in failed | unfinished) { echo "== $1 $how, $rc"; tail -n 100 "$log"; } >>"$out/log.txt" ;; esac
-    rm -f "$log"
-}
-
-# FILE: how it went last with these sources and packages, "" where it was not tried
-last_try() {
-    awk -v file="$1" -v key="$key" '$1 == file && $3 == key { last = $2 } END { print last }' \
-        "$out/tests.txt"
-}
-
-# NAME SECONDS COMMAND...: one that writes results, for so many seconds at most
-measure() {
-    local name=$1 most=$2 rc=0 rest said
+# NAME UNTIL COMMAND...: runs it to that second of the epoch at most; sets rc, 124 where it was stopped
+run() {
+    local name=$1 rest=$(($2 - $(date +%s)))
     shift 2
-    rest=$(left)
-    [ "$rest" -le "$most" ] || rest=$most
-    if [ "$rest" -le "$RESERVE" ]; then
-        echo "== $name: skipped, $rest s are left"
-        unfinished+=("$name")
-        return
-    fi
+    rc=124
     echo "== $name" | tee -a "$out/log.txt"
-    said=$(mktemp)
-    timeout -k 10 "$rest" "$python" "$@" --results "$out" --budget-s "$((rest - RESERVE))" 2>&1 |
-        tee -a "$said" "$out/log.txt" &
-    wait %% || rc=$?
-    case $rc in
-        0 | 5) ;; # 5: pytest found nothing that is not in the file
-        124 | 137) echo "== $name: stopped after $rest s"; unfinished+=("$name") ;;
-        *) echo "== $name FAILED, $rc"; failed=1; unfinished+=("$name") ;;
-    esac
-    if grep -qE 'the budget is spent|s are spent' "$said"; then
-        unfinished+=("$name")
+    if [ "$rest" -gt 0 ]; then
+        rc=0
+        timeout -k 10 "$rest" "$@" 2>&1 | tee -a "$out/log.txt" &
+        wait %% || rc=$?
     fi
-    rm -f "$said"
+    case $rc in
+        0 | 5) ;; # 5: pytest has nothing to do
+        124 | 137) echo "== $name: not finished" ;;
+        *) echo "== $name FAILED, $rc"; failed=1 ;;
+    esac
+}
+
+# NAME PERCENT COMMAND...: one that writes results, within that much of the budget
+measure() {
+    local name=$1 until=$(($(date +%s) + budget * $2 / 100)) said
+    shift 2
+    [ "$until" -le "$end" ] || until=$end
+    said=$(stat -c %s "$out/log.txt")
+    run "$name" "$until" "$python" "$@" --results "$out" \
+        --budget-s $((until - $(date +%s) - RESERVE))
+    case $rc in 0 | 5) ;; *) unfinished+=("$name") ;; esac
+    ! tail -c +"$said" "$out/log.txt" | grep -qE 'the budget is spent|s are spent' ||
+        unfinished+=("$name")
 }
 
 # Most of their time goes into compiling kernels, on the CPU, so several files run at a time.
-until=$((end - budget + $(share "$TESTS")))
 for file in "${tests[@]}"; do
     case $(last_try "$file") in passed | skipped) continue ;; esac
-    while [ "$(jobs -rp | wc -l)" -gt $(($(nproc) * 2 / 3)) ]; do
-        wait -n || true
-    done
-    rest=$((until - $(date +%s)))
-    [ "$rest" -le 0 ] || one_file "$file" "$rest" &
+    while [ "$(jobs -rp | wc -l)" -gt $(($(nproc) * 2 / 3)) ]; do wait -n || true; done
+    {
+        trap 'kill $(jobs -p)' TERM
+        run "$file" $((end - budget + budget * TESTS / 100)) "$python" -m pytest -q -p no:cacheprovider "$file"
+        case $rc in 0) how=passed ;; 5) how=skipped ;; 124 | 137) how=unfinished ;; *) how=failed ;; esac
+        echo "$file $how $key" >>"$out/tests.txt"
+    } &
 done
 wait
 # A rehearsal without a GPU runs the kernels in Triton's interpreter.
 [ -z "$rehearse" ] || nvidia-smi >/dev/null 2>&1 || export TRITON_INTERPRET=1
-measure tune "$(share "$TUNE")" -m bench.tune "${tune[@]}" --table "$out/tuned.py"
+measure tune "$TUNE" -m bench.tune "${tune[@]}" --table "$out/tuned.py"
 unset TRITON_INTERPRET
 pytest=(-m pytest -q -rs -p no:cacheprovider --benchmark-quiet --disable-warnings)
-measure ops "$(share "$OPS")" "${pytest[@]}" bench/bench_ops.py
-measure steps "$budget" "${pytest[@]}" bench/steps "${steps[@]}"
+measure ops "$OPS" "${pytest[@]}" bench/bench_ops.py
+measure steps 100 "${pytest[@]}" bench/steps "${steps[@]}"
 
 for file in "${tests[@]}"; do
     case $(last_try "$file") in

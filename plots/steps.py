@@ -125,8 +125,8 @@ def series(document: dict, suite: str, *along: str) -> Iterator[tuple[str, list[
 
 def byte_unit(steps: list[Step]) -> tuple[float, str]:
     """The unit that suits the peaks of these steps, and its name."""
-    highest = max(step.peak(1) or 0 for step in steps)
-    return (2**30, "GiB") if highest >= 2**30 else (2**20, "MiB")
+    lowest = min((step.peak(1) for step in steps if step.bytes is not None), default=0)
+    return (2**30, "GiB") if lowest >= 2**30 else (2**20, "MiB")
 
 
 def caption(document: dict, steps: list[Step], *notes: str) -> str:

@@ -43,9 +43,14 @@ def update(page: Path, results: Path) -> str:
 
 
 def demo(document: dict) -> str:
-    """A row for each method of `python -m bench.demo`, then what it ran on."""
-    columns = ["method", "trained", "step / floor", "as run", "optimizer", "saved", "held-out loss"]
-    rows = []
+    """The table of `demo_rows`, then what it ran on."""
+    columns, *rows = demo_rows(document)
+    return f"{markdown(columns, rows)}\n\n{style.machine(document)}.\n"
+
+
+def demo_rows(document: dict) -> list[list[str]]:
+    """The names of the columns, then a row for each method of `python -m bench.demo`."""
+    rows = [["method", "trained", "step / floor", "as run", "optimizer", "saved", "held-out loss"]]
     for entry in document["benchmarks"]:
         extra = entry["extra_info"]
         if "ratio_to_floor" not in extra:
@@ -61,7 +66,7 @@ def demo(document: dict) -> str:
                 f"{losses[0]:.3f} → {losses[-1]:.3f}",
             ]
         )
-    return f"{markdown(columns, rows)}\n\n{style.machine(document)}.\n"
+    return rows
 
 
 def laboratory(document: dict) -> str:

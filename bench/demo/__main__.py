@@ -31,8 +31,15 @@ from bench.demo.training import Run, finetune, pretrain
 from bench.measure import machine, results, timing
 from bench.steps.step import held_bytes
 from plots import draw_file
+from plots.tables import demo_rows
 
 OUT = machine.ROOT / "out"
+LEGEND = """\
+step / floor: median and quartiles of rounds, with the optimizer
+every method computes dx down to the embedding, as the floor does; as run: S2FT without that
+optimizer, saved: MiB of its states, and of the activations that are kept for the backward
+held-out loss: nats per byte
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,13 +76,13 @@ def main(argv: list[str] | None = None) -> int:
     for name, run in runs.items():
         entries[name]["extra_info"]["bytes"] = held_bytes(run.method, probes[0])
     measure_as_run(chosen, runs, entries, probes[0], device)
-    print_entries(chosen, pretraining, entries)
     exact = check_saved(chosen, runs, entries)
     intact = check_adapters(chosen, runs, entries, base, probes[0], args.adapter)
 
     path = args.results / machine.device_name(device) / "demo.json"
     results.write(path, [pretraining, *entries.values()], machine.machine_info(device))
-    print(f"\nresults: {path}")
+    print(f"\n{len(losses)} steps of pre-training, {chosen.steps} steps with each method")
+    print(f"\n{results.table(demo_rows(results.read(path)))}\n\n{LEGEND}\nresults: {path}")
     for figure in draw_file(path, args.figures):
         print(f"figure: {figure}")
     print(f"{time.perf_counter() - began:.0f} s in all")
@@ -93,18 +100,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="default: cuda where there is a GPU",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of weights, batches and slices; default 0"
-    )
-    parser.add_argument(
         "--budget-s",
         type=float,
         help=f"seconds of the whole demo, about; default {job.CPU.budget_s:.0f}",
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        help="of fine-tuning, each method, at least 10; default: as many as the budget has time "
-        f"for, up to {job.CPU.steps}, on a GPU {job.CUDA.steps}",
     )
     parser.add_argument(
         "--toy", action="store_true", help="a job of seconds: to see that it runs, not what it says"
@@ -121,8 +119,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.device = machine.default_device().type
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
-    if args.steps is not None and args.steps < 10:
-        parser.error(f"--steps must be at least 10, got {args.steps}")
     if args.budget_s is not None and not args.budget_s > 0:
         parser.error(f"--budget-s must be above 0, got {args.budget_s}")
     return args
@@ -130,10 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def choose_job(args: argparse.Namespace) -> Job:
     chosen = job.TOY if args.toy else job.CPU if args.device == "cpu" else job.CUDA
-    given = {"budget_s": args.budget_s, "steps": args.steps}
-    chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
-    least = chosen.least_steps if args.steps is None else args.steps
-    return replace(chosen, seed=args.seed, least_steps=least)
+    return chosen if args.budget_s is None else replace(chosen, budget_s=args.budget_s)
 
 
 def affordable_steps(chosen: Job, pretraining_step: float) -> int:
@@ -198,40 +191,6 @@ def measure_as_run(
         ratio = statistics.median(times[name] / times[FLOOR] for times in rounds)
         saved = held_bytes(runs[name].method, batch)["saved"]
         entries[name]["extra_info"]["as_run"] = {"ratio_to_floor": ratio, "saved": saved}
-
-
-def print_entries(chosen: Job, pretraining: dict, entries: dict[str, dict]) -> None:
-    head = ["method", "lr", "trained", "step ms", "step / floor", "quartiles", "as run"]
-    rows = [[*head, "weights", "gradients", "optimizer", "saved", "held-out loss"]]
-    for name, measured in entries.items():
-        extra = measured["extra_info"]
-        ratio, held_out = extra["ratio_to_floor"], extra["held_out"]["losses"]
-        sizes = [extra["bytes"][part] for part in ("weights", "gradients", "optimizer", "saved")]
-        rows.append(
-            [
-                name,
-                "-" if extra["lr"] is None else f"{extra['lr']:g}",
-                f"{extra['trained_parameters']:,}",
-                f"{measured['stats']['median'] * 1e3:.1f}",
-                f"{ratio['median']:.3f}",
-                f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
-                f"{extra['as_run']['ratio_to_floor']:.3f}" if "as_run" in extra else "-",
-                *(f"{size / 2**20:.2f}" for size in sizes),
-                f"{held_out[0]:.3f} -> {held_out[-1]:.3f}",
-            ]
-        )
-    parameters = pretraining["extra_info"]["parameters"]
-    print(
-        f"\nLlama of {parameters / 1e6:.2f} M parameters in {pretraining['params']['dtype']}: "
-        f"{pretraining['stats']['rounds']} steps of pre-training, then {chosen.steps} steps of "
-        f"{chosen.tokens} tokens with each method\n\n{results.table(rows)}\n\n"
-        f"step ms, step / floor: medians of {chosen.steps - chosen.untimed} rounds, with the "
-        "optimizer; a ratio is of two steps of one round\n"
-        "weights to saved: MiB; saved: activations kept for the backward, whole storages\n"
-        "held-out loss: nats per byte; lr: AdamW's peak, 5 % warm-up, cosine to 0\n"
-        "every method computes dx down to the embedding, as the floor does; as run: S2FT as it is "
-        "used, without that\n"
-    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from cpuinfo import get_cpu_info
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "transformers", "peft")
@@ -45,7 +46,7 @@ def machine_info(device: torch.device) -> dict:
         "release": platform.release(),
         "python_implementation": platform.python_implementation(),
         "python_version": platform.python_version(),
-        "cpu": {"brand_raw": _cpu_name(), "count": os.cpu_count()},
+        "cpu": {"brand_raw": get_cpu_info()["brand_raw"], "count": os.cpu_count()},
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
         "driver": _nvidia_smi("driver_version") if gpu else None,
@@ -109,16 +110,6 @@ def out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -1,16 +1,14 @@
 """The methods side by side: each takes over one model and trains its part of it."""
 
-from transformers import PreTrainedConfig
-
 from bench.methods.adapters import DoRA, LoRA, LoRAFP32, SHiRA
 from bench.methods.base import Method, adamw
-from bench.methods.budget import Budget, Sizes, comparable
+from bench.methods.budget import Budget, comparable
 from bench.methods.dense import Frozen, Full
 from bench.methods.galore import GaLore
 from bench.methods.lisa import LISA
 from bench.methods.lora_fused import LoRAFused
 from bench.methods.loreft import LoReFT
-from bench.methods.options import ATTENTION, Options, Unavailable
+from bench.methods.options import Options, Unavailable
 from bench.methods.s2ft import (
     S2FTAdditive,
     S2FTInplace,
@@ -33,15 +31,7 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-
-def counts(config: PreTrainedConfig, budget: Budget) -> dict[str, int]:
-    """Trained parameters of every method, by its name, in a model of `config`."""
-    sizes = Sizes(config)
-    return {name: method.count(sizes, budget) for name, method in METHODS.items()}
-
-
 __all__ = [
-    "ATTENTION",
     "METHODS",
     "Budget",
     "Method",
@@ -49,6 +39,5 @@ __all__ = [
     "Unavailable",
     "adamw",
     "comparable",
-    "counts",
     "in_slices",
 ]

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
-from bench.methods.budget import Budget, Sizes
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -22,11 +21,6 @@ class LoRA(Method):
     name = "lora"
     fp32_adapters: ClassVar[bool] = False
     use_dora: ClassVar[bool] = False
-
-    @classmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        magnitudes = sizes.of_linears(lambda n, k: n) if cls.use_dora else 0
-        return sizes.of_linears(lambda n, k: budget.rank * (n + k)) + magnitudes
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         torch.manual_seed(self.budget.seed)  # the draw of A
@@ -63,10 +57,6 @@ class SHiRA(Method):
     """
 
     name = "shira"
-
-    @classmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        return sizes.of_linears(lambda n, k: budget.shira_rank * (n + k))
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         config = ShiraConfig(

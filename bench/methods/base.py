@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.measure import memory
-from bench.methods.budget import Budget, Sizes
+from bench.methods.budget import Budget
 from bench.methods.options import Options
 
 
@@ -54,11 +54,6 @@ class Method(ABC):
         """Raises Unavailable where the method cannot run on `device` with `options`."""
         options.check(device)
 
-    @classmethod
-    @abstractmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        """How many parameters it trains in a model of these sizes."""
-
     @abstractmethod
     def attach(self, model: PreTrainedModel) -> nn.Module:
         """Makes the trained parameters and sets `requires_grad`; returns what a step runs."""
@@ -75,7 +70,7 @@ class Method(ABC):
         return [parameter for _, parameter in self.named_trained()]
 
     def trained_parameters(self) -> int:
-        """Numbers that are trained at present: what `count` says."""
+        """How many numbers are trained at present."""
         return sum(parameter.numel() for parameter in self.trained())
 
     def state_tensors(self) -> Iterator[Tensor]:
@@ -91,12 +86,7 @@ class Method(ABC):
         inputs = {"input_ids": batch}
         if self._full_depth:  # dx stops at what asks for it
             inputs = {"inputs_embeds": self.base.get_input_embeddings()(batch).requires_grad_(True)}
-        with self.options.running():
-            return self.model(**inputs, labels=batch, use_cache=False).loss
-
-    def backward(self, loss: Tensor) -> None:
-        with self.options.running():  # a checkpoint runs its forward again
-            loss.backward()
+        return self.model(**inputs, labels=batch, use_cache=False).loss
 
     def update(self) -> None:
         """The optimizer's step and all that belongs to it."""
@@ -104,10 +94,10 @@ class Method(ABC):
             self.optimizer.step()
 
     def step(self, batch: Tensor) -> Tensor:
-        """zero_grad, loss, backward, update; returns the loss, detached."""
+        """zero_grad, forward, backward, update; returns the loss, detached."""
         self.zero_grad()
         loss = self.loss(batch)
-        self.backward(loss)
+        loss.backward()
         self.update()
         return loss.detach()
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
-from bench.methods.budget import Budget, Sizes
+from bench.methods.budget import Budget
 from bench.methods.options import Options
 
 
@@ -24,10 +24,6 @@ class Frozen(Method):
     ) -> None:
         super().__init__(model, budget, lr, replace(options, full_depth=True))
 
-    @classmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        return 0
-
     def attach(self, model: PreTrainedModel) -> nn.Module:
         return model
 
@@ -39,10 +35,6 @@ class Full(Method):
     """Full fine-tuning: all parameters, and AdamW's states in their dtype."""
 
     name = "full"
-
-    @classmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        return sizes.parameters
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         return model.requires_grad_(True)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
-from bench.methods.budget import Budget, Sizes
 from bench.methods.options import Options, require
 
 
@@ -26,11 +25,6 @@ class GaLore(Method):
 
     name = "galore"
     periodic = "singular value decomposition of every gradient"
-
-    @classmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        """The dimension of the subspaces in which the weights move, as GaLore's users count."""
-        return sizes.of_linears(lambda n, k: budget.galore_rank * max(n, k))
 
     @classmethod
     def check(cls, device: torch.device, options: Options) -> None:
@@ -56,6 +50,7 @@ class GaLore(Method):
         return adamw([group], lr=lr, betas=(0.9, 0.95), no_deprecation_warning=True)
 
     def trained_parameters(self) -> int:
+        """The dimension of the subspaces in which the weights move, as GaLore's users count."""
         return sum(self.budget.galore_rank * max(weight.shape) for weight in self.trained())
 
     def state_tensors(self) -> Iterator[Tensor]:

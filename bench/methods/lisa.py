@@ -5,7 +5,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method, adamw
-from bench.methods.budget import Budget, Sizes
 
 
 class LISA(Method):
@@ -17,11 +16,6 @@ class LISA(Method):
 
     name = "lisa"
     periodic = "draws other layers to train"
-
-    @classmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        layers = min(budget.lisa_layers, sizes.layers)
-        return sizes.embedding_and_head + layers * sizes.layer_parameters
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         self.period = self.budget.lisa_interval

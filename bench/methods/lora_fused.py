@@ -25,7 +25,6 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
-from bench.methods.budget import Budget, Sizes
 from s2kernels import backend
 from s2kernels.autograd.mlp import room_for_gradients
 
@@ -36,10 +35,6 @@ class LoRAFused(Method):
     """LoRA on all linear layers by manual autograd; adapters in the dtype of the model."""
 
     name = "lora_fused"
-
-    @classmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        return sizes.of_linears(lambda n, k: budget.rank * (n + k))
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         torch.manual_seed(self.budget.seed)

@@ -15,17 +15,12 @@ from torch.nn.utils.parametrizations import orthogonal
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
-from bench.methods.budget import Budget, Sizes
 
 
 class LoReFT(Method):
     """R, W and b in every block, in fp32 (fp64 in an fp64 model); the whole model is frozen."""
 
     name = "loreft"
-
-    @classmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        return sizes.layers * (2 * budget.reft_rank * sizes.hidden + budget.reft_rank)
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         torch.manual_seed(self.budget.seed)

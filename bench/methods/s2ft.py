@@ -6,12 +6,13 @@ Each mode is measured in two layouts. "gather" leaves the order of heads and cha
 
 from typing import ClassVar
 
+import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
-from bench.methods.budget import Budget, Sizes
+from bench.methods.budget import Budget
 from s2kernels.peft import S2FTConfig
 
 
@@ -26,17 +27,11 @@ class S2FTInplace(Method):
     layout: ClassVar[str] = "gather"
     fuse: ClassVar[bool] = True
 
-    @classmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        return budget.heads * sizes.per_head + budget.channels * sizes.per_channel
-
     def attach(self, model: PreTrainedModel) -> nn.Module:
-        budgets = {"o_proj": self.budget.heads, "down_proj": self.budget.channels}
+        indices = draw(model, self.budget)
         config = S2FTConfig(
-            target_modules=[target for target, count in budgets.items() if count],
-            heads=self.budget.heads,
-            channels=self.budget.channels,
-            seed=self.budget.seed,
+            target_modules=list(indices),
+            indices=indices,
             mode=self.mode,
             layout=self.layout,
             fuse=self.fuse,
@@ -70,6 +65,27 @@ class S2FTUnfused(S2FTInplace):
 
     name = "s2ft_unfused"
     fuse = False
+
+
+def draw(model: PreTrainedModel, budget: Budget) -> dict[str, list[int]]:
+    """The trained channels of each o_proj and down_proj, in the order of the checkpoint.
+
+    Heads come in whole KV groups, but for the last group, which every layout can have. FFN channels
+    are drawn one by one.
+    """
+    generator = torch.Generator().manual_seed(budget.seed)
+    config, indices = model.config, {}
+    groups = torch.arange(config.num_attention_heads).view(config.num_key_value_heads, -1)
+    for name, module in model.named_modules():
+        if name.endswith(".self_attn") and budget.heads:
+            order = torch.randperm(len(groups), generator=generator)
+            heads = groups[order].flatten()[: budget.heads].sort().values
+            channels = torch.arange(module.o_proj.in_features).view(config.num_attention_heads, -1)
+            indices[f"{name}.o_proj"] = channels[heads].flatten().tolist()
+        elif name.endswith(".mlp"):
+            channels = torch.randperm(module.down_proj.in_features, generator=generator)
+            indices[f"{name}.down_proj"] = channels[: budget.channels].sort().values.tolist()
+    return indices
 
 
 def in_slices(model: nn.Module) -> dict[str, int]:

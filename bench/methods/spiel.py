@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bench.measure import memory
 from bench.methods.base import Method
-from bench.methods.budget import Budget, Sizes, entries_in_all, entries_of_layers
+from bench.methods.budget import entries_in_all
 from bench.methods.options import Options, Unavailable
 from s2kernels.peft import SpIELConfig, SpIELTuner, make_optimizer
 
@@ -37,11 +37,6 @@ class SpIEL(Method):
         super().check(device, options)
         if options.compile:
             raise Unavailable("compiled, a step does not let SpIEL see gradients and move entries")
-
-    @classmethod
-    def count(cls, sizes: Sizes, budget: Budget) -> int:
-        linears = list(sizes.layer_linears.values()) * sizes.layers
-        return sum(entries_of_layers(entries_in_all(budget, sizes.parameters, linears), linears))
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         layers = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]

@@ -2,25 +2,21 @@
 
     python -m bench.steps.compare REFERENCE.json CANDIDATE.json
 
-Times are compared as ratios to the frozen floor of their own run. Saved bytes and trained
-parameters are compared exactly, peaks within 1 %. Prints every case that both files have.
+Times are compared as ratios to the frozen floor of their own run: a step is slower if its lower
+quartile lies above the upper quartile of the reference, and both medians are more than 2 % apart.
+Saved bytes and trained parameters are compared exactly, peaks within 1 %.
 
-Exits with 1 where something is slower or larger by more than the two runs can differ; else with 3
-where times are too noisy to judge; else with 0.
+Exits with 1 where anything is slower or larger; else with 0.
 """
 
 import argparse
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bench.measure import results
 
-BETWEEN_RUNS = 0.02  # two runs of the same code differ by so much beside their spread
-STANDARD_ERRORS = 3.0  # of the two medians together, which count as spread
-MAX_SPREAD = 0.05  # beyond which an equal time says nothing
-EXACT, PEAKS, PEAK_TOLERANCE = ("saved", "unseen"), ("peak", "first_step_peak"), 0.01
-LOSS, NOISE = 1, 3  # exit codes
+BETWEEN_RUNS = 0.02  # two runs of the same code differ by so much beside their quartiles
+TOLERANCES = {"saved": 0.0, "unseen": 0.0, "peak": 0.01, "first_step_peak": 0.01}  # of bytes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,13 +27,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("candidate", type=Path)
     args = parser.parse_args(argv)
     try:
-        return compare(results.read(args.reference), results.read(args.candidate))
+        losses = compare(results.read(args.reference), results.read(args.candidate))
     except ValueError as error:
         parser.error(str(error))
+    for loss in losses:
+        print(f"LOSS  {loss}")
+    print(f"{len(losses)} losses" if losses else "no loss")
+    return 1 if losses else 0
 
 
-def compare(reference: dict, candidate: dict) -> int:
-    """Prints what the two documents have in common; LOSS, NOISE or 0.
+def compare(reference: dict, candidate: dict) -> list[str]:
+    """Prints the ratios of both documents; returns what is slower or larger, in words.
 
     Raises ValueError where they are of different devices or have no case in common.
     """
@@ -45,68 +45,38 @@ def compare(reference: dict, candidate: dict) -> int:
     if devices[0] != devices[1]:
         raise ValueError(f"ratios of two devices cannot be compared: {' and '.join(devices)}")
     old, new = (
-        {entry["fullname"]: entry for entry in document["benchmarks"]}
+        {entry["fullname"]: entry["extra_info"] for entry in document["benchmarks"]}
         for document in (reference, candidate)
     )
     both = [name for name in new if name in old]
     if not both:
         raise ValueError(f"no case is in both: reference {sorted(old)}, candidate {sorted(new)}")
-    rows = [["case", "before", "after", "change", "spread"]]
-    losses, noisy = [], []
+    rows = [["case", "before", "after", "change"]]
     for name in both:
-        before, after = (each[name]["extra_info"] for each in (old, new))
-        case = case_of(name)
-        losses += [f"{case}: {words}" for words in larger(before, after)]
-        if "ratio_to_floor" not in before or "ratio_to_floor" not in after:
-            continue
-        ratios = [extra["ratio_to_floor"]["median"] for extra in (before, after)]
-        change, spread = ratios[1] / ratios[0] - 1, spread_of(before, after)
-        words = [*(f"{ratio:.3f}" for ratio in ratios), f"{change:+.1%}", f"{spread:.1%}"]
-        rows.append([case, *words])
-        if change > spread:
-            losses.append(f"{case}: step / floor {words[0]} -> {words[1]}")
-        elif spread > MAX_SPREAD:
-            noisy.append(case)
+        if "ratio_to_floor" in old[name] and "ratio_to_floor" in new[name]:
+            ratios = [extra[name]["ratio_to_floor"]["median"] for extra in (old, new)]
+            change = f"{ratios[1] / ratios[0] - 1:+.1%}"
+            rows.append([case_of(name), *(f"{ratio:.3f}" for ratio in ratios), change])
     print(results.table(rows))
-    for loss in losses:
-        print(f"LOSS  {loss}")
-    for case in noisy:
-        print(f"too noisy to judge: {case}")
-    if not losses:
-        print(f"no loss in {len(both)} cases")
-    return LOSS if losses else NOISE if noisy else 0
+    return [f"{case_of(name)}: {words}" for name in both for words in worse(old[name], new[name])]
 
 
-def larger(before: dict, after: dict) -> Iterator[str]:
-    """What of two extra_infos is larger than it was, or is other work, in words."""
-    if before["status"] != after["status"]:
-        if after["status"] != "measured":
-            yield f"{before['status']} -> {after['status']}"
+def worse(before: dict, after: dict) -> Iterator[str]:
+    """What of two extra_infos is slower or larger than it was, or is other work, in words."""
+    if before["status"] != after["status"] and after["status"] != "measured":
+        yield f"{before['status']} -> {after['status']}"
+    if not before["status"] == after["status"] == "measured":
         return
-    if after["status"] != "measured":
-        return
+    old, new = before["ratio_to_floor"], after["ratio_to_floor"]
+    if new["q1"] > old["q3"] and new["median"] > old["median"] * (1 + BETWEEN_RUNS):
+        yield f"step / floor {old['median']:.3f} -> {new['median']:.3f}"
     trained = [extra["trained_parameters"] for extra in (before, after)]
     if trained[0] != trained[1]:
         yield f"trained parameters {trained[0]:,} -> {trained[1]:,}"
-    for part, tolerance in [*((p, 0.0) for p in EXACT), *((p, PEAK_TOLERANCE) for p in PEAKS)]:
+    for part, tolerance in TOLERANCES.items():
         sizes = [extra["bytes"][part] for extra in (before, after)]
         if None not in sizes and sizes[1] - sizes[0] > tolerance * sizes[0]:
             yield f"{part} {sizes[0]:,} -> {sizes[1]:,} bytes"
-
-
-def spread_of(before: dict, after: dict) -> float:
-    """By how much two medians of the same code may differ, as a share."""
-    errors = [standard_error(extra["ratio_to_floor"]) for extra in (before, after)]
-    return BETWEEN_RUNS + STANDARD_ERRORS * math.hypot(*errors)
-
-
-def standard_error(ratio: Mapping) -> float:
-    """Standard error of a median, as a share of it.
-
-    From the quartiles: those of a normal distribution are 1.349 sigma apart, and the median of n
-    values errs by 1.253 sigma / sqrt(n).
-    """
-    return 1.253 / 1.349 * ratio["iqr"] / math.sqrt(len(ratio["data"])) / ratio["median"]
 
 
 def case_of(fullname: str) -> str:
@@ -114,20 +84,20 @@ def case_of(fullname: str) -> str:
 
 
 def overview(entries: Mapping[str, dict]) -> str:
-    """A table of the steps among `entries`, one line a case; "" where there are none."""
+    """A table of the steps among `entries`, one line a case."""
     rows = [["case", "trained", "step / floor", "quartiles", "step ms", "saved MiB", "peak MiB"]]
     for name, entry in entries.items():
         extra = entry["extra_info"]
         if "ratio_to_floor" in extra:
             ratio, sizes = extra["ratio_to_floor"], extra["bytes"]
-            saved = "-" if sizes["saved"] is None else f"{sizes['saved'] / 2**20:.1f}"
             row = [f"{extra['trained_parameters']:,}", f"{ratio['median']:.3f}"]
             row += [f"{ratio['q1']:.3f}..{ratio['q3']:.3f}"]
-            row += [f"{entry['stats']['median'] * 1e3:.1f}", saved, f"{sizes['peak'] / 2**20:.1f}"]
+            row += [f"{entry['stats']['median'] * 1e3:.1f}"]
+            row += [f"{(sizes[part] or 0) / 2**20:.1f}" for part in ("saved", "peak")]
             rows.append([case_of(name), *row])
         elif extra.get("status", "measured") != "measured":
             rows.append([case_of(name), extra["status"].partition(":")[0], *[""] * 5])
-    return results.table(rows) if rows[1:] else ""
+    return results.table(rows)
 
 
 if __name__ == "__main__":

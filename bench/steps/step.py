@@ -40,7 +40,7 @@ def laps(method: Method, batch: Tensor, device: torch.device) -> list[float]:
     parts: list[Callable[[], object]] = [
         method.zero_grad,
         lambda: loss.append(method.loss(batch)),
-        lambda: method.backward(loss.pop()),
+        lambda: loss.pop().backward(),
         method.update,
     ]
     return timing.laps(parts, device)
@@ -70,7 +70,7 @@ def held_bytes(method: Method, batch: Tensor) -> dict[str, int | None]:
     if not method.options.compile:
         kept = memory.kept_by(lambda: method.loss(batch), method.model)
     weights = memory.total_bytes(memory.model_tensors(method.model))
-    method.backward(method.loss(batch))
+    method.loss(batch).backward()
     return {
         "weights": weights,
         "gradients": memory.total_bytes(memory.gradients(method.model)),

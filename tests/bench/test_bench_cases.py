@@ -48,13 +48,13 @@ def test_a_case_of_two_suites_is_there_once():
 
 
 def test_ids_say_what_a_case_is():
-    options = replace(PLAIN, checkpointing=True, attention="flash")
+    options = replace(PLAIN, checkpointing=True, attention="cudnn")
     shape = TABLE["llama-2-7b"].cut(2)
     case = Case(("share",), shape, 4, 512, "bfloat16", "lora", options, share=0.001)
-    assert case.id == "llama-2-7b:2of32/4x512/bfloat16/lora+checkpointing+flash/0.10%"
+    assert case.id == "llama-2-7b:2of32/4x512/bfloat16/lora+checkpointing+cudnn/0.10%"
     params = case.params()
     assert params["tokens"] == 2048 and params["of_layers"] == 32
-    assert params["floor"] == "llama-2-7b:2of32/4x512/bfloat16/frozen+checkpointing+flash"
+    assert params["floor"] == "llama-2-7b:2of32/4x512/bfloat16/frozen+checkpointing+cudnn"
     case = replace(case, shape=shape.cut(2, vocab=1000), options=PLAIN, share=None)
     assert case.id == "llama-2-7b:2of32,1000of32000/4x512/bfloat16/lora"
     assert case.params()["vocab"] == 1000 and case.params()["of_vocab"] == 32000

