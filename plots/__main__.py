@@ -12,18 +12,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m plots", description="Draws every figure from the results."
     )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=ROOT / "bench" / "results",
-        help="folder of <device>/<suite>.json; default bench/results",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=ROOT / "plots" / "figures",
-        help="folder of the figures; default plots/figures",
-    )
+    results, figures = ROOT / "bench" / "results", ROOT / "plots" / "figures"
+    parser.add_argument("--results", type=Path, default=results, help="default bench/results")
+    parser.add_argument("--out", type=Path, default=figures, help="default plots/figures")
     parser.add_argument(
         "--pages", type=Path, nargs="+", default=[], help="also write the tables of these pages"
     )

@@ -29,7 +29,7 @@ PEAK_NOTE = "Of saved activations and gradients the larger is drawn."
 def draw(document: dict, folder: Path) -> list[Path]:
     """Draws Figure 5 and the peaks of each of its models, and what options change."""
     written = []
-    for shape, found in steps.by_shape(document, "figure5"):
+    for shape, found in steps.series(document, "figure5", *steps.SIZES):
         for name, fig, note in (
             ("figure5", time_and_memory(found), steps.NOTE),
             ("peak", peaks(found), PEAK_NOTE),
@@ -37,7 +37,7 @@ def draw(document: dict, folder: Path) -> list[Path]:
             caption = steps.caption(document, found, note)
             written.append(style.save(fig, folder / f"{name}-{shape}.svg", caption))
     for suite in ("checkpointing", "options", "depth"):
-        for shape, found in steps.by_shape(document, suite):
+        for shape, found in steps.series(document, suite, *steps.SIZES):
             caption = steps.caption(document, found, steps.NOTE)
             fig = time_and_memory(found)
             written.append(style.save(fig, folder / f"{suite}-{shape}.svg", caption))
@@ -174,7 +174,7 @@ def bar(
     No look, no bar.
     """
     if value is None:
-        _write(axes, 0.02, place, step.mark)
+        note(axes, place, step.mark, x=0.02)
         return
     if look is not None:
         axes.barh(place, value, height, **look.bar)
@@ -203,11 +203,7 @@ def patches(looks: Iterable[style.Look]) -> dict[str, Patch]:
     return {look.label: Patch(**look.bar) for look in looks}
 
 
-def note(axes: Axes, place: float, text: str) -> None:
-    """Writes `text` to the right of the axes, at the height of `place`."""
-    _write(axes, 1.02, place, text)
-
-
-def _write(axes: Axes, x: float, place: float, text: str) -> None:
+def note(axes: Axes, place: float, text: str, x: float = 1.02) -> None:
+    """Writes `text` at the height of `place`, to the right of the axes unless x says otherwise."""
     along = axes.get_yaxis_transform()
     axes.annotate(text, (x, place), xycoords=along, va="center", fontsize=7.5)

@@ -10,8 +10,7 @@ from plots.steps import Step
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
-    """Draws a figure for each model and batch of the suite "density" that has peaks of the floor
-    and of some density there."""
+    """Draws a figure for each model and batch that has the floor's peak and that of a density."""
     written = []
     for name, found in steps.series(document, "density"):
         measured = [step for step in found if not step.mark]

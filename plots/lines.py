@@ -41,10 +41,7 @@ def draw(document: dict, folder: Path) -> list[Path]:
     return written
 
 
-Figures = dict[str, tuple[Figure, list[str]]]  # by quantity: a figure, and notes on it
-
-
-def over_tokens(found: list[Step]) -> Figures:
+def over_tokens(found: list[Step]) -> dict[str, tuple[Figure, list[str]]]:
     """Time per token and peak memory over the tokens of a step, with what the paper printed."""
     unit, name = steps.byte_unit(found)
     printed = {step.method: paper.series(step.shape, step.method) for step in found}
@@ -78,28 +75,28 @@ def over_tokens(found: list[Step]) -> Figures:
     return drawn
 
 
-def over_share(found: list[Step]) -> Figures:
+def over_share(found: list[Step]) -> dict[str, tuple[Figure, list[str]]]:
     """Step time over the floor's and peak memory, over the share of parameters that is trained."""
     unit, name = steps.byte_unit(found)
     shares = [step for step in found if step.share is not None]
-    floors = [step for step in found if step.method == "frozen" and not step.mark]
+    floors = [step for step in found if step.method == "frozen" and not step.mark][:1]
+    heights = {"time": [1.0], "memory": [step.peak(unit) for step in floors]}
     drawn = {}
-    for quantity, y, height, label in (
-        ("time", lambda s: None if s.ratio is None else s.ratio["median"], lambda s: 1.0, ""),
-        ("memory", lambda s: s.peak(unit), lambda s: s.peak(unit), f"peak memory, {name}"),
+    for quantity, y, label in (
+        ("time", lambda s: None if s.ratio is None else s.ratio["median"], "step / frozen floor"),
+        ("memory", lambda s: s.peak(unit), f"peak memory, {name}"),
     ):
         fig, panels = grid(shares, lambda step: step.trained_percent, y)
         for axes in panels.values():
-            for floor in floors[:1]:
-                axes.axhline(height(floor), **FLOOR)
+            for height in heights[quantity]:
+                axes.axhline(height, **FLOOR)
         logarithmic(panels, [0.1, 0.3, 1, 3, 10])
-        x = f"trained share of all parameters of {found[0].shape}, %"
-        finish(fig, panels, x, label or "step time / frozen floor")
+        finish(fig, panels, f"trained share of all parameters of {found[0].shape}, %", label)
         drawn[quantity] = (fig, [])
     return drawn
 
 
-def over_layers(found: list[Step]) -> Figures:
+def over_layers(found: list[Step]) -> dict[str, tuple[Figure, list[str]]]:
     """From cuts of a few layers to the whole model: measured, and the line through two cuts."""
     if len({step.layers for step in found}) == 1:
         return {}

@@ -103,17 +103,12 @@ def groups(steps: Iterable[Step], key: Callable[[Step], object]) -> dict[object,
     return found
 
 
-def by_shape(document: dict, suite: str) -> Iterator[tuple[str, list[Step]]]:
-    """Yields the name of a shape and its steps, for each shape of the suite."""
-    yield from groups(read(document, suite), lambda step: step.shape).items()
-
-
 def series(document: dict, suite: str, *along: str) -> Iterator[tuple[str, list[Step]]]:
     """Yields name and steps of each figure of one suite. Only SIZES in `along` differ in a figure.
 
     A figure has the name of its shape and, where that has several, of the sizes that differ.
     """
-    for shape, steps in by_shape(document, suite):
+    for shape, steps in groups(read(document, suite), lambda step: step.shape).items():
         sizes = [name for name in SIZES if name not in along]
         apart = [name for name in sizes if len({getattr(step, name) for step in steps}) > 1]
         figures: dict[str, list[Step]] = {}

@@ -13,7 +13,7 @@ from plots import steps, style
 from plots.steps import Step
 
 PLACE = re.compile(r"^<!-- ([^/\n].*?) -->\n", re.MULTILINE)
-DEPTH = "full depth"  # in Step.options of a step whose dx is computed down to the embedding
+DEPTH = "full depth"  # in Step.options
 NOT_MEASURED = "Not measured on a GPU yet; `bench/gpu.sh OUT_DIR` measures it.\n"
 
 
@@ -77,7 +77,7 @@ def laboratory(document: dict) -> str:
     is also given at the depth of the floor, where that was measured.
     """
     found = [s for s in steps.read(document, "figure5", "tokens") if not s.options]
-    deep = {(s.size, s.method): s for s in steps.read(document, "depth") if s.options == DEPTH}
+    deep = _at_depth(document)
     largest = []
     for of_model in steps.groups(found, lambda s: s.model).values():
         of_model = [s for s in of_model if "figure5" in s.suites] or of_model
@@ -89,17 +89,18 @@ def laboratory(document: dict) -> str:
 
 
 def short(document: dict) -> str:
-    """The first table of `laboratory` in five columns, S2FT's rows without the variants."""
+    """The first table of `laboratory` in five columns."""
     found = steps.read(document, "figure5")
     models = steps.groups(found, lambda s: s.model).values()
     of_size = list(steps.groups(max(models, key=len), lambda s: s.size).values())[-1]
     unit, name = steps.byte_unit(of_size)
-    columns = ["method", "trained", "step / floor", f"saved, {name}", f"peak, {name}"]
+    deep = _at_depth(document)
+    columns = ["method", "step / floor", "at equal depth", f"saved, {name}", f"peak, {name}"]
     rows = [
         [
             style.METHODS[step.method].label,
-            f"{step.trained / step.total:.2%}",
-            "" if step.ratio is None else f"{step.ratio['median']:.2f}",
+            _median(step),
+            _median(deep.get((step.size, step.method))),
             _number(step.bytes["saved"] / unit),
             _number(step.peak(unit)),
         ]
@@ -154,6 +155,11 @@ def _row(step: Step, at_depth: Step | None, unit: float) -> list[str]:
     ]
 
 
+def _at_depth(document: dict) -> dict[tuple, Step]:
+    """Steps whose dx is computed down to the embedding, by size and method."""
+    return {(s.size, s.method): s for s in steps.read(document, "depth") if s.options == DEPTH}
+
+
 def _resolution(document: dict) -> list[str]:
     """How far from 1 the floor's own ratios are; a sentence, where there are any."""
     found = [step.ratio for step in steps.read(document) if step.method == "frozen"]
@@ -166,6 +172,10 @@ def _resolution(document: dict) -> list[str]:
         f"Resolution: the frozen floor beside an identical one came out at {between}. Differences "
         f"below {furthest:.1%}, or within the quartiles, say nothing."
     ]
+
+
+def _median(step: Step | None) -> str:
+    return "" if step is None or step.ratio is None else f"{step.ratio['median']:.2f}"
 
 
 def _quartiles(ratio: dict) -> str:

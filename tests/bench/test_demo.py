@@ -107,7 +107,7 @@ def test_main_rejects_bad_arguments(arguments, capsys):
 def test_a_slow_machine_takes_fewer_steps():
     chosen = job.CPU
     assert demo.affordable_steps(chosen, 0.001) == chosen.steps == 60
-    assert demo.affordable_steps(chosen, 100.0) == chosen.least_steps == 20
+    assert demo.affordable_steps(chosen, 100.0) == chosen.least_steps == 12
     # 165 s for rounds of nine steps, each of which takes four times a pre-training step
     assert demo.affordable_steps(chosen, 0.125) == 36
 
