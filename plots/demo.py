@@ -14,7 +14,7 @@ LOOK = {
         *("full", "lora", "spiel", "s2ft_inplace", "s2ft_additive"),
         *("s2ft_permuted_inplace", "s2ft_permuted_additive", "frozen"),
     )
-} | {"s2ft small": style.Look("s2ft small", style.NAVY, "..", "*", "-.")}
+} | {"s2ft small": style.Look("s2ft small", style.PINK, "..", "*", "-.")}
 PARTS = ("weights", "saved", "gradients", "optimizer")
 
 

@@ -35,6 +35,8 @@ def draw(document: dict, folder: Path) -> list[Path]:
         ("extrapolation", ("layers",), over_layers),
     ):
         for name, found in steps.series(document, suite, *along):
+            if all(step.method == "frozen" for step in found):
+                continue  # an interrupted run has the floor alone
             for quantity, (fig, notes) in figures(found).items():
                 path = folder / f"{suite}-{quantity}-{name}.svg"
                 written.append(style.save(fig, path, steps.caption(document, found, *notes)))

@@ -253,6 +253,17 @@ def test_a_document_without_a_suite_draws_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("suite", ["figure5", "tokens", "share", "extrapolation", "checkpointing"])
+def test_an_interrupted_run_can_be_drawn(suite, tmp_path):
+    document = synthetic.document([synthetic.step(suite, "frozen")])
+    for figures in (bars, lines, density):
+        figures.draw(document, tmp_path)
+    drawn = {path.stem for path in tmp_path.iterdir()}
+    assert drawn == {"figure5": {"figure5-small", "peak-small"}}.get(
+        suite, {"checkpointing-small"} if suite == "checkpointing" else set()
+    )
+
+
 def test_one_depth_is_not_extrapolated(tmp_path):
     document = synthetic.document([synthetic.step("extrapolation", "lora", layers=1)])
     assert lines.draw(document, tmp_path) == []
