@@ -282,6 +282,8 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     second = json.loads(path.read_text())["benchmarks"]
     assert second[:2] == first and second[2]["params"]["method"] == "lora"
     assert all(name in done.stdout for name in names)  # the table has all of them
+    done = run(*toy, "1x8")
+    assert done.returncode == 0 and "3 results are there already" in done.stdout
 
 
 def test_disabled_benchmarks_take_one_toy_step_each(tmp_path):
