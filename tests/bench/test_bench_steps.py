@@ -20,15 +20,6 @@ from bench.steps.cases import Case
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Toy operations are too small to share: threads of a busy machine only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Benchmark:
     """As much of pytest-benchmark's fixture as a case uses."""
 

@@ -11,15 +11,6 @@ from bench.demo.job import ENTRANTS, FLOOR, S2FT
 from bench.measure import machine
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Toy operations are too small to share: threads of a busy machine only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """(exit code, results file, folder of figures, folder of adapters) of one toy run."""
