@@ -19,7 +19,7 @@ from bench.steps.cases import SUITES, Case
 WARM_UP = 2  # steps before the clock: compilation, first allocations, the optimizer's state
 TIMING_LR = 1e-6  # the model stays as it is
 ROUNDS = (8, 60)  # at least and at most
-SECONDS = {"full": 6.0, "short": 20.0, "toy": 0.0}  # of timed rounds, within ROUNDS
+SECONDS = {"full": 5.0, "short": 20.0, "toy": 0.0}  # of timed rounds, within ROUNDS
 PAIRED_MEMORY = 0.9  # of a GPU's, that a method and its floor may take together
 
 
