@@ -62,7 +62,8 @@ def file_of(item: pytest.Item) -> Results | None:
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=synchronized))
+        if item.get_closest_marker("benchmark") is None:
+            item.add_marker(pytest.mark.benchmark(timer=synchronized))
     if not config.getoption("--again"):
         known = [item for item in items if (file := file_of(item)) and file.has(item.nodeid)]
         config.hook.pytest_deselected(items=known)
@@ -70,7 +71,6 @@ def pytest_collection_modifyitems(config, items):
         if known:
             print(f"{len(known)} results are there already; --again measures them again")
     for file in dict.fromkeys(filter(None, map(file_of, items))):
-        file.machine_info["clocks"] = machine.gpu_clocks(DEVICE)
         if file.path.stem == "ops":
             file.machine_info["ceilings"] = ceilings.measure(DEVICE)
 

@@ -61,7 +61,7 @@ def demo_rows(document: dict) -> list[list[str]]:
                 entry["name"],
                 f"{extra['trained_parameters']:,}",
                 _quartiles(extra["ratio_to_floor"]),
-                f"{extra['as_run']['ratio_to_floor']:.3f}" if "as_run" in extra else "",
+                f"{extra['ratio_as_run']:.3f}" if "ratio_as_run" in extra else "",
                 *(f"{sizes[part] / 2**20:.2f}" for part in ("optimizer", "saved")),
                 f"{losses[0]:.3f} → {losses[-1]:.3f}",
             ]

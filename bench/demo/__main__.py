@@ -44,7 +44,9 @@ held-out loss: nats per byte
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    chosen, device = choose_job(args), torch.device(args.device)
+    device = machine.default_device()
+    chosen = job.TOY if args.toy else job.CPU if device.type == "cpu" else job.CUDA
+    chosen = replace(chosen, budget_s=args.budget_s or chosen.budget_s)
     began = time.perf_counter()
     transformers_logging.set_verbosity_error()
     # PEFT reads a property of the model that transformers is about to rename.
@@ -72,12 +74,21 @@ def main(argv: list[str] | None = None) -> int:
     runs = {entrant.name: Run(entrant, base, chosen) for entrant in ENTRANTS}
     rounds, curves = finetune(runs, batches, probes, chosen.evaluations, device)
     times = {name: [each[name] for each in rounds[chosen.untimed :]] for name in runs}
-    entries = {name: entry(chosen, name, run, times, curves[name]) for name, run in runs.items()}
+    entries = {}
     for name, run in runs.items():
-        entries[name]["extra_info"]["bytes"] = held_bytes(run.method, probes[0])
-    measure_as_run(chosen, runs, entries, probes[0], device)
+        extra = {
+            "lr": run.lr,
+            "trained_parameters": run.method.trained_parameters(),
+            "ratio_to_floor": timing.quartiles(timing.paired_ratios(times[name], times[FLOOR])),
+            "bytes": held_bytes(run.method, probes[0]),
+            "held_out": {"steps": list(curves[name]), "losses": list(curves[name].values())},
+            "losses": [float(loss) for loss in run.losses],
+        }
+        entries[name] = benchmark(chosen, name, times[name], extra)
+    for name, ratio in ratios_as_run(chosen, runs, probes[0], device).items():
+        entries[name]["extra_info"]["ratio_as_run"] = ratio
     exact = check_saved(chosen, runs, entries)
-    intact = check_adapters(chosen, runs, entries, base, probes[0], args.adapter)
+    intact = check_adapters(chosen, runs, base, probes[0], args.adapter)
 
     path = args.results / machine.device_name(device) / "demo.json"
     results.write(path, [pretraining, *entries.values()], machine.machine_info(device))
@@ -93,40 +104,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.demo", description=__doc__.splitlines()[0]
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="default: cuda where there is a GPU",
-    )
-    parser.add_argument(
-        "--budget-s",
-        type=float,
-        help=f"seconds of the whole demo, about; default {job.CPU.budget_s:.0f}",
-    )
-    parser.add_argument(
-        "--toy", action="store_true", help="a job of seconds: to see that it runs, not what it says"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=OUT / "results", help="folder; default out/results"
-    )
-    parser.add_argument(
-        "--figures", type=Path, default=OUT / "figures", help="folder; default out/figures"
-    )
+    seconds = f"of the whole demo, about; default {job.CPU.budget_s:.0f}"
+    parser.add_argument("--budget-s", type=float, metavar="SECONDS", help=seconds)
+    parser.add_argument("--toy", action="store_true", help="seconds, to see that it runs")
+    for name in ("results", "figures"):
+        default = OUT / name
+        parser.add_argument(f"--{name}", type=Path, default=default, help=f"default out/{name}")
     parser.add_argument("--adapter", type=Path, help="keep the S2FT adapters in this folder")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = machine.default_device().type
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
     if args.budget_s is not None and not args.budget_s > 0:
         parser.error(f"--budget-s must be above 0, got {args.budget_s}")
     return args
-
-
-def choose_job(args: argparse.Namespace) -> Job:
-    chosen = job.TOY if args.toy else job.CPU if args.device == "cpu" else job.CUDA
-    return chosen if args.budget_s is None else replace(chosen, budget_s=args.budget_s)
 
 
 def affordable_steps(chosen: Job, pretraining_step: float) -> int:
@@ -152,33 +140,10 @@ def benchmark(chosen: Job, name: str, seconds: list[float], extra: dict) -> dict
     }
 
 
-def entry(
-    chosen: Job,
-    name: str,
-    run: Run,
-    seconds: dict[str, list[float]],
-    held_out: dict[int, float],
-) -> dict:
-    """What was measured of one method."""
-    ratios = timing.paired_ratios(seconds[name], seconds[FLOOR])
-    extra = {
-        "lr": run.lr,
-        "trained_parameters": run.method.trained_parameters(),
-        "ratio_to_floor": timing.quartiles(ratios),
-        "held_out": {"steps": list(held_out), "losses": list(held_out.values())},
-        "losses": [float(loss) for loss in run.losses],
-    }
-    return benchmark(chosen, name, seconds[name], extra)
-
-
-def measure_as_run(
-    chosen: Job,
-    runs: dict[str, Run],
-    entries: dict[str, dict],
-    batch: Tensor,
-    device: torch.device,
-) -> None:
-    """S2FT as a user runs it: no dx below the first trained layer, so less than the floor."""
+def ratios_as_run(
+    chosen: Job, runs: dict[str, Run], batch: Tensor, device: torch.device
+) -> dict[str, float]:
+    """Step over floor of S2FT as a user runs it: without dx below its first trained layer."""
     compared = {name: runs[name] for name in (*S2FT, FLOOR)}
     for name, run in compared.items():
         run.set_lr(0.0)  # the models stay as they were trained
@@ -187,10 +152,9 @@ def measure_as_run(
     actions = {name: (lambda _, run=run: run.step(batch)) for name, run in compared.items()}
     rounds = timing.interleave(actions, chosen.depth_rounds, device)
     rounds = list(tqdm(rounds, total=chosen.depth_rounds, desc="S2FT as run", leave=False))
-    for name in S2FT:
-        ratio = statistics.median(times[name] / times[FLOOR] for times in rounds)
-        saved = held_bytes(runs[name].method, batch)["saved"]
-        entries[name]["extra_info"]["as_run"] = {"ratio_to_floor": ratio, "saved": saved}
+    return {
+        name: statistics.median(times[name] / times[FLOOR] for times in rounds) for name in S2FT
+    }
 
 
 if __name__ == "__main__":

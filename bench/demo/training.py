@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -78,14 +79,12 @@ def pretrain(
     generator = torch.Generator().manual_seed(job.seed)
     optimizer = adamw(list(model.parameters()), job.pretrain_lr)
     losses: list[float] = []
-    times: list[float] = []
-    began = time.perf_counter()
-    elapsed = 0.0
-    layout = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
-    with tqdm(total=seconds, desc="pre-training", bar_format=layout) as bar:
-        while elapsed < seconds or len(times) < 2:
+    marks = [time.perf_counter()]
+    end = marks[0] + seconds
+    with tqdm(desc=f"pre-training, {seconds:.0f} s", unit="step") as bar:
+        while marks[-1] < end or len(losses) < 2:
             # The first steps count for the warm-up as if one second had passed.
-            progress = max(elapsed, min(1.0, seconds / 100)) / seconds
+            progress = max(seconds - (end - marks[-1]), min(1.0, seconds / 100)) / seconds
             for group in optimizer.param_groups:
                 group["lr"] = job.pretrain_lr * schedule(progress)
             tokens = corpus.random_batch(text, job.pretrain_batch, job.length, generator).to(device)
@@ -95,11 +94,10 @@ def pretrain(
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-            now = time.perf_counter() - began
-            times.append(now - elapsed)
-            elapsed = now
-            bar.set_postfix_str(f"step {len(losses)}, loss {losses[-1]:.3f}", refresh=False)
-            bar.update(min(elapsed, seconds) - bar.n)
+            marks.append(time.perf_counter())
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+            bar.update()
+    times = [later - earlier for earlier, later in pairwise(marks)]
     return model.to(job.dtype), losses, times
 
 

@@ -49,7 +49,7 @@ def machine_info(device: torch.device) -> dict:
         "cpu": {"brand_raw": get_cpu_info()["brand_raw"], "count": os.cpu_count()},
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
-        "driver": _nvidia_smi("driver_version") if gpu else None,
+        "driver": _driver() if gpu else None,
         **{package: _version(package) for package in PACKAGES},
     }
 
@@ -69,18 +69,6 @@ def source_hash() -> str:
     for file in sorted([*files, *(ROOT / "bench").rglob("*.py")]):
         digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def gpu_clocks(device: torch.device) -> str | None:
-    """Clocks, temperature and power, as nvidia-smi reads them at work; None without a GPU."""
-    if device.type != "cuda":
-        return None
-    busy = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    for _ in range(500):  # about a second, while nvidia-smi looks
-        busy @ busy
-    read = _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw")
-    torch.cuda.synchronize(device)
-    return read
 
 
 def keep_freed_memory() -> None:
@@ -119,11 +107,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _nvidia_smi(query: str) -> str | None:
-    """The answer for the first GPU; None without nvidia-smi."""
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"]
+def _driver() -> str | None:
+    """Of the first GPU; None without nvidia-smi."""
+    command = ["nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() or None
