@@ -45,27 +45,25 @@ def measure(benchmark, case: Case, device: torch.device, seconds: float) -> None
     benchmark.group = "/".join(case.id.split("/")[:3])
     benchmark.params = case.params()
     extra = {"total_parameters": case.shape.parameters(), "budget": asdict(budget)}
-    benchmark.extra_info.update(extra, status="measured")
+    benchmark.extra_info.update(extra)
     machine.release(device)
     if case.options.compile:
         torch.compiler.reset()  # else earlier models count against the limit of recompilations
+    status = "measured"
     try:
         METHODS[case.method].check(device, case.options)
         benchmark.extra_info.update(step.count(case, budget, device))
         machine.release(device)
         benchmark.extra_info.update(time_rounds(benchmark, case, budget, device, seconds))
     except Unavailable as reason:
-        not_measured(benchmark, f"unavailable: {reason}")
+        status = f"unavailable: {reason}"
     except Exception as error:
         if not machine.out_of_memory(error):
             raise
-        not_measured(benchmark, "out of memory")
-
-
-def not_measured(benchmark, status: str) -> None:
-    """Too little memory or a missing package is a result, too."""
+        status = "out of memory"
     benchmark.extra_info["status"] = status
-    pytest.skip(status)
+    if status != "measured":  # a result, too; skipped here, where no traceback holds the models
+        pytest.skip(status)
 
 
 def time_rounds(
