@@ -41,9 +41,12 @@ bench-compare: $(VENV)/.installed
 	$(PYTEST_BENCH) bench/steps --suite short --results out/compare --again
 	$(BIN)/python -m bench.steps.compare bench/results/$(DEVICE)/steps.json out/compare/$(DEVICE)/steps.json
 
+# Goes on where it was interrupted, too.
 results: $(VENV)/.installed
-	$(PYTEST_BENCH) bench --results bench/results --again
-	$(BIN)/python -m bench.demo --results bench/results --figures plots/figures
+	$(PYTEST_BENCH) bench --results out/renewed
+	$(BIN)/python -m bench.demo --results out/renewed --figures out/figures
+	mkdir -p bench/results/$(DEVICE)
+	mv out/renewed/$(DEVICE)/*.json bench/results/$(DEVICE)/
 	$(MAKE) plots
 
 static: $(VENV)/.installed

@@ -84,7 +84,7 @@ def case_of(fullname: str) -> str:
 
 
 def overview(entries: Mapping[str, dict]) -> str:
-    """A table of the steps among `entries`, one line a case."""
+    """A table of the steps among `entries`, one line a case; "" where there are none."""
     rows = [["case", "trained", "step / floor", "quartiles", "step ms", "saved MiB", "peak MiB"]]
     for name, entry in entries.items():
         extra = entry["extra_info"]
@@ -97,7 +97,7 @@ def overview(entries: Mapping[str, dict]) -> str:
             rows.append([case_of(name), *row])
         elif extra.get("status", "measured") != "measured":
             rows.append([case_of(name), extra["status"].partition(":")[0], *[""] * 5])
-    return results.table(rows)
+    return results.table(rows) if rows[1:] else ""
 
 
 if __name__ == "__main__":

@@ -80,3 +80,4 @@ def test_the_overview_has_every_step_and_says_what_is_missing():
     row = next(line for line in text.splitlines() if line.startswith(CASE))
     assert row.split()[1:5] == ["7", "1.200", "1.190..1.210", "500.0"]
     assert "gone" in text and "unavailable" in text and "op" not in text.split()
+    assert compare.overview({"op": op}) == ""
