@@ -4,17 +4,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench bench-compare static tune plots help
+.PHONY: demo test check bench bench-compare results static tune plots help
 
 help:
-	@echo "make demo    fine-tune a small Llama with S2FT and show what it saves, beside the other methods"
+	@echo "make demo    fine-tune a small Llama with S2FT and show what it saves, beside other methods"
 	@echo "make test    all tests"
 	@echo "make check   linter, formatter and type checker"
-	@echo "make bench   every op, and training steps of every method, into bench/results/<device>/"
+	@echo "make bench   every op, and training steps of every method; results and figures go to out/"
 	@echo "make bench-compare   a few steps again: is anything slower or larger than in the results?"
+	@echo "make results renew the committed results and figures: the demo and the benchmarks again"
 	@echo "make static  what the kernels compile to on GPUs that are not here, into bench/results/static/"
 	@echo "make tune    launch parameters of the kernels, measured on the GPU here"
-	@echo "make plots   every figure and the tables of the README, from the committed results"
+	@echo "make plots   every committed figure and table, from the committed results"
+
+PYTEST_BENCH := $(BIN)/python -m pytest -q --disable-warnings --benchmark-quiet
+DEVICE = $$($(BIN)/python -c "from bench.measure import machine as m; print(m.device_name(m.default_device()))")
+PAGES := README.md docs/benchmarks.md
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo
@@ -27,12 +32,22 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Goes on where it was interrupted. `make bench AGAIN=--again` measures all of it again.
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest bench/bench_ops.py --results bench/results --again --budget-s 60
-	$(BIN)/python -m bench.laboratory --again --budget-s 850
+	$(PYTEST_BENCH) bench --results out/results $(AGAIN)
+	$(BIN)/python -m plots --results out/results --out out/figures
 
 bench-compare: $(VENV)/.installed
-	$(BIN)/python -m bench.compare
+	$(PYTEST_BENCH) bench/steps --suite short --results out/compare --again
+	$(BIN)/python -m bench.steps.compare bench/results/$(DEVICE)/steps.json out/compare/$(DEVICE)/steps.json
+
+# Goes on where it was interrupted, too.
+results: $(VENV)/.installed
+	$(PYTEST_BENCH) bench --results out/renewed
+	$(BIN)/python -m bench.demo --results out/renewed --figures out/figures
+	mkdir -p bench/results/$(DEVICE)
+	mv out/renewed/$(DEVICE)/*.json bench/results/$(DEVICE)/
+	$(MAKE) plots
 
 static: $(VENV)/.installed
 	$(BIN)/python -m bench.static
@@ -41,7 +56,7 @@ tune: $(VENV)/.installed
 	$(BIN)/python -m bench.tune
 
 plots: $(VENV)/.installed
-	$(BIN)/python -m plots --readme README.md
+	$(BIN)/python -m plots --pages $(PAGES)
 
 # torch first, alone and pinned: a range would let what depends on it choose another build. Where
 # venv cannot bring pip (Debian without python3-venv), the pip of $(PYTHON) installs it. galore-torch

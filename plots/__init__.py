@@ -1,18 +1,15 @@
-"""Every figure, redrawn from the committed JSON alone: python -m plots."""
+"""Every figure, drawn from the committed JSON alone: python -m plots."""
 
 import json
 from pathlib import Path
 
-from plots import demo, density, extrapolation, figure5, kernels, options, peak, share, tokens
+from plots import bars, demo, density, kernels, lines
 
 # A results file results/<device>/<suite>.json is drawn by these, into figures/<device>/.
 SUITES = {
     "demo": (demo.draw,),
     "ops": (kernels.draw,),
-    "steps": (
-        *(figure5.draw, peak.draw, tokens.draw, share.draw, density.draw, options.draw),
-        extrapolation.draw,
-    ),
+    "steps": (bars.draw, lines.draw, density.draw),
 }
 
 

@@ -1,6 +1,7 @@
-"""Horizontal bars, one a method, with what was modelled as an open diamond on the bar."""
+"""Horizontal bars: step time and peak memory of methods, and what the peak is made of."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -8,10 +9,128 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from plots import style
+from plots import steps, style
 from plots.steps import Step
 
 HEIGHT = 0.72  # of a bar, where the next is 1 below
+# Of the options of a figure, in their order.
+LOOKS = (
+    (style.BLUE, ""),
+    (style.ORANGE, "////"),
+    (style.GREEN, "...."),
+    (style.YELLOW, "xxxx"),
+    (style.PINK, "||||"),
+    (style.GREY, "\\\\\\\\"),
+)
+FIRST = {"linestyle": "none", "marker": "|", "markersize": 10, "color": "black"}
+PEAK_NOTE = "Of saved activations and gradients the larger is drawn."
+
+
+def draw(document: dict, folder: Path) -> list[Path]:
+    """Draws Figure 5 and the peaks of each of its models, and what options change."""
+    written = []
+    for shape, found in steps.series(document, "figure5", *steps.SIZES):
+        for name, fig, note in (
+            ("figure5", time_and_memory(found), steps.NOTE),
+            ("peak", peaks(found), PEAK_NOTE),
+        ):
+            caption = steps.caption(document, found, note)
+            written.append(style.save(fig, folder / f"{name}-{shape}.svg", caption))
+    for suite in ("checkpointing", "options", "depth"):
+        for shape, found in steps.series(document, suite, *steps.SIZES):
+            caption = steps.caption(document, found, steps.NOTE)
+            fig = time_and_memory(found)
+            written.append(style.save(fig, folder / f"{suite}-{shape}.svg", caption))
+    return written
+
+
+def time_and_memory(found: list[Step]) -> Figure:
+    """Left the time of a step, right its peak memory; a row of panels for each length and batch.
+
+    The arrangement follows Figure 5 of the S2FT paper. Where the steps differ in their options,
+    each method has a bar for each of these; else each method has its own look.
+    """
+    options = sorted({step.options for step in found})
+    if len(options) > len(LOOKS):
+        raise ValueError(f"a figure can tell {len(LOOKS)} options apart, got {options}")
+    looks = {
+        option: style.Look(option or "plain", *look)
+        for option, look in zip(options, LOOKS, strict=False)
+    }
+    settings = list(steps.groups(found, lambda step: step.size).values())
+    inches = 0.165 if len(options) == 1 else 0.13 * len(options) + 0.08
+    fig, rows = panels([inches * len({s.method for s in group}) for group in settings])
+    height = HEIGHT if len(options) == 1 else 0.84 / len(options)
+    for (left, right), of_setting in zip(rows, settings, strict=True):
+        methods = method_names(left, of_setting)
+        method_names(right, of_setting, shown=False)
+        unit, name = steps.byte_unit(of_setting)
+        for step in of_setting:
+            lane = options.index(step.options) - (len(options) - 1) / 2
+            place = methods.index(step.method) + lane * height
+            look = style.METHODS[step.method] if len(options) == 1 else looks[step.options]
+            value = step.milliseconds()
+            more = "" if step.ratio is None else f"  ({step.ratio['median']:.2f})"
+            bar(left, place, step, value, look, height, more)
+            if value is not None:
+                low, high = step.milliseconds("q1"), step.milliseconds("q3")
+                spread = [[value - low], [high - value]]
+                left.errorbar(value, place, xerr=spread, color="black", capsize=2, linewidth=0.8)
+            bar(right, place, step, step.peak(unit), look, height)
+        title(left, of_setting[0])
+        scale(left, "time of a step, ms (over the floor)")
+        scale(right, f"peak memory of a step, {name}")
+    entries = {"median and quartiles": Line2D([], [], color="black", linewidth=0.8)}
+    if len(options) > 1:
+        entries |= patches(looks.values())
+    style.legend(fig, entries, columns=4, bottom=0.28)
+    return fig
+
+
+def peaks(found: list[Step]) -> Figure:
+    """Stacked bars, a panel for each length and batch: the parts add up to the measured peak.
+
+    Saved activations go as gradients come. So the larger of the two is drawn, and what there is of
+    the other at the peak is among the temporaries.
+    """
+    settings = list(steps.groups(found, lambda step: step.size).values())
+    columns = min(2, len(settings))
+    rows = [settings[start : start + columns] for start in range(0, len(settings), columns)]
+    fig, grid = panels([0.165 * max(map(len, row)) for row in rows], columns)
+    for row, axes_of_row in zip(rows, grid, strict=True):
+        for axes, of_setting in zip(axes_of_row, row, strict=False):
+            _stack(axes, of_setting, shown=axes is axes_of_row[0])
+        for spare in axes_of_row[len(row) :]:
+            spare.set_axis_off()
+    shown = ("weights", "optimizer", "saved", "gradients", "temporaries")
+    first = {"peak of the first step": Line2D([], [], **FIRST)}
+    entries = patches(style.PARTS[part] for part in shown) | first
+    style.legend(fig, entries, columns=4, bottom=0.28)
+    return fig
+
+
+def parts(sizes: dict) -> dict[str, int]:
+    """Bytes alive at the peak, which is their sum, from the left."""
+    saved = sizes["saved"] or 0  # unknown under torch.compile
+    larger = "saved" if saved >= sizes["gradients"] else "gradients"
+    held = {"weights": sizes["weights"], "optimizer": sizes["optimizer"]}
+    return {**held, larger: max(saved, sizes["gradients"]), "temporaries": sizes["temporaries"]}
+
+
+def _stack(axes: Axes, of_setting: list[Step], *, shown: bool) -> None:
+    methods = method_names(axes, of_setting, shown=shown)
+    unit, name = steps.byte_unit(of_setting)
+    for step in of_setting:
+        place, left = methods.index(step.method), 0.0
+        if step.bytes is not None:
+            for part, size in parts(step.bytes).items():
+                look = style.PARTS[part].bar
+                axes.barh(place, size / unit, HEIGHT, left / unit, **look)
+                left += size
+            axes.plot(step.bytes["first_step_peak"] / unit, place, **FIRST)
+        bar(axes, place, step, step.peak(unit), None)
+    title(axes, of_setting[0])
+    scale(axes, f"memory at the peak of a step, {name}")
 
 
 def panels(rows: list[float], columns: int = 2) -> tuple[Figure, list[list[Axes]]]:
@@ -33,10 +152,10 @@ def names(axes: Axes, labels: list[str], *, shown: bool = True) -> None:
     axes.tick_params(axis="x", labelsize=8)
 
 
-def method_names(axes: Axes, steps: Iterable[Step], *, shown: bool = True) -> list[str]:
+def method_names(axes: Axes, found: Iterable[Step], *, shown: bool = True) -> list[str]:
     """Gives each method of the steps a place; returns the methods in that order."""
-    found = {step.method for step in steps}
-    methods = [method for method in style.METHODS if method in found]
+    present = {step.method for step in found}
+    methods = [method for method in style.METHODS if method in present]
     names(axes, [style.METHODS[method].label for method in methods], shown=shown)
     return methods
 
@@ -46,26 +165,20 @@ def bar(
     place: float,
     step: Step,
     value: float | None,
-    modelled: float | None,
-    *,
     look: style.Look | None,
     height: float = HEIGHT,
     more: str = "",
 ) -> None:
-    """A bar with its value and `more` beside the axes, and an open diamond at what is modelled.
+    """A bar with its value and `more` beside the axes; the step's mark where there is no value.
 
-    Where there is no value, the step's mark and what is modelled are written in the bar's place: a
-    model that does not fit into memory would set the scale for all that do. No look, no bar.
+    No look, no bar.
     """
     if value is None:
-        instead = "" if modelled is None else f"  (modelled: {digits(modelled)})"
-        _write(axes, 0.02, place, step.mark + instead)
+        note(axes, place, step.mark, x=0.02)
         return
     if look is not None:
         axes.barh(place, value, height, **look.bar)
     note(axes, place, digits(value) + more)
-    if modelled is not None:
-        axes.plot(modelled, place, **style.MODELLED)
 
 
 def digits(value: float) -> str:
@@ -80,8 +193,8 @@ def scale(axes: Axes, label: str) -> None:
 
 
 def title(axes: Axes, step: Step) -> None:
-    """Names the panel after the setting of its steps."""
-    text = f"{step.model_name}, length {step.length:,}, batch {step.batch}"
+    """Names the panel after the size of its steps. What was cut of the model is in the caption."""
+    text = f"{step.shape}, length {step.length:,}, batch {step.batch}"
     axes.set_title(text, loc="left", weight="bold")
 
 
@@ -90,16 +203,7 @@ def patches(looks: Iterable[style.Look]) -> dict[str, Patch]:
     return {look.label: Patch(**look.bar) for look in looks}
 
 
-def diamond(label: str) -> dict[str, Line2D]:
-    """The entry of the modelled numbers in a legend."""
-    return {label: Line2D([], [], **style.MODELLED)}
-
-
-def note(axes: Axes, place: float, text: str) -> None:
-    """Writes `text` to the right of the axes, at the height of `place`."""
-    _write(axes, 1.02, place, text)
-
-
-def _write(axes: Axes, x: float, place: float, text: str) -> None:
+def note(axes: Axes, place: float, text: str, x: float = 1.02) -> None:
+    """Writes `text` at the height of `place`, to the right of the axes unless x says otherwise."""
     along = axes.get_yaxis_transform()
     axes.annotate(text, (x, place), xycoords=along, va="center", fontsize=7.5)

@@ -10,15 +10,18 @@ FLOOR = style.METHODS["frozen"].label
 # By their names in the results, from the top.
 LOOK = {
     style.METHODS[name].label: style.METHODS[name]
-    for name in ("full", "lora", "spiel", "s2ft_inplace", "s2ft_additive", "frozen")
-}
+    for name in (
+        *("full", "lora", "spiel", "s2ft_inplace", "s2ft_additive"),
+        *("s2ft_permuted_inplace", "s2ft_permuted_additive", "frozen"),
+    )
+} | {"s2ft small": style.Look("s2ft small", style.PINK, "..", "*", "-.")}
 PARTS = ("weights", "saved", "gradients", "optimizer")
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
     """Draws all figures of one results file into `folder`; returns their paths."""
     benchmarks = {entry["name"]: entry for entry in document["benchmarks"]}
-    methods = {name: benchmarks[name] for name in LOOK}
+    methods = {name: entry for name, entry in benchmarks.items() if name in LOOK}
     caption = _caption(document, benchmarks)
     return [
         step_time(methods, folder / "demo-step-time.svg", caption),
@@ -29,7 +32,7 @@ def draw(document: dict, folder: Path) -> list[Path]:
 
 def step_time(methods: dict, path: Path, caption: str) -> Path:
     """Bars: step time over the frozen floor's in the same round, median and quartiles."""
-    fig, axes = plt.subplots(figsize=(6.4, 2.5))
+    fig, axes = plt.subplots(figsize=(6.8, 0.9 + 0.27 * len(methods)))
     ratios = {name: entry["extra_info"]["ratio_to_floor"] for name, entry in methods.items()}
     right = max(ratio["q3"] for ratio in ratios.values())
     for place, (name, ratio) in enumerate(ratios.items()):
@@ -52,7 +55,7 @@ def step_time(methods: dict, path: Path, caption: str) -> Path:
 
 def memory(methods: dict, path: Path, caption: str) -> Path:
     """Stacked bars: MiB of weights, saved activations, gradients and optimizer state."""
-    fig, axes = plt.subplots(figsize=(6.4, 2.8))
+    fig, axes = plt.subplots(figsize=(6.8, 1.2 + 0.27 * len(methods)))
     left = dict.fromkeys(methods, 0.0)
     for part in PARTS:
         sizes = [entry["extra_info"]["bytes"][part] / 2**20 for entry in methods.values()]
@@ -75,7 +78,7 @@ def memory(methods: dict, path: Path, caption: str) -> Path:
 
 def losses(methods: dict, path: Path, caption: str) -> Path:
     """Curves: training loss (running mean) and held-out loss over the steps."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.5))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.9))
     trained = {name: entry["extra_info"] for name, entry in methods.items() if name != FLOOR}
     for name, extra in trained.items():
         look = LOOK[name]
@@ -96,7 +99,7 @@ def losses(methods: dict, path: Path, caption: str) -> Path:
     left.set_title(f"training, mean of {width} steps")
     right.set(xlabel="step", ylabel="held-out loss, nats per byte", title="held out")
     fig.legend(loc="lower center", bbox_to_anchor=(0.5, 0.05), ncols=2)
-    fig.tight_layout(rect=(0, 0.19, 1, 1))
+    fig.tight_layout(rect=(0, 0.24, 1, 1))
     return style.save(fig, path, caption)
 
 

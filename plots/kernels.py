@@ -11,7 +11,6 @@ IMPLEMENTATIONS = {
     "torch": style.Look("torch", style.GREY, "//"),
     "triton": style.Look("triton", style.BLUE),
 }
-COLUMNS = 2
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
@@ -33,7 +32,7 @@ def figure(document: dict) -> Figure:
     shapes: dict[str, list[dict]] = {}
     for entry in document["benchmarks"]:
         shapes.setdefault(entry["group"].partition(" ")[2], []).append(entry)
-    columns = min(COLUMNS, len(shapes))
+    columns = min(2, len(shapes))
     names = list(shapes)
     rows = [names[start : start + columns] for start in range(0, len(names), columns)]
     drawn = {entry["params"]["impl"] for entry in document["benchmarks"]}

@@ -8,7 +8,7 @@ full fine-tuning most. GB are 10^9 bytes: 54 is four times the weights of the 7B
 MACHINE = "printed in the paper, A100-80G"
 NOTE = "Of the paper: bf16, GB of 10⁹ bytes, the peak of a first step."
 
-METHODS = ("s2ft_inplace", "lora", "dora", "lisa", "loreft", "galore", "full")
+METHODS = ("s2ft_permuted_inplace", "lora", "dora", "lisa", "loreft", "galore", "full")
 
 # (shape, length, batch) -> peak in GB and milliseconds of an iteration, in the order of METHODS;
 # None where the paper has OOM.

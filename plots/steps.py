@@ -4,19 +4,21 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from plots import floors, style
+from plots import style
 
 # What is drawn of a step, by how its status begins.
-MARKS = {"measured": "", "out of memory": "OOM", "unavailable": "n/a", "failed": "failed"}
-MARKS_MEANING = "OOM: out of memory; n/a: not available there; failed: not measured, by an error."
+MARKS = {"measured": "", "out of memory": "OOM", "unavailable": "n/a"}
+MARKS_MEANING = "OOM: out of memory; n/a: not available there."
+NOTE = "Times: ratio to the frozen floor of the same rounds × the floor's median at that size."
 SIZES = ("layers", "vocab", "batch", "length", "dtype")  # of the steps of a shape
 LINE = 160  # characters of a caption that the width of a figure has room for
 
 
 @dataclass(frozen=True)
 class Step:
-    """One method's step in one setting. What was not measured, or not modelled, is None."""
+    """One method's step in one setting. What was not measured is None."""
 
+    suites: tuple[str, ...]
     shape: str
     layers: int
     of_layers: int  # of the whole model
@@ -26,15 +28,14 @@ class Step:
     length: int
     dtype: str
     method: str
-    options: str  # what is unlike the usual, "" if nothing is
+    options: str  # those that are not the default, "" if all are
     share: float | None  # of all parameters that was to be trained
     status: str  # begins as a key of MARKS
     trained: int | None
     total: int
-    seconds: dict | None  # median, q1, q3 of a step; see `plots.floors`
     ratio: dict | None  # median, q1, q3 of step / frozen floor, of the same round
+    floor: float | None  # seconds of the floor of this size
     bytes: dict | None  # peak, first_step_peak and their parts
-    model: dict | None  # seconds, peak, saved; fits: None, or where it does not fit
 
     @property
     def mark(self) -> str:
@@ -45,19 +46,17 @@ class Step:
     def tokens(self) -> int:
         return self.batch * self.length
 
-    def milliseconds(self) -> float | None:
-        """Of a step, measured."""
-        return None if self.seconds is None else self.seconds["median"] * 1e3
+    @property
+    def trained_percent(self) -> float:
+        """Trained parameters as they are; what was asked for where the step did not run."""
+        return 100 * (self.share if self.trained is None else self.trained / self.total)
 
-    def modelled_milliseconds(self) -> float | None:
-        return None if self.model is None else self.model["seconds"] * 1e3
+    def milliseconds(self, quantile: str = "median") -> float | None:
+        return None if self.ratio is None else self.ratio[quantile] * self.floor * 1e3
 
     def peak(self, unit: float) -> float | None:
-        """In units of `unit` bytes, measured."""
+        """In units of `unit` bytes."""
         return None if self.bytes is None else self.bytes["peak"] / unit
-
-    def modelled_peak(self, unit: float) -> float | None:
-        return None if self.model is None else self.model["peak"] / unit
 
     @property
     def model_name(self) -> str:
@@ -65,43 +64,35 @@ class Step:
         return ", ".join([self.shape, *_cuts([self])])
 
     @property
-    def cut(self) -> tuple:
+    def model(self) -> tuple:
         """The model as it was run."""
         return self.shape, self.layers, self.vocab, self.dtype
 
     @property
     def size(self) -> tuple:
-        """The model and the batch."""
-        return self.shape, self.layers, self.vocab, self.tokens, self.length, self.batch, self.dtype
-
-    @property
-    def setting(self) -> tuple:
-        """What two methods must have in common to be compared."""
-        return (*self.size, self.options, self.share or 0)
+        """The model and the batch: what two methods must have in common to be compared."""
+        return (*self.model, self.tokens, self.length, self.batch)
 
 
-def read(document: dict, suite: str) -> list[Step]:
-    """The steps of one suite, small models first, methods in their order.
+def read(document: dict, *suites: str) -> list[Step]:
+    """The steps of some suites, or of all: small models first, methods in their order.
 
-    Raises ValueError for a method that is unknown here, and for a case that comes twice.
+    Raises ValueError for a method that plots.style.METHODS does not have.
     """
-    steps = [_step(*timed) for timed in _timed(document) if timed[0]["group"] == suite]
-    if unknown := {step.method for step in steps} - set(style.METHODS):
+    entries = document["benchmarks"]
+    floors = {
+        entry["params"]["floor"]: entry["stats"]["median"]
+        for entry in entries
+        if entry["params"]["method"] == "frozen" and entry["stats"] is not None
+    }
+    steps = [_step(entry, floors) for entry in entries]
+    found = [step for step in steps if not suites or set(suites) & set(step.suites)]
+    if unknown := {step.method for step in found} - set(style.METHODS):
         raise ValueError(f"methods must be those of plots.style.METHODS, got {sorted(unknown)}")
-    seen = set()
-    for step in steps:
-        if (key := (step.setting, step.method)) in seen:
-            raise ValueError(f"suite {suite!r} must have each case once, got twice {key}")
-        seen.add(key)
     order = list(style.METHODS)
-    return sorted(steps, key=lambda s: (s.total, s.setting, order.index(s.method)))
-
-
-def references(document: dict) -> dict[tuple, Step]:
-    """The steps of all suites at the usual share, by size, options and method: what a figure shows
-    beside those of its own suite."""
-    steps = (_step(*timed) for timed in _timed(document))
-    return {(s.size, s.options, s.method): s for s in steps if s.share is None}
+    return sorted(
+        found, key=lambda s: (s.total, s.size, s.options, s.share or 0, order.index(s.method))
+    )
 
 
 def groups(steps: Iterable[Step], key: Callable[[Step], object]) -> dict[object, list[Step]]:
@@ -112,19 +103,12 @@ def groups(steps: Iterable[Step], key: Callable[[Step], object]) -> dict[object,
     return found
 
 
-def by_shape(document: dict, *suites: str) -> Iterator[tuple[str, str, list[Step]]]:
-    """Yields suite, model and its steps: the figures to be drawn."""
-    for suite in suites:
-        for shape, steps in groups(read(document, suite), lambda step: step.shape).items():
-            yield suite, shape, steps
-
-
 def series(document: dict, suite: str, *along: str) -> Iterator[tuple[str, list[Step]]]:
-    """Yields name and steps of each figure of one suite whose lines run along some of SIZES only.
+    """Yields name and steps of each figure of one suite. Only SIZES in `along` differ in a figure.
 
     A figure has the name of its shape and, where that has several, of the sizes that differ.
     """
-    for _, shape, steps in by_shape(document, suite):
+    for shape, steps in groups(read(document, suite), lambda step: step.shape).items():
         sizes = [name for name in SIZES if name not in along]
         apart = [name for name in sizes if len({getattr(step, name) for step in steps}) > 1]
         figures: dict[str, list[Step]] = {}
@@ -136,8 +120,8 @@ def series(document: dict, suite: str, *along: str) -> Iterator[tuple[str, list[
 
 def byte_unit(steps: list[Step]) -> tuple[float, str]:
     """The unit that suits the peaks of these steps, and its name."""
-    peaks = [step.peak(1) or 0 for step in steps] + [step.modelled_peak(1) or 0 for step in steps]
-    return (2**30, "GiB") if max(peaks) >= 2**30 else (2**20, "MiB")
+    lowest = min((step.peak(1) for step in steps if step.bytes is not None), default=0)
+    return (2**30, "GiB") if lowest >= 2**30 else (2**20, "MiB")
 
 
 def caption(document: dict, steps: list[Step], *notes: str) -> str:
@@ -168,29 +152,24 @@ def _cuts(steps: list[Step]) -> list[str]:
     return cuts
 
 
-def _timed(document: dict) -> Iterator[tuple[dict, dict | None]]:
-    """Each entry with its seconds, for which the floors of all suites count."""
-    benchmarks = document["benchmarks"]
-    return zip(benchmarks, floors.steady_seconds(benchmarks), strict=True)
-
-
-def _step(entry: dict, seconds: dict | None) -> Step:
+def _step(entry: dict, floors: dict[str, float]) -> Step:
     params, extra = entry["params"], entry["extra_info"]
     status = extra["status"]
     if not status.startswith(tuple(MARKS)):
         raise ValueError(f"status of {entry['name']!r} must begin as {[*MARKS]}, got {status!r}")
+    ratio = extra.get("ratio_to_floor")
+    own = None if ratio is None else extra["floor_seconds"]["median"]
+    names = ("shape", "layers", "of_layers", "vocab", "of_vocab", "batch", "length", "dtype")
     return Step(
-        **{name: params[name] for name in ("shape", "layers", "of_layers", "vocab", "of_vocab")},
-        **{name: params[name] for name in ("batch", "length")},
-        **{name: params[name] for name in ("dtype", "method", "share")},
+        **{name: params[name] for name in (*names, "method", "share")},
+        suites=tuple(params["suites"]),
         options=", ".join(_unusual(params["options"])),
         status=status,
         trained=extra.get("trained_parameters"),
         total=extra["total_parameters"],
-        seconds=seconds,
-        ratio=extra.get("ratio_to_floor"),
+        ratio=ratio,
+        floor=floors.get(params["floor"], own),
         bytes=extra.get("bytes"),
-        model=extra.get("model"),
     )
 
 

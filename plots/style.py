@@ -1,4 +1,4 @@
-"""The look of all figures, and files that change only if a number changes."""
+"""The look of all figures. A file changes only if a number changes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers; hatches, markers and dashes tell them
-# apart in print.
+# Okabe and Ito's colours, for colour-blind readers; hatches, markers and dashes, for print.
 BLUE, ORANGE, GREEN, YELLOW, GREY = "#56B4E9", "#E69F00", "#009E73", "#F0E442", "#BBBBBB"
 RED, PINK, NAVY, WHITE = "#D55E00", "#CC79A7", "#0072B2", "#FFFFFF"
 
@@ -74,8 +73,10 @@ METHODS = {
     "spiel": Look("spiel", NAVY, "//", "X", "-."),
     "spiel_ma": Look("spiel ma", NAVY, "..", "d", (0, (1, 1))),
     "s2ft_inplace": Look("s2ft inplace", BLUE, "", "o"),
-    "s2ft_unfused": Look("s2ft unfused", BLUE, "\\\\", "P", "-."),
     "s2ft_additive": Look("s2ft additive", GREEN, "..", "x", (0, (4, 3))),
+    "s2ft_permuted_inplace": Look("s2ft permuted inplace", BLUE, "//", "1", "--"),
+    "s2ft_permuted_additive": Look("s2ft permuted additive", GREEN, "xx", "2", (0, (1, 1))),
+    "s2ft_unfused": Look("s2ft unfused", BLUE, "\\\\", "P", "-."),
 }
 
 # Parts of a step's memory.
@@ -85,17 +86,6 @@ PARTS = {
     "gradients": Look("gradients", ORANGE, "////"),
     "optimizer": Look("optimizer state", GREY, "xxxx"),
     "temporaries": Look("temporaries", YELLOW, "...."),
-}
-
-# A modelled number: an open diamond, wherever it is drawn.
-MODELLED = {
-    "linestyle": "none",
-    "marker": "D",
-    "markersize": 4.5,
-    "markerfacecolor": "white",
-    "markeredgecolor": "black",
-    "markeredgewidth": 0.9,
-    "zorder": 4,
 }
 
 

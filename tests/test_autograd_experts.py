@@ -8,7 +8,7 @@ from numerics import assert_as_accurate
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.memory import kept_by
+from bench.measure.memory import kept_by
 from s2kernels.autograd.experts import (
     expert_delta,
     expert_linear,

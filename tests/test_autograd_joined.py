@@ -10,7 +10,7 @@ from numerics import assert_as_accurate
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.memory import kept_by, storages
+from bench.measure.memory import kept_by, storages
 from s2kernels.autograd.joined import is_alone, join_, joined, joined_linear, runs_of
 
 GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_")

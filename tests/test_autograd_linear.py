@@ -9,7 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from bench.memory import kept_by
+from bench.measure.memory import kept_by
 from s2kernels import backend
 from s2kernels.autograd import s2_delta, s2_linear
 from s2kernels.autograd.linear import linear

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.jit import KernelInterface
 
-from bench.memory import kept_by
+from bench.measure.memory import kept_by
 from s2kernels.autograd import s2_mlp
 from s2kernels.autograd.accumulate import own_gradient
 from s2kernels.autograd.joined import join_, joined

@@ -10,7 +10,7 @@ from numerics import assert_as_accurate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bench.memory import kept_by
+from bench.measure.memory import kept_by
 from s2kernels.autograd import panels, sparse_linear
 from s2kernels.autograd.panels import Panels
 from s2kernels.autograd.sparse import linear

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BatchEncoding
 
-from bench.memory import gradients, storages, total_bytes
+from bench.measure.memory import gradients, storages, total_bytes
 from s2kernels.coupling import Structure, parameter, structures
 from s2kernels.peft import S2FTConfig
 from s2kernels.select import STRATEGIES, scores

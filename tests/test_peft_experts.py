@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.memory import kept_by
+from bench.measure.memory import kept_by
 from s2kernels import backend, kernels, reference
 from s2kernels.peft import report, select_indices
 from s2kernels.peft.s2ft.experts import S2FTExperts, S2FTExpertTensor

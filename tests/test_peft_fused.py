@@ -9,7 +9,7 @@ from peft import get_peft_model
 from tiny_models import tiny_model, token_ids
 from torch import nn
 
-from bench.memory import storages
+from bench.measure.memory import storages
 from s2kernels import backend
 from s2kernels.autograd.joined import joined
 from s2kernels.peft import S2FTConfig

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers.models.llama import modeling_llama
 
-from bench.memory import kept_by
+from bench.measure.memory import kept_by
 from s2kernels import backend
 from s2kernels.peft import S2FTConfig, S2FTLinear
 

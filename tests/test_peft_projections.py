@@ -9,7 +9,7 @@ from fused_models import adapted, assert_close, blocks, count_calls, gradients, 
 from tiny_models import token_ids
 from torch import nn
 
-from bench.memory import kept_by
+from bench.measure.memory import kept_by
 from s2kernels import backend
 from s2kernels.peft.s2ft.fused_qkv import Projection
 

@@ -23,7 +23,7 @@ from s2ft_models import (
 from tiny_models import MODEL_TYPES, tiny_model, token_ids
 from transformers.pytorch_utils import Conv1D
 
-from bench.memory import kept_by
+from bench.measure.memory import kept_by
 from s2kernels import backend, kernels, reference
 
 NUM_PROJECTIONS = dict(

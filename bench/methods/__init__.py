@@ -2,14 +2,21 @@
 
 from bench.methods.adapters import DoRA, LoRA, LoRAFP32, SHiRA
 from bench.methods.base import Method, adamw
-from bench.methods.budget import COMPARABLE, TOLERANCE, Budget, comparable, counts
+from bench.methods.budget import Budget, comparable
 from bench.methods.dense import Frozen, Full
 from bench.methods.galore import GaLore
 from bench.methods.lisa import LISA
 from bench.methods.lora_fused import LoRAFused
 from bench.methods.loreft import LoReFT
-from bench.methods.options import ATTENTION, Options, Unavailable
-from bench.methods.s2ft import S2FTAdditive, S2FTInplace, S2FTUnfused, in_slices
+from bench.methods.options import Options, Unavailable
+from bench.methods.s2ft import (
+    S2FTAdditive,
+    S2FTInplace,
+    S2FTPermutedAdditive,
+    S2FTPermutedInplace,
+    S2FTUnfused,
+    in_slices,
+)
 from bench.methods.spiel import SpIEL, SpIELMA
 
 # In the order of tables and figures.
@@ -20,21 +27,17 @@ METHODS: dict[str, type[Method]] = {
         *(LoRA, LoRAFP32, LoRAFused, DoRA),
         *(GaLore, LISA, LoReFT, SHiRA),
         *(SpIEL, SpIELMA),
-        *(S2FTInplace, S2FTUnfused, S2FTAdditive),
+        *(S2FTInplace, S2FTAdditive, S2FTPermutedInplace, S2FTPermutedAdditive, S2FTUnfused),
     )
 }
 
 __all__ = [
-    "ATTENTION",
-    "COMPARABLE",
     "METHODS",
-    "TOLERANCE",
     "Budget",
     "Method",
     "Options",
     "Unavailable",
     "adamw",
     "comparable",
-    "counts",
     "in_slices",
 ]

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bench import memory
+from bench.measure import memory
 from bench.methods.budget import Budget
 from bench.methods.options import Options
 
 
 class Method(ABC):
-    """One way of fine-tuning, at work on one model, as its users run it.
+    """One way of fine-tuning, attached to one model, as its users run it.
 
-    model    what a step runs: the model given, or a PeftModel around it
-    base     the model given, with its layers changed where the method changes layers
+    model      what a step runs: the given model, or a PeftModel around it
+    base       the given model; its layers are changed where the method changes layers
     optimizer  of what is trained; None where nothing is
-    periodic  what happens every `period` steps only, in words; None where each step is like the
-             others. It is part of the cost of a step, by 1 / period.
+    periodic   what it does in every `period`-th step only, in words; None where all steps are
+               alike. 1 / period of that work is part of the cost of a step.
     """
 
     name: ClassVar[str]
@@ -70,7 +70,7 @@ class Method(ABC):
         return [parameter for _, parameter in self.named_trained()]
 
     def trained_parameters(self) -> int:
-        """Numbers that are trained at present, each in its own right: what `counts` predicts."""
+        """How many numbers are trained at present."""
         return sum(parameter.numel() for parameter in self.trained())
 
     def state_tensors(self) -> Iterator[Tensor]:
@@ -86,12 +86,7 @@ class Method(ABC):
         inputs = {"input_ids": batch}
         if self._full_depth:  # dx stops at what asks for it
             inputs = {"inputs_embeds": self.base.get_input_embeddings()(batch).requires_grad_(True)}
-        with self.options.running():
-            return self.model(**inputs, labels=batch, use_cache=False).loss
-
-    def backward(self, loss: Tensor) -> None:
-        with self.options.running():  # a checkpoint runs its forward again
-            loss.backward()
+        return self.model(**inputs, labels=batch, use_cache=False).loss
 
     def update(self) -> None:
         """The optimizer's step and all that belongs to it."""
@@ -99,29 +94,29 @@ class Method(ABC):
             self.optimizer.step()
 
     def step(self, batch: Tensor) -> Tensor:
-        """zero_grad, loss, backward, update; returns the loss, detached."""
+        """zero_grad, forward, backward, update; returns the loss, detached."""
         self.zero_grad()
         loss = self.loss(batch)
-        self.backward(loss)
+        loss.backward()
         self.update()
         return loss.detach()
 
     def make_due(self) -> None:
-        """The next step does the periodic work, however many steps ago it was done last.
+        """Has the next step do the periodic work, whenever it was done last.
 
         Raises ValueError for a method that has none.
         """
         raise ValueError(f"{self.name} has no periodic work")
 
     def is_due(self) -> bool:
-        """Whether the next step does periodic work, or some of it."""
+        """Whether the next step does some of the periodic work."""
         return False
 
     def stop_full_depth(self) -> None:
-        """From here on without Options.full_depth: no dx below the first trained layer."""
+        """Ends Options.full_depth: from now on no dx is computed below the first trained layer."""
         self._full_depth = False
 
 
 def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """The optimizer of all methods that do not bring their own; states in the parameters' dtype."""
+    """The optimizer of the methods that bring none; its states have the parameters' dtype."""
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

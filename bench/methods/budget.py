@@ -1,22 +1,12 @@
-"""How much each method trains, and sizes that make the methods comparable."""
+"""How much the methods are to train, so that they can be compared."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-# How far from LoRA's the trained parameters of a comparable method may lie, as a share of them, at
-# rank 16 and above in models of hidden size 512 and above. What is left are DoRA's magnitudes (N
-# for each (N, K), beside LoRA's rank * (N + K)) and the rounding of heads and of GaLore's rank.
-TOLERANCE = 0.05
-ALIGNED = 8  # S2FT's channels come in so many, where that is little: GEMMs like rows of 16 bytes
-COMPARABLE = (
-    *("lora", "lora_fp32", "lora_fused", "dora", "galore", "shira"),
-    *("spiel", "spiel_ma", "s2ft_inplace", "s2ft_unfused", "s2ft_additive"),
-)
+ALIGNED = 8  # S2FT's channels are rounded to so many: GEMMs want rows of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -28,7 +18,7 @@ class Budget:
     rank: int  # LoRA and DoRA, on all linear layers
     seed: int
     shira_rank: int = 32  # SHiRA trains rank * (N + K) entries of each linear layer
-    galore_rank: int = 128  # the default of GaLore's README, as the next two are
+    galore_rank: int = 128  # this and the next two: the defaults of GaLore's README
     galore_gap: int = 200  # steps from one SVD to the next
     galore_scale: float = 0.25
     reft_rank: int = 8  # LoReFT: as its users run it
@@ -40,148 +30,62 @@ class Budget:
     spiel_steps: int = 1000  # of the whole training, towards whose end fewer entries are replaced
 
 
-class Sizes:
-    """What a model of `config` has, counted on one that takes no memory."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        with torch.device("meta"):
-            self._model = AutoModelForCausalLM.from_config(config)
-        self.layers = len(self._model.model.layers)
-        self.heads = config.num_attention_heads
-        self.hidden = config.hidden_size
-
-    @cached_property
-    def layer_linears(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of the linear layers of one block, by the name of the projection."""
-        return {
-            name.rpartition(".")[2]: tuple(module.weight.shape)
-            for name, module in self._model.model.layers[0].named_modules()
-            if isinstance(module, nn.Linear)
-        }
-
-    def of_linears(self, count: Callable[[int, int], int]) -> int:
-        """The sum of count(N, K) over all linear layers of all blocks."""
-        return self.layers * sum(count(n, k) for n, k in self.layer_linears.values())
-
-    @cached_property
-    def parameters(self) -> int:
-        """All of them, shared ones once."""
-        return sum(p.numel() for p in self._model.parameters())
-
-    @cached_property
-    def layer_parameters(self) -> int:
-        return sum(p.numel() for p in self._model.model.layers[0].parameters())
-
-    @cached_property
-    def embedding_and_head(self) -> int:
-        ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
-        return sum(p.numel() for p in {id(end.weight): end.weight for end in ends}.values())
-
-    @property
-    def per_head(self) -> int:
-        """Parameters that S2FT trains in a model for one head of each block."""
-        n, k = self.layer_linears["o_proj"]
-        return self.layers * n * k // self.heads
-
-    @property
-    def per_channel(self) -> int:
-        """Parameters that S2FT trains in a model for one FFN channel of each block."""
-        return self.layers * self.layer_linears["down_proj"][0]
-
-
-def counts(config: PreTrainedConfig, budget: Budget) -> dict[str, int]:
-    """Trained parameters of every method, by its name, in a model of `config`.
-
-    GaLore moves whole weights, but from one SVD to the next only within a subspace: its count is
-    the dimension of that, as its users count.
-    """
-    sizes = Sizes(config)
-    lora = sizes.of_linears(lambda n, k: budget.rank * (n + k))
-    linears = list(sizes.layer_linears.values()) * sizes.layers
-    entries = entries_in_all(budget, sizes.parameters, linears)
-    spiel = sum(entries_of_layers(entries, linears))
-    s2ft = budget.heads * sizes.per_head + budget.channels * sizes.per_channel
-    lisa_layers = min(budget.lisa_layers, sizes.layers)
-    return {
-        "frozen": 0,
-        "full": sizes.parameters,
-        "lora": lora,
-        "lora_fp32": lora,
-        "lora_fused": lora,
-        "dora": lora + sizes.of_linears(lambda n, k: n),
-        "galore": sizes.of_linears(lambda n, k: budget.galore_rank * max(n, k)),
-        "lisa": sizes.embedding_and_head + lisa_layers * sizes.layer_parameters,
-        "loreft": sizes.layers * (2 * budget.reft_rank * sizes.hidden + budget.reft_rank),
-        "shira": sizes.of_linears(lambda n, k: budget.shira_rank * (n + k)),
-        "spiel": spiel,
-        "spiel_ma": spiel,
-        "s2ft_inplace": s2ft,
-        "s2ft_unfused": s2ft,
-        "s2ft_additive": s2ft,
-    }
-
-
 def entries_in_all(budget: Budget, parameters: int, linears: list[tuple[int, int]]) -> int:
-    """Entries that SpIEL is to train in a model of so many parameters and of these linear layers,
-    (N, K) each: no more than these have."""
+    """Entries that SpIEL is to train: at most those of the linear layers.
+
+    parameters: of the whole model. linears: (N, K) of each linear layer of its blocks.
+    """
     wanted = budget.rank * sum(n + k for n, k in linears)
     if budget.spiel_density is not None:
         wanted = max(1, int(budget.spiel_density * parameters))
     return min(wanted, sum(n * k for n, k in linears))
 
 
-def entries_of_layers(entries: int, linears: list[tuple[int, int]]) -> list[int]:
-    """How many of the entries fall to each layer: in proportion to its size, 1 at least."""
-    total = sum(n * k for n, k in linears)
-    return [max(1, entries * n * k // total) for n, k in linears]
-
-
 def comparable(
-    config: PreTrainedConfig,
-    *,
-    rank: int | None = None,
-    share: float | None = None,
-    seed: int = 0,
+    config: PreTrainedConfig, *, rank: int = 16, share: float | None = None, seed: int = 0
 ) -> Budget:
-    """Sizes with which the methods train as many parameters as LoRA of `rank` on all linear layers,
-    or a `share` of all parameters, as nearly as each of them can; LoRA of rank 16 if none is given.
+    """Sizes with which each method trains about as many parameters as LoRA of `rank`.
 
-    Full fine-tuning, LISA and LoReFT cannot choose: theirs are the sizes that their users take.
-    S2FT's budget goes in equal parts to o_proj and down_proj, in whole heads.
+    LoRA is on all linear layers. With `share` each method trains this share of all parameters
+    instead. Full fine-tuning, LISA and LoReFT cannot choose how much they train: theirs are the
+    sizes that their users take. One half of S2FT's parameters is in o_proj, in whole heads, the
+    other in down_proj.
 
-    Raises ValueError for a rank below 1, a share outside of (0, 1), and both at once.
+    Raises ValueError for a rank below 1 and a share outside of (0, 1).
     """
-    if rank is not None and share is not None:
-        raise ValueError(f"one of rank and share wanted, got rank={rank} and share={share}")
+    if rank < 1:
+        raise ValueError(f"rank must be 1 at least, got {rank}")
     if share is not None and not 0 < share < 1:
         raise ValueError(f"share must lie in (0, 1), got {share}")
-    sizes = Sizes(config)
-    per_rank = sizes.of_linears(lambda n, k: n + k)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linears = {
+        name.rpartition(".")[2]: tuple(module.weight.shape)
+        for name, module in model.model.layers[0].named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    layers = len(model.model.layers)
+    per_rank = layers * sum(n + k for n, k in linears.values())
+    target = rank * per_rank
     if share is not None:
-        target = round(share * sizes.parameters)
+        target = round(share * sum(p.numel() for p in model.parameters()))
         rank = max(1, round(target / per_rank))
-    else:
-        rank = 16 if rank is None else rank
-        if rank < 1:
-            raise ValueError(f"rank must be 1 at least, got {rank}")
-        target = rank * per_rank
 
-    channels_in_all = sizes.layer_linears["down_proj"][1]
-    heads = min(sizes.heads, round(target / 2 / sizes.per_head))
-    channels = round((target - heads * sizes.per_head) / sizes.per_channel)
+    (n, k), (hidden, width) = linears["o_proj"], linears["down_proj"]
+    per_head = layers * n * k // config.num_attention_heads
+    heads = min(config.num_attention_heads, round(target / 2 / per_head))
+    channels = round((target - heads * per_head) / (layers * hidden))
     if channels > 8 * ALIGNED:
         channels = ALIGNED * round(channels / ALIGNED)
-    channels = max(1, min(channels_in_all, channels))
-    narrowest = min(min(shape) for shape in sizes.layer_linears.values())
-    budget = Budget(
+    per_galore_rank = layers * sum(max(shape) for shape in linears.values())
+    narrowest = min(min(shape) for shape in linears.values())
+    return Budget(
         heads=heads,
-        channels=channels,
+        channels=max(1, min(width, channels)),
         rank=rank,
         seed=seed,
         spiel_density=share,
-        shira_rank=min(rank, *(n * k // (n + k) for n, k in sizes.layer_linears.values())),
-        galore_rank=max(
-            1, min(narrowest, round(target / sizes.of_linears(lambda n, k: max(n, k))))
-        ),
+        shira_rank=min(rank, *(n * k // (n + k) for n, k in linears.values())),
+        galore_rank=max(1, min(narrowest, round(target / per_galore_rank))),
+        lisa_layers=min(Budget.lisa_layers, layers),
     )
-    return replace(budget, lisa_layers=min(budget.lisa_layers, sizes.layers))

@@ -1,4 +1,4 @@
-"""LISA (arXiv 2403.17919): the embedding, the head, and a few layers drawn anew now and then."""
+"""LISA (arXiv 2403.17919): the embedding, the head, and a few layers that change now and then."""
 
 import torch
 from torch import nn
@@ -10,12 +10,12 @@ from bench.methods.base import Method, adamw
 class LISA(Method):
     """Trains the embedding, the head and `lisa_layers` random layers, all of their parameters.
 
-    After every `lisa_interval` steps the layers are drawn anew; gradients and optimizer states of
+    After every `lisa_interval` steps other layers are drawn; gradients and optimizer states of
     layers that are no longer trained are dropped. `active` holds the layers trained at present.
     """
 
     name = "lisa"
-    periodic = "draws the trained layers anew"
+    periodic = "draws other layers to train"
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         self.period = self.budget.lisa_interval

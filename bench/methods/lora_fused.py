@@ -1,4 +1,4 @@
-"""The strongest LoRA that we can write, so that S2FT is held against that, too.
+"""The fastest LoRA that we can write, so that S2FT is compared with that as well.
 
 Of each linear layer the weight W (N, K) is frozen, A (r, K) and Bt (r, N), B transposed, are
 trained. With M tokens, r the rank and s = alpha / r:

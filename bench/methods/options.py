@@ -1,13 +1,11 @@
-"""What applies to every method alike: checkpointing, liger-kernel, attention, torch.compile."""
+"""What every method can be given: checkpointing, liger-kernel, attention, torch.compile."""
 
 import importlib.util
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from s2kernels import use_fast_ops
@@ -17,17 +15,8 @@ class Unavailable(RuntimeError):
     """A method or an option that cannot run here; the message says why."""
 
 
-# attention: eager, SDPA with the backend that torch chooses or with cuDNN first, as
-# `s2kernels.use_fast_ops` has it, or held to one of its backends
-ATTENTION = {
-    "eager": None,
-    "sdpa": None,
-    "cudnn": None,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-_GPU_ONLY = ("cudnn", "efficient")
+# "sdpa" is torch's own choice of a backend. "cudnn" takes cuDNN first, by `s2kernels.use_fast_ops`.
+ATTENTION = ("sdpa", "cudnn")
 
 
 @dataclass(frozen=True)
@@ -43,7 +32,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
-            raise ValueError(f"attention must be one of {list(ATTENTION)}, got {self.attention!r}")
+            raise ValueError(f"attention must be one of {ATTENTION}, got {self.attention!r}")
 
     def check(self, device: torch.device) -> None:
         """Raises Unavailable for what `device` or this environment lacks."""
@@ -51,15 +40,15 @@ class Options:
             raise Unavailable("liger-kernel needs a GPU")
         if self.liger:
             require("liger_kernel", "liger-kernel")
-        if self.attention in _GPU_ONLY and device.type != "cuda":
-            raise Unavailable(f"attention {self.attention} needs a GPU")
+        if self.attention == "cudnn" and device.type != "cuda":
+            raise Unavailable("attention cudnn needs a GPU")
 
     def before(self, model: PreTrainedModel) -> None:
         """What is changed in the model before a method attaches to it.
 
         Raises Unavailable where the model cannot have it; the model is then as it was.
         """
-        model.set_attn_implementation("eager" if self.attention == "eager" else "sdpa")
+        model.set_attn_implementation("sdpa")
         ops = ["rms_norm", "rope", "cross_entropy"] if self.liger else []
         done = use_fast_ops(model, ops + ["attention"] if self.attention == "cudnn" else ops)
         if done.off:
@@ -74,11 +63,6 @@ class Options:
                 base.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compile:
             model.compile()
-
-    def running(self) -> AbstractContextManager[None]:
-        """Around every forward and backward: what torch keeps in a global place."""
-        backend = ATTENTION[self.attention]
-        return nullcontext() if backend is None else sdpa_kernel(backend)
 
 
 def require(module: str, package: str) -> None:

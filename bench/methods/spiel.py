@@ -8,23 +8,23 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bench import memory
+from bench.measure import memory
 from bench.methods.base import Method
 from bench.methods.budget import entries_in_all
 from bench.methods.options import Options, Unavailable
 from s2kernels.peft import SpIELConfig, SpIELTuner, make_optimizer
-from s2kernels.peft.spiel.gradient_window import GradientWindow
 
 
 class SpIEL(Method):
     """SpIEL-AG: scattered entries of all linear layers, as many as `Budget.spiel_density` says.
 
-    The entries lie in the dense weights; some are replaced after every `period` steps, for which
-    gradients are watched in a part of these. A step that is made due does all of this work at once.
+    The entries lie in the dense weights. Some are replaced after every `period` steps; to choose
+    others, the gradients are watched in the steps before. A step that is made due does all of this
+    work at once.
 
-    The schedule is "cosine": "linear" begins by replacing all entries with those whose gradient was
-    largest in one batch, and the 60 steps of the demo do not make that good. At one learning rate
-    it ended there at 2.016 and 1.933 nats for two seeds, where "cosine" came to 1.955 and 1.892.
+    The schedule is "cosine". "linear" begins by replacing all entries with those that have the
+    largest gradient in one batch; the demo is too short to recover from that. At one learning rate
+    "linear" ended at 2.016 and 1.933 nats for two seeds, "cosine" at 1.955 and 1.892.
     """
 
     name = "spiel"
@@ -76,7 +76,7 @@ class SpIEL(Method):
     def is_due(self) -> bool:
         return bool(self.tuner.watches) or self.tuner.schedule.reselects(self.tuner.steps + 1)
 
-    def _whole_window(self, watch: GradientWindow):
+    def _whole_window(self, watch):
         """What is observed in all steps of a window, observed in one."""
 
         def observe(dy: Tensor, x: Tensor) -> None:
@@ -87,7 +87,7 @@ class SpIEL(Method):
 
 
 class SpIELMA(SpIEL):
-    """SpIEL-MA: SM3 in the place of AdamW; what grows is read from its statistics.
+    """SpIEL-MA: SM3 instead of AdamW; its statistics say which entries are to be trained.
 
     No gradients are watched. A step that is made due replaces entries.
     """

@@ -1,0 +1,161 @@
+"""The demo: one small Llama, fine-tuned by several methods side by side, and what each costs.
+
+    python -m bench.demo [--help]
+
+Pre-trains a byte-level Llama on the source code of Python's standard library, then fine-tunes
+copies of that checkpoint on the English text of Python's language reference. In every round each
+method takes one step on the same batch, and its time is compared with that of the frozen floor in
+the same round. Prints a table, writes the results, draws the figures, and takes the S2FT adapters
+through save, load and merge. A slow machine takes fewer rounds, so that the demo ends in time.
+
+Exits with 1 if S2FT keeps one byte more or less than `bench.demo.checks` says, or if an adapter
+does not come back as it was trained.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from bench.demo import corpus, job
+from bench.demo.checks import check_adapters, check_saved
+from bench.demo.job import ENTRANTS, FLOOR, S2FT, Job
+from bench.demo.training import Run, finetune, pretrain
+from bench.measure import machine, results, timing
+from bench.steps.step import held_bytes
+from plots import draw_file
+from plots.tables import demo_rows
+
+OUT = machine.ROOT / "out"
+LEGEND = """\
+step / floor: median and quartiles of rounds, with the optimizer
+every method computes dx down to the embedding, as the floor does; as run: S2FT without that
+optimizer, saved: MiB of its states, and of the activations that are kept for the backward
+held-out loss: nats per byte
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    device = machine.default_device()
+    chosen = job.TOY if args.toy else job.CPU if device.type == "cpu" else job.CUDA
+    chosen = replace(chosen, budget_s=args.budget_s or chosen.budget_s)
+    began = time.perf_counter()
+    transformers_logging.set_verbosity_error()
+    # PEFT reads a property of the model that transformers is about to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+    code = corpus.as_tokens(corpus.source_code())
+    english, held_out = corpus.split(corpus.as_tokens(corpus.reference_text()), held_out=0.1)
+    print(
+        f"Python's standard library: pre-training on {len(code) / 1e6:.2f} MB of source code, "
+        f"fine-tuning on {len(english) / 1e6:.2f} MB of English reference, "
+        f"{len(held_out) / 1e6:.2f} MB of it held out"
+    )
+    base, losses, seconds = pretrain(chosen, code, job.PRETRAINING * chosen.budget_s, device)
+    chosen = replace(chosen, steps=affordable_steps(chosen, statistics.median(seconds)))
+    extra = {"losses": losses, "parameters": base.num_parameters()}
+    pretraining = benchmark(chosen, "pre-training", seconds, extra)
+
+    probes = corpus.even_windows(held_out, chosen.held_out_batches * chosen.batch, chosen.length)
+    probes = list(probes.to(device).split(chosen.batch))
+    generator = torch.Generator().manual_seed(chosen.seed)
+    batches = [
+        corpus.random_batch(english, chosen.batch, chosen.length, generator).to(device)
+        for _ in range(chosen.steps)
+    ]
+    runs = {entrant.name: Run(entrant, base, chosen) for entrant in ENTRANTS}
+    rounds, curves = finetune(runs, batches, probes, chosen.evaluations, device)
+    times = {name: [each[name] for each in rounds[chosen.untimed :]] for name in runs}
+    entries = {}
+    for name, run in runs.items():
+        extra = {
+            "lr": run.lr,
+            "trained_parameters": run.method.trained_parameters(),
+            "ratio_to_floor": timing.quartiles(timing.paired_ratios(times[name], times[FLOOR])),
+            "bytes": held_bytes(run.method, probes[0]),
+            "held_out": {"steps": list(curves[name]), "losses": list(curves[name].values())},
+            "losses": [float(loss) for loss in run.losses],
+        }
+        entries[name] = benchmark(chosen, name, times[name], extra)
+    for name, ratio in ratios_as_run(chosen, runs, probes[0], device).items():
+        entries[name]["extra_info"]["ratio_as_run"] = ratio
+    exact = check_saved(chosen, runs, entries)
+    intact = check_adapters(chosen, runs, base, probes[0], args.adapter)
+
+    path = args.results / machine.device_name(device) / "demo.json"
+    results.write(path, [pretraining, *entries.values()], machine.machine_info(device))
+    print(f"\n{len(losses)} steps of pre-training, {chosen.steps} steps with each method")
+    print(f"\n{results.table(demo_rows(results.read(path)))}\n\n{LEGEND}\nresults: {path}")
+    for figure in draw_file(path, args.figures):
+        print(f"figure: {figure}")
+    print(f"{time.perf_counter() - began:.0f} s in all")
+    return 0 if exact and intact else 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo", description=__doc__.splitlines()[0]
+    )
+    seconds = f"of the whole demo, about; default {job.CPU.budget_s:.0f}"
+    parser.add_argument("--budget-s", type=float, metavar="SECONDS", help=seconds)
+    parser.add_argument("--toy", action="store_true", help="seconds, to see that it runs")
+    for name in ("results", "figures"):
+        default = OUT / name
+        parser.add_argument(f"--{name}", type=Path, default=default, help=f"default out/{name}")
+    parser.add_argument("--adapter", type=Path, help="keep the S2FT adapters in this folder")
+    args = parser.parse_args(argv)
+    if args.budget_s is not None and not args.budget_s > 0:
+        parser.error(f"--budget-s must be above 0, got {args.budget_s}")
+    return args
+
+
+def affordable_steps(chosen: Job, pretraining_step: float) -> int:
+    """How many rounds of fine-tuning there is time for, from the seconds of a pre-training step.
+
+    A round is estimated as one step of full fine-tuning for each method.
+    """
+    step = pretraining_step * chosen.batch / chosen.pretrain_batch
+    rounds = int(job.FINETUNING * chosen.budget_s / (step * len(ENTRANTS)))
+    return min(chosen.steps, max(chosen.least_steps, rounds))
+
+
+def benchmark(chosen: Job, name: str, seconds: list[float], extra: dict) -> dict:
+    """One entry of pytest-benchmark's JSON; `seconds` of every timed step."""
+    dtype = str(chosen.dtype).removeprefix("torch.")
+    return {
+        "group": "demo",
+        "name": name,
+        "fullname": f"bench/demo::{name}",
+        "params": asdict(chosen) | {"dtype": dtype, "tokens": chosen.tokens},
+        "stats": timing.stats(seconds),
+        "extra_info": extra,
+    }
+
+
+def ratios_as_run(
+    chosen: Job, runs: dict[str, Run], batch: Tensor, device: torch.device
+) -> dict[str, float]:
+    """Step over floor of S2FT as a user runs it: without dx below its first trained layer."""
+    compared = {name: runs[name] for name in (*S2FT, FLOOR)}
+    for name, run in compared.items():
+        run.set_lr(0.0)  # the models stay as they were trained
+        if name != FLOOR:
+            run.method.stop_full_depth()
+    actions = {name: (lambda _, run=run: run.step(batch)) for name, run in compared.items()}
+    rounds = timing.interleave(actions, chosen.depth_rounds, device)
+    rounds = list(tqdm(rounds, total=chosen.depth_rounds, desc="S2FT as run", leave=False))
+    return {
+        name: statistics.median(times[name] / times[FLOOR] for times in rounds) for name in S2FT
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,141 @@
+"""A training step of every method beside the frozen floor: pytest bench/steps
+
+Each case is counted on one model, then timed on another. A round is a step of the method and a step
+of the floor on the same batch; rounds with the floor first and last take turns. The ratios of these
+rounds are what counts. The floor beside an identical floor says how far they can be trusted.
+"""
+
+import statistics
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from bench.measure import machine, timing
+from bench.methods import METHODS, Budget, Method, Unavailable, comparable
+from bench.steps import step
+from bench.steps.cases import SUITES, Case
+
+WARM_UP = 2  # steps before the clock: compilation, first allocations, the optimizer's state
+TIMING_LR = 1e-6  # the model stays as it is
+ROUNDS = (8, 60)  # at least and at most
+SECONDS = {"full": 5.0, "short": 20.0, "toy": 0.0}  # of timed rounds, within ROUNDS
+PAIRED_MEMORY = 0.9  # of a GPU's, that a method and its floor may take together
+
+
+def pytest_generate_tests(metafunc):
+    cases = SUITES[suite(metafunc.config)](machine.default_device().type)
+    metafunc.parametrize("case", cases, ids=[case.id for case in cases])
+
+
+def suite(config: pytest.Config) -> str:
+    """The toy cases where pytest-benchmark is disabled: that they run is all that is asked."""
+    return config.getoption("--suite") or (
+        "toy" if config.getoption("benchmark_disable") else "full"
+    )
+
+
+def bench_step(benchmark, case: Case, device: torch.device, request):
+    measure(benchmark, case, device, SECONDS[suite(request.config)])
+
+
+def measure(benchmark, case: Case, device: torch.device, seconds: float) -> None:
+    """Counts and times `case`; skips the test, with the status, where it cannot run here."""
+    budget = comparable(case.shape.config(case.length), share=case.share)
+    benchmark.group = "/".join(case.id.split("/")[:3])
+    benchmark.params = case.params()
+    extra = {"total_parameters": case.shape.parameters(), "budget": asdict(budget)}
+    benchmark.extra_info.update(extra)
+    machine.release(device)
+    if case.options.compile:
+        torch.compiler.reset()  # else earlier models count against the limit of recompilations
+    status = "measured"
+    try:
+        METHODS[case.method].check(device, case.options)
+        benchmark.extra_info.update(step.count(case, budget, device))
+        machine.release(device)
+        benchmark.extra_info.update(time_rounds(benchmark, case, budget, device, seconds))
+    except Unavailable as reason:
+        status = f"unavailable: {reason}"
+    except Exception as error:
+        if not machine.out_of_memory(error):
+            raise
+        status = "out of memory"
+    benchmark.extra_info["status"] = status
+    if status != "measured":  # a result, too; skipped here, where no traceback holds the models
+        pytest.skip(status)
+
+
+def time_rounds(
+    benchmark, case: Case, budget: Budget, device: torch.device, seconds: float
+) -> dict:
+    """Times `case` in rounds with its floor; what extra_info says of them.
+
+    Where the two do not fit on the GPU together, the floor is timed alone before the method, and
+    its median is the floor of every round. Steps with periodic work are taken between the rounds;
+    the share of a step in that work is added to each.
+    """
+    method_laps: list[list[float]] = []
+    floor_seconds: list[float] = []
+    paired = fit_together(benchmark.extra_info["bytes"]["peak"], device)
+    batches = step.random_batches(case, device)
+
+    def floor_step(floor: Method, batch: torch.Tensor) -> None:
+        floor_seconds.append(sum(step.laps(floor, batch, device)))
+
+    floor = step.build(case.floor(), budget, device, TIMING_LR)
+    for _ in range(WARM_UP):
+        floor_step(floor, next(batches))
+    floor_took = floor_seconds[-1]
+    floor_seconds.clear()
+    if not paired:
+        for _ in range(ROUNDS[0]):
+            floor_step(floor, next(batches))
+        del floor
+        machine.release(device)
+    method = step.build(case, budget, device, TIMING_LR)
+    for _ in range(WARM_UP):
+        took = floor_took + sum(step.laps(method, next(batches), device))
+
+    def before_method():
+        batch = next(batches)
+        while method.is_due():
+            method.step(batch)
+        if paired and len(method_laps) % 2 == 0:
+            floor_step(floor, batch)
+        return (batch,), {}
+
+    def after_method(batch):
+        if paired and len(method_laps) % 2 == 0:
+            floor_step(floor, batch)
+
+    benchmark.pedantic(
+        lambda batch: method_laps.append(step.laps(method, batch, device)),
+        setup=before_method,
+        teardown=after_method,
+        rounds=min(max(ROUNDS[0], int(seconds / took)), ROUNDS[1]),
+    )
+    if not bool(torch.isfinite(method.loss(next(batches)))):
+        raise step.WrongMethod(f"the loss of {method.name} is not finite after its timed steps")
+    if benchmark.disabled:
+        return {}
+    steps = [sum(each) for each in method_laps]
+    periodic = step.periodic_seconds(method, statistics.median(steps), batches, device)
+    floors = floor_seconds if paired else [statistics.median(floor_seconds)] * len(steps)
+    ratios = timing.paired_ratios([each + periodic for each in steps], floors)
+    zeroing, forward, backward, update = map(statistics.median, zip(*method_laps, strict=True))
+    parts = {"forward": forward, "backward": backward, "optimizer": zeroing + update}
+    return {
+        "ratio_to_floor": timing.quartiles(ratios),
+        "floor_seconds": timing.quartiles(floor_seconds),
+        "seconds": parts | {"periodic": periodic},
+        "paired": paired,
+    }
+
+
+def fit_together(peak: int, device: torch.device) -> bool:
+    """Whether a method of this peak and its floor surely fit on the GPU together."""
+    if device.type != "cuda":
+        return True
+    total = torch.cuda.get_device_properties(device).total_memory
+    return 2 * peak <= PAIRED_MEMORY * total

@@ -1,0 +1,215 @@
+"""Which steps are measured: cases, and the suites of figures that they belong to."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+
+from bench.methods import METHODS, Options
+from bench.shapes import TABLE, Shape
+
+PLAIN = Options()
+CHECKPOINTING = Options(checkpointing=True)
+FULL_DEPTH = Options(full_depth=True)
+FLOOR = "frozen"
+S2FT = ("s2ft_inplace", "s2ft_additive", "s2ft_permuted_inplace", "s2ft_permuted_additive")
+# The most valuable methods. They come first, for where time is short.
+CORE = (FLOOR, "s2ft_inplace", "lora", "lora_fused", "full", *S2FT[1:])
+# Methods whose backward may stop above the embedding.
+STOPPING = (*S2FT, "s2ft_unfused", "lora", "lora_fused")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method at one size: a step of `batch` sequences of `length` tokens.
+
+    suites: the figures that it belongs to: "figure5", "tokens", ...
+    dtype: of the model, a name in torch.
+    share: trained parameters as a share of all; None for as many as LoRA of rank 16 trains.
+    """
+
+    suites: tuple[str, ...]
+    shape: Shape
+    batch: int
+    length: int
+    dtype: str
+    method: str
+    options: Options = PLAIN
+    share: float | None = None
+
+    @property
+    def id(self) -> str:
+        """Unique among all cases. Results of two versions of the code are compared by it."""
+        shape = self.shape
+        cuts = [(shape.layers, shape.of_layers), (shape.vocab, shape.of_vocab)]
+        cut = ",".join(f"{number}of{whole}" for number, whole in cuts if number != whole)
+        options = [
+            f"+{field.name}" if value is True else f"+{value}"
+            for field in fields(Options)
+            if (value := getattr(self.options, field.name)) != field.default
+        ]
+        model = f"{shape.name}:{cut}" if cut else shape.name
+        share = [] if self.share is None else [f"{self.share:.2%}"]
+        size = f"{self.batch}x{self.length}"
+        return "/".join([model, size, self.dtype, self.method + "".join(options), *share])
+
+    def floor(self) -> "Case":
+        """The frozen floor that this case is compared with. It always computes dx in full depth."""
+        options = replace(self.options, full_depth=False)
+        return replace(self, method=FLOOR, options=options, share=None)
+
+    def params(self) -> dict:
+        """The case as its entry in the JSON states it."""
+        widths = ("layers", "of_layers", "vocab", "of_vocab", "hidden", "intermediate")
+        return {
+            "suites": list(self.suites),
+            "floor": self.floor().id,
+            "shape": self.shape.name,
+            **{name: getattr(self.shape, name) for name in (*widths, "heads", "kv_heads")},
+            "batch": self.batch,
+            "length": self.length,
+            "tokens": self.batch * self.length,
+            "dtype": self.dtype,
+            "method": self.method,
+            "options": {field.name: getattr(self.options, field.name) for field in fields(Options)},
+            "share": self.share,
+        }
+
+
+def grid(
+    suite: str,
+    shape: Shape,
+    sizes: Iterable[tuple[int, int]],
+    dtype: str,
+    methods: Iterable[str],
+    options: Iterable[Options] = (PLAIN,),
+    shares: Iterable[float | None] = (None,),
+) -> list[Case]:
+    """Every combination, sizes (batch, length) outermost. Raises ValueError for unknown methods."""
+    if unknown := set(methods) - METHODS.keys():
+        raise ValueError(f"methods must be among {list(METHODS)}, got {sorted(unknown)}")
+    return [
+        Case((suite,), shape, batch, length, dtype, method, choice, share)
+        for batch, length in sizes
+        for choice in options
+        for share in shares
+        for method in methods
+    ]
+
+
+def united(*parts: list[Case]) -> list[Case]:
+    """Each case once, in the order of first mention, with the suites of all its mentions."""
+    found: dict[str, Case] = {}
+    for case in (case for part in parts for case in part):
+        before = found.get(case.id)
+        suites = case.suites if before is None else (*before.suites, *case.suites)
+        found[case.id] = replace(case, suites=tuple(dict.fromkeys(suites)))
+    return list(found.values())
+
+
+SHARES = (0.001, 0.005, 0.02, 0.1)
+DENSITIES = (0.001, 0.01, 0.1, 0.5)
+# From cuts of one and two layers to the whole model.
+EXTRAPOLATED = (FLOOR, "full", "lora", "s2ft_inplace")
+
+
+def cpu() -> list[Case]:
+    """A quarter of an hour on two cores: two layers of a published model, a small model in full.
+
+    With the whole vocabulary the head would be 43 % of the products of the cut. It is 6 % of the
+    model's. So two of its 22 layers come with 2/22 of the vocabulary, in whole 64s.
+    """
+    wide, small = TABLE["tinyllama-1.1b"].cut(2, vocab=2880), TABLE["small"]
+    dtype, size = "float32", [(1, 128)]
+    # Two layers cannot show these three: LISA would train both, GaLore would decompose such widths
+    # for minutes, and the adapters in fp32 are those of a model in fp32.
+    whole = ("lisa", "galore", "lora_fp32")
+    others = [name for name in METHODS if name not in (*CORE, *whole)]
+    return united(
+        grid("figure5", wide, size, dtype, CORE),
+        grid("depth", wide, size, dtype, STOPPING, [PLAIN, FULL_DEPTH]),
+        grid("figure5", wide, size, dtype, others),
+        grid("figure5", small, size, dtype, (*EXTRAPOLATED, *S2FT[1:], *whole)),
+        grid("tokens", small, [(1, 64), *size, (1, 256)], dtype, EXTRAPOLATED),
+        grid("extrapolation", small.cut(1), size, dtype, EXTRAPOLATED),
+        grid("extrapolation", small.cut(2), size, dtype, EXTRAPOLATED),
+        grid("extrapolation", small, size, dtype, EXTRAPOLATED),
+        grid("share", small, size, dtype, (FLOOR,)),
+        grid("share", small, size, dtype, ("s2ft_inplace", "lora"), shares=SHARES[1:]),
+        grid("checkpointing", small, size, dtype, EXTRAPOLATED, [PLAIN, CHECKPOINTING]),
+        # Few tokens and narrow layers, so that entries show beside activations.
+        grid("density", small.cut(2), [(1, 16)], dtype, (FLOOR, "full")),
+        grid("density", small.cut(2), [(1, 16)], dtype, ("spiel",), shares=DENSITIES),
+    )
+
+
+# torch.compile comes last: it takes longer than all that is measured of it.
+OPTIONS = (PLAIN, Options(attention="cudnn"), Options(liger=True), Options(compile=True))
+
+
+def gpu() -> list[Case]:
+    """One large GPU: the paper's figure first, then longer sequences, then what is rarely asked.
+
+    GaLore's SVD of every weight takes minutes at these widths: its cases are cuts of few layers.
+    """
+    llama7, llama13, llama8 = (TABLE[f"llama-{name}"] for name in ("2-7b", "2-13b", "3-8b"))
+    dtype = "bfloat16"
+    paper = [(1, 512), (2, 512), (1, 1024), (2, 1024)]
+    long = [(1, 2048), (2, 2048), (4, 2048)]
+    others = [name for name in METHODS if name not in (*CORE, "galore")]
+    cut = (*EXTRAPOLATED, "galore")
+    return united(
+        grid("figure5", llama7, paper, dtype, CORE),
+        grid("tokens", llama8, long, dtype, CORE),
+        grid("figure5", llama13, paper, dtype, CORE),
+        grid("tokens", llama7, [(1, 512), (1, 1024), *long], dtype, CORE),
+        grid("figure5", llama7, paper, dtype, others),
+        grid("depth", llama7, paper[-1:], dtype, STOPPING, [PLAIN, FULL_DEPTH]),
+        grid("tokens", llama13, long, dtype, CORE),
+        grid("figure5", llama13, paper, dtype, others),
+        grid("checkpointing", llama8, [(4, 2048)], dtype, CORE, [PLAIN, CHECKPOINTING]),
+        grid("share", llama7, [(1, 2048)], dtype, (FLOOR,)),
+        grid("share", llama7, [(1, 2048)], dtype, ("s2ft_inplace", "lora"), shares=SHARES),
+        grid("extrapolation", llama7.cut(1), [(1, 512)], dtype, cut),
+        grid("extrapolation", llama7.cut(2), [(1, 512)], dtype, cut),
+        grid("extrapolation", llama7, [(1, 512)], dtype, EXTRAPOLATED),
+        grid("options", llama8, [(1, 2048)], dtype, CORE, OPTIONS),
+        grid("density", llama7.cut(2), [(1, 512)], dtype, (FLOOR, "full")),
+        grid("density", llama7.cut(2), [(1, 512)], dtype, ("spiel",), shares=DENSITIES),
+    )
+
+
+def toy() -> list[Case]:
+    """Every method and every kind of case, in seconds: to see that all of it runs."""
+    model = TABLE["toy"]
+    size, methods = [(2, 8)], ("s2ft_inplace", "lora")
+    return united(
+        grid("figure5", model, size, "float32", (*CORE, *(m for m in METHODS if m not in CORE))),
+        grid("tokens", model, [(1, 8)], "float32", (FLOOR, *methods)),
+        grid("depth", model, size, "float32", methods, [PLAIN, FULL_DEPTH]),
+        grid("extrapolation", model, size, "float32", (FLOOR, *methods)),
+        grid("extrapolation", model.cut(1), size, "float32", (FLOOR, *methods)),
+        grid("share", model, size, "float32", (FLOOR,)),
+        grid("share", model, size, "float32", methods, shares=(0.01,)),
+        grid("density", model, size, "float32", (FLOOR,)),
+        grid("density", model, size, "float32", ("spiel",), shares=(0.01, 0.1)),
+        grid("checkpointing", model, size, "float32", (FLOOR, *methods), [PLAIN, CHECKPOINTING]),
+    )
+
+
+def short(device_type: str) -> list[Case]:
+    """The core methods at the first size: what `make bench-compare` measures again."""
+    cases = full(device_type)
+    at_first = (case for case in cases if case.floor().id == cases[0].id)
+    plain = (case for case in at_first if case.options == PLAIN and case.share is None)
+    return [case for case in plain if case.method in CORE]
+
+
+def full(device_type: str) -> list[Case]:
+    return gpu() if device_type == "cuda" else cpu()
+
+
+# By the names of `pytest bench --suite`: from "cuda" or "cpu".
+SUITES: dict[str, Callable[[str], list[Case]]] = {
+    "full": full,
+    "short": short,
+    "toy": lambda device_type: toy(),
+}

@@ -1,0 +1,104 @@
+"""Whether any step got slower or larger: two files of results of `pytest bench/steps`.
+
+    python -m bench.steps.compare REFERENCE.json CANDIDATE.json
+
+Times are compared as ratios to the frozen floor of their own run: a step is slower if its lower
+quartile lies above the upper quartile of the reference, and both medians are more than 2 % apart.
+Saved bytes and trained parameters are compared exactly, peaks within 1 %.
+
+Exits with 1 where anything is slower or larger; else with 0.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from bench.measure import results
+
+BETWEEN_RUNS = 0.02  # two runs of the same code differ by so much beside their quartiles
+TOLERANCES = {"saved": 0.0, "unseen": 0.0, "peak": 0.01, "first_step_peak": 0.01}  # of bytes
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.steps.compare", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("candidate", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        losses = compare(results.read(args.reference), results.read(args.candidate))
+    except ValueError as error:
+        parser.error(str(error))
+    for loss in losses:
+        print(f"LOSS  {loss}")
+    print(f"{len(losses)} losses" if losses else "no loss")
+    return 1 if losses else 0
+
+
+def compare(reference: dict, candidate: dict) -> list[str]:
+    """Prints the ratios of both documents; returns what is slower or larger, in words.
+
+    Raises ValueError where they are of different devices or have no case in common.
+    """
+    devices = [document["machine_info"]["gpu"] or "cpu" for document in (reference, candidate)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"ratios of two devices cannot be compared: {' and '.join(devices)}")
+    old, new = (
+        {entry["fullname"]: entry["extra_info"] for entry in document["benchmarks"]}
+        for document in (reference, candidate)
+    )
+    both = [name for name in new if name in old]
+    if not both:
+        raise ValueError(f"no case is in both: reference {sorted(old)}, candidate {sorted(new)}")
+    rows = [["case", "before", "after", "change"]]
+    for name in both:
+        if "ratio_to_floor" in old[name] and "ratio_to_floor" in new[name]:
+            ratios = [extra[name]["ratio_to_floor"]["median"] for extra in (old, new)]
+            change = f"{ratios[1] / ratios[0] - 1:+.1%}"
+            rows.append([case_of(name), *(f"{ratio:.3f}" for ratio in ratios), change])
+    print(results.table(rows))
+    return [f"{case_of(name)}: {words}" for name in both for words in worse(old[name], new[name])]
+
+
+def worse(before: dict, after: dict) -> Iterator[str]:
+    """What of two extra_infos is slower or larger than it was, or is other work, in words."""
+    if before["status"] != after["status"] and after["status"] != "measured":
+        yield f"{before['status']} -> {after['status']}"
+    if not before["status"] == after["status"] == "measured":
+        return
+    old, new = before["ratio_to_floor"], after["ratio_to_floor"]
+    if new["q1"] > old["q3"] and new["median"] > old["median"] * (1 + BETWEEN_RUNS):
+        yield f"step / floor {old['median']:.3f} -> {new['median']:.3f}"
+    trained = [extra["trained_parameters"] for extra in (before, after)]
+    if trained[0] != trained[1]:
+        yield f"trained parameters {trained[0]:,} -> {trained[1]:,}"
+    for part, tolerance in TOLERANCES.items():
+        sizes = [extra["bytes"][part] for extra in (before, after)]
+        if None not in sizes and sizes[1] - sizes[0] > tolerance * sizes[0]:
+            yield f"{part} {sizes[0]:,} -> {sizes[1]:,} bytes"
+
+
+def case_of(fullname: str) -> str:
+    return fullname.partition("[")[2].removesuffix("]") or fullname
+
+
+def overview(entries: Mapping[str, dict]) -> str:
+    """A table of the steps among `entries`, one line a case; "" where there are none."""
+    rows = [["case", "trained", "step / floor", "quartiles", "step ms", "saved MiB", "peak MiB"]]
+    for name, entry in entries.items():
+        extra = entry["extra_info"]
+        if "ratio_to_floor" in extra:
+            ratio, sizes = extra["ratio_to_floor"], extra["bytes"]
+            row = [f"{extra['trained_parameters']:,}", f"{ratio['median']:.3f}"]
+            row += [f"{ratio['q1']:.3f}..{ratio['q3']:.3f}"]
+            row += [f"{entry['stats']['median'] * 1e3:.1f}"]
+            row += [f"{(sizes[part] or 0) / 2**20:.1f}" for part in ("saved", "peak")]
+            rows.append([case_of(name), *row])
+        elif extra.get("status", "measured") != "measured":
+            rows.append([case_of(name), extra["status"].partition(":")[0], *[""] * 5])
+    return results.table(rows) if rows[1:] else ""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
