@@ -7,7 +7,7 @@ running batch reads, and a pinned one never leave.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
 
@@ -27,11 +27,18 @@ class AdapterStore:
     """The adapters of one base model. All methods may be called from any thread.
 
     base knows the weights, to check shapes and fingerprints; pool is the device's memory for rows.
-    places lists the modules that any adapter has trained, in the order in which they came up.
+    places numbers the modules that any adapter has trained, in the order in which they came up;
+    attach is told new ones before an adapter with them can be acquired.
     """
 
-    def __init__(self, base: Switcher, pool: RowPool) -> None:
+    def __init__(
+        self,
+        base: Switcher,
+        pool: RowPool,
+        attach: Callable[[Mapping[Place, int]], None] = lambda places: None,
+    ) -> None:
         self.pool = pool
+        self._attach = attach
         self.places: dict[Place, int] = {}
         self._base = base
         self._names: dict[str, Adapter] = {}
@@ -42,8 +49,8 @@ class AdapterStore:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._readers: set[torch.cuda.Stream] = set()
 
-    def register(self, name: str, source: str | Path | Mapping[str, Slice]) -> list[Place]:
-        """Take an adapter in: the folder of one, or its slices. Returns places that are new.
+    def register(self, name: str, source: str | Path | Mapping[str, Slice]) -> None:
+        """Take an adapter in: the folder of one, or its slices.
 
         Raises ValueError, with nothing changed, for a name that is taken, a folder without an S2FT
         adapter, modules that the base does not have or of another width than the pool's, tensors of
@@ -71,18 +78,17 @@ class AdapterStore:
         with self._lock:
             self._check_free(name)
             adapter = self._contents.setdefault(content.key, content)
-            new = []
             if adapter is content:
                 new = [place for place in content.ranges if place not in self.places]
-                for place in new:
-                    self.places[place] = len(self.places)
+                numbers = {place: len(self.places) + i for i, place in enumerate(new)}
+                self.places.update(numbers)
+                self._attach(numbers)
                 adapter.bounds = torch.zeros((len(self.places), 2), dtype=torch.int32, device="cpu")
                 for place, entries in content.ranges.items():
                     bounds = torch.tensor([entries.start, entries.stop], device="cpu")
                     adapter.bounds[self.places[place]] = bounds
             adapter.names.add(name)
             self._names[name] = adapter
-            return new
 
     def unregister(self, name: str) -> None:
         """Forget a name. Requests that are in flight end with what they began with.
@@ -109,10 +115,10 @@ class AdapterStore:
         with self._lock:
             return any(adapter.in_flight for adapter in self._contents.values())
 
-    def key(self, name: str) -> str:
-        """The hash of the content of `name`; ValueError if it is not known."""
+    def adapter(self, name: str) -> Adapter:
+        """What is called so now; ValueError if nothing is."""
         with self._lock:
-            return self._of(name).key
+            return self._of(name)
 
     def slices(self, name: str) -> Mapping[str, Slice]:
         """The slices that `name` was registered with.
@@ -133,25 +139,25 @@ class AdapterStore:
             )
         return slices
 
-    def acquire(self, names: Sequence[str | None]) -> list[Adapter | None]:
+    def acquire(self, adapters: Sequence[str | Adapter | None]) -> list[Adapter | None]:
         """Bring adapters to the device and keep them there until `release`; None is the base.
 
+        They are given by name, or as what `adapter` returned, whatever has become of the name.
         Every mention counts and is to be released. Raises ValueError for an unknown name, and
         NoRoom, with none of them acquired, where others in flight or pinned leave no room.
         """
         with self._lock:
-            adapters = [None if name is None else self._of(name) for name in names]
-            for adapter in adapters:
-                if adapter is not None:
-                    adapter.in_flight += 1
+            found = [self._of(name) if isinstance(name, str) else name for name in adapters]
+            given = [adapter for adapter in found if adapter is not None]
+            for adapter in given:
+                adapter.in_flight += 1
             try:
-                self._make_resident(adapter for adapter in adapters if adapter is not None)
+                self._make_resident(given)
             except BaseException:
-                for adapter in adapters:
-                    if adapter is not None:
-                        adapter.in_flight -= 1
+                for adapter in given:
+                    adapter.in_flight -= 1
                 raise
-            return adapters
+            return found
 
     def release(self, adapters: Iterable[Adapter | None]) -> None:
         """Give adapters of `acquire` back."""

@@ -50,8 +50,12 @@ def test_rows_and_channels_are_those_of_the_slices(model, tmp_path):
     slices = random_slices(model, 1)
     write_adapter(tmp_path / "a", slices, {})
     adapters = store(model, 200)
-    assert set(adapters.register("a", tmp_path / "a")) == {(n, p.dim) for n, p in slices.items()}
-    assert adapters.register("b", random_slices(model, 2)) == []
+    told = []
+    adapters._attach = told.append
+    adapters.register("a", tmp_path / "a")
+    adapters.register("b", random_slices(model, 2))
+    assert told == [adapters.places, {}]
+    assert set(adapters.places) == {(name, part.dim) for name, part in slices.items()}
     (adapter,) = adapters.acquire(["a"])
     rows, places = rows_on_device(adapters, adapter), adapters.places
     for name, part in slices.items():
