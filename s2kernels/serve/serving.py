@@ -48,6 +48,7 @@ class Serving:
         self.layers = GroupedLayers(model, pool.rows)
         self.store = AdapterStore(self.switcher, pool, self.layers.attach)
         self._sessions = 0
+        self._continuous = False
         self._lock = RLock()
 
     def register(self, name: str, source: str | Path | Mapping[str, Slice]) -> None:
@@ -93,12 +94,14 @@ class Serving:
     ) -> Iterator["AdapterManager"]:
         """A running manager of transformers whose `add_request` takes an adapter.
 
+        Until it ends, nothing else may call the model, as with any manager of transformers: its
+        configuration says other things then. Raises RuntimeError where that would be within `rows`.
         Raises ValueError for a configuration with CUDA graphs or compilation, and RuntimeError for
         a transformers that has not the parts which are needed.
         """
         from s2kernels.serve.continuous import AdapterManager
 
-        with self._session():
+        with self._session(continuous=True):
             manager = AdapterManager(self, generation_config, continuous_batching_config)
             try:
                 manager.warmup()
@@ -173,18 +176,24 @@ class Serving:
         self.layers.detach()
 
     @contextmanager
-    def _session(self) -> Iterator[None]:
+    def _session(self, continuous: bool = False) -> Iterator[None]:
         with self._lock:
             if self.switcher.active is not None:
                 raise RuntimeError(
                     "an adapter is written into the weights: switch(None) before others are served"
                 )
+            # transformers says in model.config, for the time of a forward, that attention is not
+            # causal: a forward of another thread would read it there.
+            if self._continuous or (continuous and self._sessions):
+                raise RuntimeError("continuous batching needs the model for itself")
             self._sessions += 1
+            self._continuous = continuous
         try:
             yield
         finally:
             with self._lock:
                 self._sessions -= 1
+                self._continuous = False
 
     def _check_idle(self) -> None:
         if self._sessions:
