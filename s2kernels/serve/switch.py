@@ -62,6 +62,14 @@ class _Patch:
         """Views of the weight's rows, for axis 0."""
         return [self.weight[row] for row in self.index.tolist()]
 
+    @cached_property
+    def base_rows(self) -> list[Tensor]:
+        return list(self.base.unbind())
+
+    @cached_property
+    def value_rows(self) -> list[Tensor]:
+        return list(self.value.unbind())
+
 
 class Switcher:
     """The dense linear layers of `model`, and which adapter is written into them.
@@ -123,11 +131,11 @@ class Switcher:
         self.active = None if slices is None else key
         try:
             # Restored first: where the two meet, the new value has to win.
-            _write(old, [patch.base for patch in old])
-            _write(new, [patch.value for patch in new])
+            _write(old, restore=True)
+            _write(new, restore=False)
         except BaseException:
             self.active = None
-            _write(self._written, [patch.base for patch in self._written])
+            _write(self._written, restore=True)
             self._written = []
             raise
         self._written = new
@@ -191,29 +199,29 @@ def _at(axis: int, index: Tensor | slice) -> Any:
     return (slice(None), index) if axis == 1 else index
 
 
-def _write(patches: list[_Patch], values: list[Tensor]) -> None:
-    """One launch on a GPU."""
-    cpu = [patch.weight.device.type == "cpu" for patch in patches]
-    rest = [(patch, value) for patch, value, on in zip(patches, values, cpu, strict=True) if not on]
+def _write(patches: list[_Patch], restore: bool) -> None:
+    """What the base held there, or the values of the adapter; one launch on a GPU."""
+    rest = [patch for patch in patches if patch.weight.device.type != "cpu"]
     if rest:
-        write = backend.select(rest[0][0].weight).slice_write
-        write(
-            [patch.weight for patch, _ in rest],
-            [value for _, value in rest],
+        backend.select(rest[0].weight).slice_write(
+            [patch.weight for patch in rest],
+            [patch.base if restore else patch.value for patch in rest],
             [None] * len(rest),
-            [patch.index for patch, _ in rest],
-            [patch.dim for patch, _ in rest],
+            [patch.index for patch in rest],
+            [patch.dim for patch in rest],
         )
-    for patch, value, on in zip(patches, values, cpu, strict=True):
-        if on:
-            _write_on_cpu(patch, value)
+    for patch in patches:
+        if patch.weight.device.type == "cpu":
+            _write_on_cpu(patch, restore)
 
 
-def _write_on_cpu(patch: _Patch, value: Tensor) -> None:
+def _write_on_cpu(patch: _Patch, restore: bool) -> None:
     """With a memcpy a row, and a scatter for columns: index_copy_ takes up to twice as long."""
+    if isinstance(patch.where, Tensor) and patch.axis == 0:
+        torch._foreach_copy_(patch.rows, patch.base_rows if restore else patch.value_rows)
+        return
+    value = patch.base if restore else patch.value
     if isinstance(patch.where, slice):
         patch.weight[_at(patch.axis, patch.where)] = value
-    elif patch.axis == 0:
-        torch._foreach_copy_(patch.rows, list(value.unbind()))
     else:
         patch.weight.scatter_(1, patch.where.expand(len(patch.weight), -1), value)
