@@ -43,7 +43,11 @@ class AdapterManager(ContinuousBatchingManager):
     Everything of a manager is there; `add_request` takes an adapter, too. Prompts that begin alike
     share cached keys within one adapter and never across. Forks and requests that the cache has no
     room for keep the adapter that they began with, even if its name is unregistered meanwhile.
+
+    max_request_tokens is how many one request may have, prompt and answer together.
     """
+
+    max_request_tokens: int
 
     def __init__(
         self,
@@ -88,12 +92,18 @@ class AdapterManager(ContinuousBatchingManager):
     ) -> str:
         """As of a manager, for the adapter of that name, or the base.
 
-        Returns the id of the request. Raises ValueError for an unknown adapter, an empty prompt, an
-        id that is in use and a prompt that with its answer has no room in the cache; RuntimeError
-        if the manager does not run.
+        Returns the id of the request. Raises ValueError for an unknown adapter, an empty prompt,
+        tokens that the model does not have, an id that is in use and a prompt that with its answer
+        has no room in the cache; RuntimeError if the manager does not run.
         """
         if not len(input_ids):
             raise ValueError("input_ids must have at least one token, got none")
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if min(input_ids) < 0 or max(input_ids) >= vocabulary:
+            raise ValueError(
+                f"input_ids must lie in [0, {vocabulary}), got values from {min(input_ids)} to "
+                f"{max(input_ids)}"
+            )
         if request_id is not None and CHILD in request_id:
             raise ValueError(f"request_id must not contain {CHILD!r}, got {request_id!r}")
         limit = max_new_tokens or self.generation_config.max_new_tokens or 0
@@ -114,11 +124,11 @@ class AdapterManager(ContinuousBatchingManager):
             )
         return added
 
-    @property
-    def max_request_tokens(self) -> int:
-        """Tokens that one request may have, prompt and answer together."""
-        assert self.batch_processor is not None, "warmup has made it"
-        return infer_max_single_request_tokens(self.batch_processor.cache)
+    def warmup(self) -> None:
+        super().warmup()
+        assert self.batch_processor is not None
+        # Asked while the cache is empty.
+        self.max_request_tokens = infer_max_single_request_tokens(self.batch_processor.cache)
 
     def with_children(self, request_id: str) -> list[str]:
         """The ids of a request and of its forks, of which there are num_return_sequences - 1."""

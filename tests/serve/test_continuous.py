@@ -319,6 +319,8 @@ def test_what_cannot_be_is_refused(serve):
         cases = [
             (dict(input_ids=[5], adapter="no"), "no adapter is called 'no'"),
             (dict(input_ids=[]), "at least one token"),
+            (dict(input_ids=[5, 97]), r"must lie in \[0, 97\), got values from 5 to 97"),
+            (dict(input_ids=[-1, 9]), "got values from -1 to 9"),
             (dict(input_ids=[5], request_id="x"), "'x' is in use"),
             (dict(input_ids=[5], request_id="y__child#1"), "must not contain"),
             (dict(input_ids=[5] * 400, max_new_tokens=300), "at most .* tokens together"),
