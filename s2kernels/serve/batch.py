@@ -26,7 +26,6 @@ class BatchPlan:
         group = torch.tensor(of_run, device="cpu").repeat_interleave(
             torch.tensor(lengths, device="cpu")
         )
-        self.num_tokens = len(group)
         self._groups: list[Groups | None] = []
         if not distinct:
             return

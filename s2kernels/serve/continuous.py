@@ -106,12 +106,17 @@ class AdapterManager(ContinuousBatchingManager):
             )
         if request_id is not None and CHILD in request_id:
             raise ValueError(f"request_id must not contain {CHILD!r}, got {request_id!r}")
-        limit = max_new_tokens or self.generation_config.max_new_tokens or 0
         room = self.max_request_tokens
-        if len(input_ids) + limit > room:
+        if max_new_tokens is None:
+            max_new_tokens = self.generation_config.max_new_tokens
+        if max_new_tokens is None:
+            max_new_tokens = max(1, room - len(input_ids))
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
+        if len(input_ids) + max_new_tokens > room:
             raise ValueError(
                 f"input_ids and max_new_tokens must be at most {room} tokens together, for which "
-                f"the cache has room; got {len(input_ids)} and {limit}"
+                f"the cache has room; got {len(input_ids)} and {max_new_tokens}"
             )
         content = None if adapter is None else self._serving.store.adapter(adapter)
         request_id = request_id or f"req_{uuid.uuid4().hex}"

@@ -53,12 +53,12 @@ class Serving:
 
     def register(self, name: str, source: str | Path | Mapping[str, Slice]) -> None:
         """Take in the adapter in a folder, or one of slices; see `AdapterStore.register`."""
-        self.store.register(name, source)
+        with self._lock:  # the base is read for it, and must not change meanwhile
+            self.store.register(name, source)
 
     def unregister(self, name: str) -> None:
         """Forget an adapter; requests that are in flight end with what they began with."""
-        with self._lock:
-            self.store.unregister(name)
+        self.store.unregister(name)
 
     @contextmanager
     def rows(self, adapters: Sequence[str | None]) -> Iterator[None]:
@@ -99,7 +99,12 @@ class Serving:
         Raises ValueError for a configuration with CUDA graphs or compilation, and RuntimeError for
         a transformers that has not the parts which are needed.
         """
-        from s2kernels.serve.continuous import AdapterManager
+        try:
+            from s2kernels.serve.continuous import AdapterManager
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(
+                f"this transformers has no continuous batching as it was tested with: {error}"
+            ) from error
 
         with self._session(continuous=True):
             manager = AdapterManager(self, generation_config, continuous_batching_config)

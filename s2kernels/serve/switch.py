@@ -201,7 +201,7 @@ def _at(axis: int, index: Tensor | slice) -> Any:
 
 def _write(patches: list[_Patch], restore: bool) -> None:
     """What the base held there, or the values of the adapter; one launch on a GPU."""
-    rest = [patch for patch in patches if patch.weight.device.type != "cpu"]
+    rest = [patch for patch in patches if not _is_on_cpu(patch)]
     if rest:
         backend.select(rest[0].weight).slice_write(
             [patch.weight for patch in rest],
@@ -211,8 +211,12 @@ def _write(patches: list[_Patch], restore: bool) -> None:
             [patch.dim for patch in rest],
         )
     for patch in patches:
-        if patch.weight.device.type == "cpu":
+        if _is_on_cpu(patch):
             _write_on_cpu(patch, restore)
+
+
+def _is_on_cpu(patch: _Patch) -> bool:
+    return patch.weight.device.type == "cpu"
 
 
 def _write_on_cpu(patch: _Patch, restore: bool) -> None:

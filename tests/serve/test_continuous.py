@@ -318,6 +318,7 @@ def test_what_cannot_be_is_refused(serve):
         manager.add_request([5], "x", 100, adapter="a0")
         cases = [
             (dict(input_ids=[5], adapter="no"), "no adapter is called 'no'"),
+            (dict(input_ids=[5], max_new_tokens=0), "max_new_tokens must be positive, got 0"),
             (dict(input_ids=[]), "at least one token"),
             (dict(input_ids=[5, 97]), r"must lie in \[0, 97\), got values from 5 to 97"),
             (dict(input_ids=[-1, 9]), "got values from -1 to 9"),
@@ -369,3 +370,11 @@ def test_another_transformers_is_told(monkeypatch):
     monkeypatch.setitem(continuous._SEAMS, lambda tokens: None, ("request_id",))
     with pytest.raises(RuntimeError, match="tested with"):
         continuous.check_transformers()
+
+
+def test_without_a_limit_the_cache_is_one(serve):
+    unlimited = GenerationConfig(do_sample=False, pad_token_id=0)
+    with serve().continuous_batching(unlimited, batching(num_blocks=10)) as manager:
+        (output,) = manager.results([manager.add_request([5, 6, 7], adapter="a0")])
+    assert output.error is None
+    assert len(output.generated_tokens) == manager.max_request_tokens - 3

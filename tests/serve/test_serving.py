@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_states import assert_same
+from quantized_models import KINDS, quantized
 from served_models import DIMS, llama, random_slices, state, with_slices
 from tiny_models import tiny_model
 
@@ -263,3 +264,38 @@ def test_close_takes_the_hooks_off():
     served.close()
     assert_same(model.state_dict(), base)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_base_is_served_and_not_switched(kind):
+    """Against a product with the dense delta, added to what each layer computes."""
+    model = quantized(kind)
+    generator = torch.Generator().manual_seed(0)
+    slices = {}
+    for layer in range(2):
+        for role, dim, channels in (("mlp.down_proj", "in", 128), ("self_attn.q_proj", "out", 64)):
+            index = torch.randperm(channels, generator=generator)[:7].int()
+            delta = torch.randn((64, 7) if dim == "in" else (7, 64), generator=generator)
+            slices[f"model.layers.{layer}.{role}"] = Slice(dim, index, 0.3 * delta)
+    served, ids = Serving(model), torch.randint(3, 48, (2, 6))
+    served.register("a", slices)
+    base = logits(model, ids)
+    with served.rows(["a", None]):
+        got = logits(model, ids)
+    with pytest.raises(ValueError, match="only a dense floating weight"):
+        served.switch("a")
+    served.close()
+    assert torch.equal(logits(model, ids), base)
+
+    def adding(part):
+        def hook(module, args, output):
+            wide = torch.zeros(module.out_features, module.in_features)
+            wide.index_add_(part.axis, part.index.long(), part.delta)
+            return output + args[0] @ wide.t()
+
+        return hook
+
+    for name, part in slices.items():
+        model.get_submodule(name).register_forward_hook(adding(part))
+    torch.testing.assert_close(got[0], logits(model, ids)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[1], base[1], rtol=1e-4, atol=1e-4)

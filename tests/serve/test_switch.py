@@ -8,6 +8,7 @@ from model_states import assert_same
 from served_models import DIMS, llama, random_slices, state, with_slices
 from tiny_models import tiny_model
 
+from s2kernels import kernels, reference
 from s2kernels.adapter import Slice
 from s2kernels.serve import switch as switching
 from s2kernels.serve.switch import Switcher
@@ -34,6 +35,21 @@ def test_switching_is_exact(dtype, run):
     for key in order:
         switcher.switch(key, None if key is None else adapters[key])
         assert switcher.active == key
+        assert_same(model.state_dict(), base if key is None else want[key])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_by_the_op_that_a_gpu_takes(impl, monkeypatch):
+    """All slices in one launch, in the interpreter here."""
+    monkeypatch.setattr(switching, "_is_on_cpu", lambda patch: False)
+    monkeypatch.setattr(switching.backend, "select", lambda x: ops)
+    model = llama(torch.float16)
+    ops = {"torch": reference, "triton": kernels}[impl]
+    base, switcher = state(model), Switcher(model)
+    adapters = {seed: random_slices(model, seed, list(DIMS)) for seed in range(2)}
+    want = {seed: expected(model, slices) for seed, slices in adapters.items()}
+    for key in (0, 1, 0, None):
+        switcher.switch(key, None if key is None else adapters[key])
         assert_same(model.state_dict(), base if key is None else want[key])
 
 
