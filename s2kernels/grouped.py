@@ -31,16 +31,16 @@ def grouped_in_(y: Tensor, x: Tensor, pool: Tensor, groups: Groups) -> Tensor:
         return y
     bags = groups.bags
     if bags is not None:
-        weights = x.reshape(-1).index_select(
-            0, torch.add(bags.channels, bags.token, alpha=x.shape[1])
-        )
+        layout = bags.layout
+        places = torch.add(bags.channels, layout.token, alpha=x.shape[1])
+        weights = x.reshape(-1).index_select(0, places)
         sums = F.embedding_bag(
-            bags.rows, pool, bags.offsets, mode="sum", per_sample_weights=weights
+            bags.rows, pool, layout.offsets, mode="sum", per_sample_weights=weights
         )
-        if len(bags.tokens) == y.shape[0]:  # all of them, ascending
+        if len(layout.tokens) == y.shape[0]:  # all of them, ascending
             y.add_(sums)
         else:
-            y.index_add_(0, bags.tokens, sums)
+            y.index_add_(0, layout.tokens, sums)
     for product in groups.products:
         part = _take(x, product.tokens).index_select(1, product.channels)
         if isinstance(product.tokens, slice):
@@ -59,7 +59,7 @@ def grouped_out_(y: Tensor, x: Tensor, pool: Tensor, groups: Groups) -> Tensor:
         return y
     bags = groups.bags
     if bags is not None:
-        y.index_put_((bags.token, bags.channels), _dots(x, pool, bags), accumulate=True)
+        y.index_put_((bags.layout.token, bags.channels), _dots(x, pool, bags), accumulate=True)
     for product in groups.products:
         part = _take(x, product.tokens) @ _take(pool, product.rows).t()
         if isinstance(product.tokens, slice):
@@ -72,10 +72,11 @@ def grouped_out_(y: Tensor, x: Tensor, pool: Tensor, groups: Groups) -> Tensor:
 
 def _dots(x: Tensor, pool: Tensor, bags: Bags) -> Tensor:
     """(S,): each row of the pool times the vector of its token."""
+    layout = bags.layout
     if _ROW_DOTS is None:
-        return (pool.index_select(0, bags.rows) * x.index_select(0, bags.token)).sum(1)
-    x = x if len(bags.tokens) == len(x) else x.index_select(0, bags.tokens)
-    return _ROW_DOTS(x, pool, bags.rows, bags.offsets, bags.bag, 0, -1)
+        return (pool.index_select(0, bags.rows) * x.index_select(0, layout.token)).sum(1)
+    x = x if len(layout.tokens) == len(x) else x.index_select(0, layout.tokens)
+    return _ROW_DOTS(x, pool, bags.rows, layout.offsets, layout.bag, 0, -1)
 
 
 def _take(x: Tensor, index: slice | Tensor) -> Tensor:

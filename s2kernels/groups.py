@@ -35,6 +35,20 @@ class TokenOrder:
     tiles: Tensor
     block: int
 
+    @cached_property
+    def few(self) -> tuple[Tensor, Tensor]:
+        """The tokens of groups of few tokens, ascending, and their groups; int64."""
+        sizes = torch.tensor(self.sizes, dtype=torch.int64, device=self.order.device)
+        group = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        chosen = (sizes < PRODUCT_TOKENS)[group]
+        tokens, order = self.order.long()[chosen].sort()
+        return tokens, group[chosen][order]
+
+    @cached_property
+    def layouts(self) -> "dict[tuple[int, ...], Layout]":
+        """Of `few`, by the numbers of entries of the groups, which most modules share."""
+        return {}
+
 
 @dataclass(frozen=True, eq=False)
 class Groups:
@@ -65,23 +79,32 @@ class Groups:
 
 
 @dataclass(frozen=True, eq=False)
-class Bags:
+class Layout:
     """Tokens with all of their entries written out, token by token; S entries of B tokens.
 
     tokens   int64 (B,), ascending
     offsets  int32 (B,), where the entries of each token begin
-    rows     int32 (S,), rows of the pool
-    channels int64 (S,)
     token    int64 (S,), which token it is
     bag      int32 (S,), which place in tokens it is
+    group    int64 (S,)
+    entry    int64 (S,), counted from the first one of the group
     """
 
     tokens: Tensor
     offsets: Tensor
-    rows: Tensor
-    channels: Tensor
     token: Tensor
     bag: Tensor
+    group: Tensor
+    entry: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Bags:
+    """A layout with the rows of the pool, int32 (S,), and the channels, int64 (S,), of a module."""
+
+    layout: Layout
+    rows: Tensor
+    channels: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,27 +159,24 @@ def make_groups(
 
 
 def _bags(groups: Groups) -> Bags | None:
-    device = groups.tokens.order.device
-    sizes = torch.tensor(groups.tokens.sizes, dtype=torch.int64, device=device)
-    few = (sizes < PRODUCT_TOKENS).repeat_interleave(sizes)
-    group = torch.arange(len(sizes), device=device).repeat_interleave(sizes)[few]
-    tokens, order = groups.tokens.order.long()[few].sort()
-    if not len(tokens):
+    order = groups.tokens
+    if not len(order.few[0]):
         return None
-    group = group[order]
-    bounds = groups.bounds.long()
-    first, counts = bounds[group, 0], bounds[group, 1] - bounds[group, 0]
-    offsets = counts.cumsum(0) - counts
-    bag = torch.arange(len(tokens), device=device).repeat_interleave(counts)
-    entry = torch.arange(len(bag), device=device) + (first - offsets)[bag]
-    return Bags(
-        tokens,
-        offsets.int(),
-        groups.rows[entry],
-        groups.channels[entry].long(),
-        tokens[bag],
-        bag.int(),
-    )
+    counts = groups.bounds[:, 1] - groups.bounds[:, 0]
+    key = tuple(counts.tolist())
+    if key not in order.layouts:
+        order.layouts[key] = _layout(*order.few, counts.long())
+    layout = order.layouts[key]
+    entry = groups.bounds[:, 0].long()[layout.group] + layout.entry
+    return Bags(layout, groups.rows[entry], groups.channels[entry].long())
+
+
+def _layout(tokens: Tensor, group: Tensor, counts: Tensor) -> Layout:
+    of_token = counts[group]
+    offsets = of_token.cumsum(0) - of_token
+    bag = torch.arange(len(tokens), device=tokens.device).repeat_interleave(of_token)
+    entry = torch.arange(len(bag), device=tokens.device) - offsets[bag]
+    return Layout(tokens, offsets.int(), tokens[bag], bag.int(), group[bag], entry)
 
 
 def _products(groups: Groups) -> list[Product]:

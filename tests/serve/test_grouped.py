@@ -1,9 +1,14 @@
 """The grouped ops: plain torch against a loop in fp64, and Triton against plain torch."""
 
 import pytest
+
+pytest.importorskip("hypothesis")
+
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layouts import LAYOUTS, contiguous
-from numerics import assert_as_accurate
+from numerics import DTYPES, assert_as_accurate
 
 from s2kernels import backend, grouped, kernels, reference
 from s2kernels.groups import BLOCKS, make_groups
@@ -160,3 +165,25 @@ def test_negative_zero_of_the_base_stays(op, device):
             problem.y, problem.x, problem.pool, problem.groups
         )
         assert bool(torch.signbit(problem.y[base]).all())
+
+
+SIZES = st.integers(1, 70)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(OPS),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70)), max_size=5),
+    st.integers(0, 5),
+    st.tuples(SIZES, SIZES),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["torch", "triton"]),
+    st.integers(0, 2**16),
+)
+def test_drawn_batches(op, groups, base, widths, layout, dtype, impl, seed):
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = [size for size, _ in groups], [count for _, count in groups], base, *widths
+    problem = Problem(op, batch, dtype, device, layout)
+    problem.check(backend.select(problem.x, impl))
