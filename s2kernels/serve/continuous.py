@@ -75,7 +75,9 @@ class AdapterManager(ContinuousBatchingManager):
         super().__init__(model, generation, batching)
         self._serving = serving
         vocabulary = model.config.get_text_config().vocab_size
-        self._requests = Requests(serving.store, serving.layers, vocabulary, self._fail)
+        self._requests = Requests(
+            serving.store, serving.layers, vocabulary, self._fail, self.forget_handler
+        )
         self.output_router = _Router(self._requests)
         kind = type(f"Adapter{base.__name__}", (AdapterScheduling, base), {})
         make: Any = partial(kind, self._requests)
@@ -162,6 +164,11 @@ class AdapterManager(ContinuousBatchingManager):
         finally:
             self._requests.release_all()
             schedulers.SCHEDULER_MAPPING.pop(self._scheduler_type, None)
+
+    def forget_handler(self, request_id: str) -> None:
+        """Undo `register_result_handler`, for a request that will have no last result."""
+        with self.output_router._lock:
+            self.output_router.result_handlers.pop(request_id, None)
 
     def _fail(self, state: RequestState, error: Exception) -> None:
         self.output_router.fail_and_deliver(state, error)

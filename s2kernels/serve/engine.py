@@ -93,7 +93,7 @@ async def answer(
     ends = set(ends) if isinstance(ends, list | tuple) else {ends}
     read, stops = Detokenizer(tokenizer), StopTexts(question.stop)
     manager.register_result_handler(request_id, outputs.put_nowait)
-    over = False
+    added = over = False
     try:
         manager.add_request(
             question.tokens,
@@ -104,6 +104,7 @@ async def answer(
             temperature=float(question.temperature),
             top_p=float(question.top_p),
         )
+        added = True
         while not over:
             output = await outputs.get()
             over = output.is_finished()
@@ -119,7 +120,7 @@ async def answer(
             if text:
                 yield Piece(text, len(tokens))
     finally:
-        if not over:
+        if not added:
+            manager.forget_handler(request_id)
+        elif not over:  # the handler goes when the loop has heard of it
             manager.cancel_request(request_id)
-        with manager.output_router._lock:
-            manager.output_router.result_handlers.pop(request_id, None)

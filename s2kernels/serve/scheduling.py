@@ -28,7 +28,8 @@ class Requests:
     """The adapters of the requests of one manager. Its loop's thread alone calls what is not said
     to be for others.
 
-    fail(state, error) ends a request.
+    fail(state, error) ends a request; cancelled(request_id) is told of one that was cancelled, of
+    which nothing more will be heard.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class Requests:
         layers: GroupedLayers,
         vocab_size: int,
         fail: Callable[[RequestState, Exception], None],
+        cancelled: Callable[[str], None],
     ) -> None:
-        self.fail = fail
+        self.fail, self.cancelled = fail, cancelled
         self._store, self._layers, self._vocab_size = store, layers, vocab_size
         self._adapters: dict[str, Adapter | None] = {}
         self._held: dict[str, Adapter | None] = {}
@@ -154,6 +156,7 @@ class AdapterScheduling(Scheduler):
             self._requests.release(state, state.request_id)
             for request_id in [state.request_id, *_children(state)]:
                 self._requests.forget(request_id)
+                self._requests.cancelled(request_id)
         if states:
             self._let_in()
         return states

@@ -140,7 +140,7 @@ def test_together_too(serve, alone):
 
 
 def test_marks_differ_and_are_of_32_bits():
-    requests = Requests(None, None, 2**17, None)  # type: ignore[arg-type]
+    requests = Requests(None, None, 2**17, None, None)  # type: ignore[arg-type]
 
     class Content:
         def __init__(self, key):

@@ -60,10 +60,14 @@ def port(model, adapters, tokenizer):
         thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
         thread.start()
         yield listening.getsockname()[1]
+        left = [manager._requests._adapters, manager._requests._held]
+        left.append(manager.output_router.result_handlers)
         deadline = time.monotonic() + 20
-        while serving.store.is_in_flight():  # nothing is left of cancelled requests
-            assert time.monotonic() < deadline
+        while any(left):  # cancelled requests leave nothing behind
+            assert time.monotonic() < deadline, left
             time.sleep(0.05)
+        assert not serving.store.is_in_flight()
+        assert manager.output_router.output_queue.empty()
         server.should_exit = True
         thread.join()
     serving.close()
