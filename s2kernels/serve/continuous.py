@@ -155,11 +155,11 @@ class AdapterManager(ContinuousBatchingManager):
                 )
         return [found[request_id] for request_id in request_ids]
 
-    def close(self) -> None:
-        """Finish what has been added, and end."""
+    def close(self, at_once: bool = False) -> None:
+        """Finish what has been added, or have it fail, and end."""
         try:
             if self._generation_thread is not None:
-                self.stop(block=True)
+                self.stop(block=True, hard_stop=at_once)
             self.destroy()
         finally:
             self._requests.release_all()

@@ -184,9 +184,9 @@ class AdapterScheduling(Scheduler):
                 continue
             try:
                 self._requests.hold(state)
-            except NoRoom as error:
-                if first and not self._requests.can_wait():
-                    self._parked.popleft()
+            except Exception as error:  # a copy to the device can fail in many ways
+                if not isinstance(error, NoRoom) or (first and not self._requests.can_wait()):
+                    self._parked.remove(state)
                     self._requests.fail(state, error)
                 continue
             self._parked.remove(state)

@@ -95,7 +95,8 @@ class Serving:
         """A running manager of transformers whose `add_request` takes an adapter.
 
         Until it ends, nothing else may call the model, as with any manager of transformers: its
-        configuration says other things then. Raises RuntimeError where that would be within `rows`.
+        configuration says other things then. In the end what was added is finished; after an
+        exception it fails. Raises RuntimeError where that would be within `rows`.
         Raises ValueError for a configuration with CUDA graphs or compilation, and RuntimeError for
         a transformers that has not the parts which are needed.
         """
@@ -112,8 +113,10 @@ class Serving:
                 manager.warmup()
                 manager.start()
                 yield manager
-            finally:
-                manager.close()
+            except BaseException:
+                manager.close(at_once=True)
+                raise
+            manager.close()
 
     def generate_batch(
         self,

@@ -291,6 +291,35 @@ def test_an_error_in_a_batch_ends_all_requests_and_leaves_nothing_behind(serve, 
     assert again[0].error is None
 
 
+def test_a_copy_that_fails_is_the_failure_of_its_request_alone(serve, alone, monkeypatch):
+    served = serve()
+    write, broken = served.store.pool.write, served.store.adapter("a1").rows
+
+    def failing(runs, values):
+        if values is broken:
+            raise MemoryError("injected")
+        write(runs, values)
+
+    monkeypatch.setattr(served.store.pool, "write", failing)
+    tokens = prompt(1, 9)
+    with served.continuous_batching(GREEDY, batching()) as manager:
+        ids = [manager.add_request(tokens, adapter=name) for name in ("a0", "a1", "a2")]
+        outputs = manager.results(ids)
+    assert outputs[1].error == "injected"
+    for place, name in ((0, "a0"), (2, "a2")):
+        assert outputs[place].generated_tokens == alone(name, tokens)
+
+
+def test_an_exception_of_the_user_does_not_wait_for_answers(serve):
+    served, began = serve(), time.monotonic()
+    with pytest.raises(KeyError), served.continuous_batching(GREEDY, batching()) as manager:
+        for number in range(40):
+            manager.add_request([5, 6], max_new_tokens=300, adapter=NAMES[number % 8])
+        raise KeyError
+    assert time.monotonic() - began < 10
+    assert not served.store.is_in_flight()
+
+
 def test_streams_through_a_handler(serve, alone):
     """As the asyncio interface of transformers does it."""
     tokens, seen = prompt(1, 9), []
