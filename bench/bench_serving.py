@@ -106,6 +106,12 @@ def decoding(model: nn.Module, rows: int, length: int = 16) -> Callable[[], Tens
     return step
 
 
+@pytest.fixture(scope="module")
+def base(model):
+    """The model as it is, without any hook."""
+    return copy.deepcopy(model)
+
+
 @pytest.fixture
 def serving(model):
     served = Serving(model, pool_bytes=2**28)
@@ -114,28 +120,22 @@ def serving(model):
 
 
 @pytest.mark.parametrize("num", [8, 32, 128])
-def bench_decode(benchmark, model, serving, num):
+def bench_decode(benchmark, model, base, serving, num):
     """An adapter a row. To hold: at most 1.10, 1.20 and 1.25 of the base."""
     names = [f"a{number}" for number in range(num)]
     for seed, name in enumerate(names):
         serving.register(name, adapter(seed))
-    base = copy.deepcopy(model)
-    for module in base.modules():
-        module._forward_hooks.clear()
     step, other = decoding(model, num), decoding(base, num)
     with serving.rows(names):
         compare(benchmark, step, other, adapters=num, beside="base")
 
 
 @pytest.mark.parametrize(("num", "length"), [(8, 64), (32, 16), (1, 256)])
-def bench_prefill(benchmark, model, serving, num, length):
+def bench_prefill(benchmark, model, base, serving, num, length):
     """To hold: at most 1.25 of the base."""
     names = [f"a{number}" for number in range(num)]
     for seed, name in enumerate(names):
         serving.register(name, adapter(seed))
-    base = copy.deepcopy(model)
-    for module in base.modules():
-        module._forward_hooks.clear()
     ids = torch.randint(0, 2048, (num, length))
 
     def forward(of: nn.Module) -> Callable[[], None]:
@@ -191,9 +191,9 @@ def bench_ten_thousand(benchmark, crowds):
 
 
 @pytest.mark.parametrize("working_set", [128, 256, 512, 1024, MANY])
-def bench_past_residency(benchmark, model, crowds, working_set):
+def bench_past_residency(benchmark, base, crowds, working_set):
     """Steps of 16 adapters, drawn anew each time, with room for 256: no cliff as more are used."""
-    many, base = crowds[1], copy.deepcopy(model)
+    many = crowds[1]
     step, other = decoding(many.model, 16), decoding(base, 16)
     generator = torch.Generator().manual_seed(0)
 

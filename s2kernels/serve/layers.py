@@ -24,7 +24,7 @@ class GroupedLayers:
     def __init__(self, model: nn.Module, pool: Tensor) -> None:
         self._model, self._pool = model, pool
         self._local = threading.local()
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle] = _noting_shapes(model, self._local)
 
     def attach(self, places: Mapping[Place, int]) -> None:
         """Have the layers at these places, by their numbers in the store, take part."""
@@ -65,9 +65,13 @@ class GroupedLayers:
             if assignment is None:
                 return None
             x = args[0]
-            if x.dim() != 3:
-                raise ValueError(f"x must be (rows, tokens, channels), got shape {tuple(x.shape)}")
-            groups = assignment.plan(x.shape[0], x.shape[1]).groups(place)
+            shape = x.shape[:2] if x.dim() == 3 else getattr(local, "shape", None)
+            if shape is None or shape.numel() != x.numel() // x.shape[-1]:
+                raise ValueError(
+                    "a layer with adapters must get (rows, tokens, channels), or the model all of "
+                    f"its tokens, got shape {tuple(x.shape)}"
+                )
+            groups = assignment.plan(*shape).groups(place)
             if groups is None:
                 return None
             if output.requires_grad and torch.is_grad_enabled():
@@ -84,3 +88,24 @@ class GroupedLayers:
             return output
 
         return hook
+
+
+def _noting_shapes(model: nn.Module, local: threading.local) -> list[RemovableHandle]:
+    """Have local.shape be (rows, tokens) of what the model computes, from its begin to its end.
+
+    Some models put the tokens of all rows in one dimension before a layer.
+    """
+
+    # No methods: whoever copies the model would copy what they belong to.
+    def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        first = next((x for x in inputs if isinstance(x, Tensor) and x.dim() > 1), None)
+        local.shape = None if first is None else first.shape[:2]
+
+    def end(module: nn.Module, args: tuple, output: Any) -> None:
+        local.shape = None
+
+    return [
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_hook(end, always_call=True),
+    ]

@@ -5,7 +5,7 @@ import torch
 from model_states import assert_same
 from quantized_models import KINDS, quantized
 from served_models import DIMS, llama, random_slices, state, with_slices
-from tiny_models import tiny_model
+from tiny_models import MODEL_TYPES, tiny_model
 
 from s2kernels.adapter import Slice
 from s2kernels.serve import Serving
@@ -299,3 +299,35 @@ def test_a_quantized_base_is_served_and_not_switched(kind):
         model.get_submodule(name).register_forward_hook(adding(part))
     torch.testing.assert_close(got[0], logits(model, ids)[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got[1], base[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODEL_TYPES if "bert" not in kind])
+def test_every_model_type(kind):
+    """Input channels of all linear layers that give the hidden size; some see flattened tokens."""
+    model, slices = tiny_model(kind), {}
+    generator = torch.Generator().manual_seed(0)
+    served = Serving(model)
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() != 2 or "lm_head" in name or "embed" in name:
+            continue
+        try:
+            N, K = served.switcher.shape(name)
+        except ValueError:
+            continue
+        if N == 32:
+            index = torch.randperm(K, generator=generator)[:3].int()
+            delta = 0.3 * torch.randn(N, 3, generator=generator).double()
+            slices[name] = Slice("in", index, delta)
+    assert len(slices) >= 2
+    served.register("a", slices)
+    ids = torch.randint(3, 48, (3, 6), generator=generator)
+    base = logits(model, ids)
+    with served.rows([None, "a", None]):
+        got = logits(model, ids)
+    served.switch("a")
+    want = torch.stack([base[0], logits(model, ids)[1], base[2]])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(got[1], base[1])
+    served.close()
+    assert torch.equal(logits(model, ids), base)
