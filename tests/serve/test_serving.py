@@ -3,11 +3,13 @@
 import pytest
 import torch
 from model_states import assert_same
+from peft import get_peft_model
 from quantized_models import KINDS, quantized
 from served_models import DIMS, llama, random_slices, state, with_slices
 from tiny_models import MODEL_TYPES, tiny_model
 
 from s2kernels.adapter import Slice
+from s2kernels.peft import S2FTConfig, save_pretrained
 from s2kernels.serve import Serving
 from s2kernels.serve.store import NoRoom
 
@@ -264,6 +266,39 @@ def test_close_takes_the_hooks_off():
     served.close()
     assert_same(model.state_dict(), base)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_adapters_as_they_are_trained_and_saved(tmp_path):
+    """Of the tuner, with random deltas, from its folders: tokens and logits are PEFT's."""
+    names, tuned = ["x", "y", "z"], None
+    for seed, name in enumerate(names):
+        config = S2FTConfig(heads=2, channels=5, seed=seed, task_type="CAUSAL_LM")
+        if tuned is None:
+            tuned = get_peft_model(llama(), config, adapter_name=name)
+        else:
+            tuned.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter_name, parameter in tuned.named_parameters():
+            if "s2ft_delta" in parameter_name:
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    save_pretrained(tuned.eval(), tmp_path)
+    served, ids = Serving(llama()), prompts(1)
+    for name in names:
+        served.register(name, tmp_path / name)
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    got = served.generate(ids.expand(3, -1), adapters=names, **options)
+    seen = set()
+    for row, name in enumerate(names):
+        tuned.set_adapter(name)
+        assert torch.equal(got[row], tuned.generate(input_ids=ids, **options)[0])
+        served.switch(name)
+        want = logits(tuned, ids)
+        torch.testing.assert_close(logits(served.model, ids), want, rtol=1e-5, atol=1e-5)
+        served.switch(None)
+        seen.add(tuple(got[row].tolist()))
+    assert len(seen) == 3
+    served.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
