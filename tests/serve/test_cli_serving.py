@@ -32,6 +32,8 @@ def folder(tmp_path_factory) -> Path:
 def arguments(folder, *options, names=NAMES):
     adapters = [argument for n in names for argument in ("--adapter", f"{n}={folder / n}")]
     return ["--model", str(folder / "base"), "--tokenizer", "bytes", "--device", "cpu"] + [
+        "--pool-mib",
+        "4",
         *adapters,
         *map(str, options),
     ]

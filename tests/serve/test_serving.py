@@ -14,6 +14,7 @@ from s2kernels.serve import Serving
 from s2kernels.serve.store import NoRoom
 
 NAMES = [f"a{number}" for number in range(5)]
+POOL = 2**22  # bytes
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def written(model, adapters):
 
 @pytest.fixture
 def serving(model, adapters):
-    served = Serving(model)
+    served = Serving(model, pool_bytes=POOL)
     for name, slices in adapters.items():
         served.register(name, slices)
     yield served
@@ -156,7 +157,7 @@ def test_dtypes(dtype):
         name: Slice(part.dim, part.index, part.delta.to(dtype))
         for name, part in random_slices(model, 1, list(DIMS)).items()
     }
-    served, ids = Serving(model), prompts(2)
+    served, ids = Serving(model, pool_bytes=POOL), prompts(2)
     served.register("a", slices)
     with served.rows(["a", None]):
         got = logits(model, ids)
@@ -169,7 +170,7 @@ def test_dtypes(dtype):
 def test_gpt2():
     model = tiny_model("gpt2", torch.float64)
     part = Slice("in", torch.tensor([39, 0, 2], dtype=torch.int32), torch.randn(32, 3).double())
-    served, ids = Serving(model), torch.randint(3, 48, (2, 6))
+    served, ids = Serving(model, pool_bytes=POOL), torch.randint(3, 48, (2, 6))
     served.register("a", {"transformer.h.0.mlp.c_proj": part})
     with served.rows(["a", None]):
         got = logits(model, ids)
@@ -200,7 +201,7 @@ def test_switch_and_fuse(serving, model, adapters):
 def test_overlap_is_summed_or_refused(model):
     name = "model.layers.0.mlp.down_proj"
     index = torch.tensor([1, 5], dtype=torch.int32)
-    served, base = Serving(model), model.get_submodule(name).weight.clone()
+    served, base = Serving(model, pool_bytes=POOL), model.get_submodule(name).weight.clone()
     parts = [Slice("in", index + shift, torch.randn(32, 2)) for shift in (0, 4, 7)]
     for letter, part in zip("abc", parts, strict=True):
         served.register(letter, {name: part})
@@ -259,7 +260,7 @@ def test_what_cannot_be_is_refused(serving, model):
 
 def test_close_takes_the_hooks_off():
     model = llama()
-    served = Serving(model)
+    served = Serving(model, pool_bytes=POOL)
     served.register("a", random_slices(model, 1))
     served.switch("a")
     base = state(llama())
@@ -283,7 +284,7 @@ def test_adapters_as_they_are_trained_and_saved(tmp_path):
             if "s2ft_delta" in parameter_name:
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     save_pretrained(tuned.eval(), tmp_path)
-    served, ids = Serving(llama()), prompts(1)
+    served, ids = Serving(llama(), pool_bytes=POOL), prompts(1)
     for name in names:
         served.register(name, tmp_path / name)
     options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
@@ -312,7 +313,7 @@ def test_a_quantized_base_is_served_and_not_switched(kind):
             index = torch.randperm(channels, generator=generator)[:7].int()
             delta = torch.randn((64, 7) if dim == "in" else (7, 64), generator=generator)
             slices[f"model.layers.{layer}.{role}"] = Slice(dim, index, 0.3 * delta)
-    served, ids = Serving(model), torch.randint(3, 48, (2, 6))
+    served, ids = Serving(model, pool_bytes=POOL), torch.randint(3, 48, (2, 6))
     served.register("a", slices)
     base = logits(model, ids)
     with served.rows(["a", None]):
@@ -341,7 +342,7 @@ def test_every_model_type(kind):
     """Input channels of all linear layers that give the hidden size; some see flattened tokens."""
     model, slices = tiny_model(kind), {}
     generator = torch.Generator().manual_seed(0)
-    served = Serving(model)
+    served = Serving(model, pool_bytes=POOL)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() != 2 or "lm_head" in name or "embed" in name:
