@@ -32,6 +32,7 @@ HIDDEN, FFN, LAYERS = 64, 176, 2
 ADAPTERS, CHANNELS, PROMPTS, TOKENS = 12, 88, 6, 24
 POOL_MIB = 1
 GROWTH = 1.05  # of memory, from a fifth of the time until the end
+JSON = {"Content-Type": "application/json"}
 BAD: list[dict[str, Any]] = [
     {},
     {"prompt": "x", "model": "no such"},
@@ -176,7 +177,9 @@ def _client(
         body = dict(model=name, prompt=prompt, max_tokens=TOKENS, temperature=0)
         if kind == "leave":
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-            connection.request("POST", "/v1/completions", json.dumps(body | dict(stream=True)))
+            connection.request(
+                "POST", "/v1/completions", json.dumps(body | dict(stream=True)), JSON
+            )
             connection.getresponse().read(20)
             connection.close()
             counts["left"] += 1
@@ -211,7 +214,7 @@ def _loader(port: int, folder: Path, end: float, counts: Counter[str]) -> None:
 
 def _post(port: int, path: str, body: dict[str, Any]) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    connection.request("POST", path, json.dumps(body), JSON)
     response = connection.getresponse()
     content = response.read().decode()
     connection.close()

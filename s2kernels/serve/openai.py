@@ -196,6 +196,9 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
 
 
 async def _body(request: Request) -> dict[str, Any]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # which no page of another site can send without being allowed
+        raise HTTPException(415, f"the content type must be application/json, got {kind!r}")
     raw = b""
     async for chunk in request.stream():
         raw += chunk

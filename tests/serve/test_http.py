@@ -165,7 +165,8 @@ def test_a_client_that_goes_cancels_its_request(port):
     for streaming in (True, False):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         body = dict(model="a0", prompt="x", max_tokens=190, stream=streaming)
-        connection.request("POST", "/v1/completions", json.dumps(body))
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
         if streaming:
             connection.getresponse().read(50)
         connection.close()
@@ -286,6 +287,15 @@ def test_what_does_not_fit_is_a_4xx_that_says_why(port, path, body, status):
 @pytest.mark.parametrize("raw", ["", "{", "[1]", "null", "\xff", '{"prompt": NaN}', "[" * 10**5])
 def test_what_is_no_json_object_is_a_400(port, raw):
     assert call(port, "POST", "/v1/completions", raw=raw.encode("latin-1"))[0] == 400
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_what_a_page_of_another_site_may_send_is_a_415(port, kind):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = json.dumps(dict(name="x", path="/tmp"))
+    connection.request("POST", "/v1/adapters", body, {"Content-Type": kind})
+    assert connection.getresponse().status == 415
+    connection.close()
 
 
 def test_a_body_may_not_be_endless(port):
