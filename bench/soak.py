@@ -31,7 +31,7 @@ from s2kernels.files import replacing
 HIDDEN, FFN, LAYERS = 64, 176, 2
 ADAPTERS, CHANNELS, PROMPTS, TOKENS = 12, 88, 6, 24
 POOL_MIB = 1
-GROWTH = 1.05  # of memory, from a fifth of the time until the end
+GROWTH = 1.05  # of memory, see `growth`
 JSON = {"Content-Type": "application/json"}
 BAD: list[dict[str, Any]] = [
     {},
@@ -102,8 +102,14 @@ def soak(folder: Path, seconds: float, clients: int) -> dict[str, Any]:
         "counts": dict(sorted(counts.items())),
         "exit_code": code,
         "resident_bytes": memory,
-        "growth": max(memory[-len(memory) // 5 :]) / max(memory[: len(memory) // 5]),
+        "growth": growth(memory),
     }
+
+
+def growth(memory: list[int]) -> float:
+    """The most in the last fifth of the time over the most in the second, when all has begun."""
+    fifth = max(1, len(memory) // 5)
+    return max(memory[-fifth:]) / max(memory[fifth : 2 * fifth])
 
 
 def _prepare(folder: Path) -> dict[tuple[str, str], str]:
