@@ -1,5 +1,7 @@
 """Many adapters in one batch of a model of transformers, and the switch and fusion of them."""
 
+import threading
+
 import pytest
 import torch
 from model_states import assert_same
@@ -106,6 +108,27 @@ def test_beams_belong_to_their_prompt(serving, written):
     for row, name in enumerate(mixture):
         want = written[name].generate(ids[row : row + 1], **options)
         assert torch.equal(got[2 * row : 2 * row + 2], want)
+
+
+def test_threads_have_rows_of_their_own(serving, written):
+    wanted, got = {}, {}
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    for number in range(12):
+        name = [*NAMES, None][number % 6]
+        wanted[number] = written[name].generate(prompts(1, 5, number), **options)
+
+    def work(numbers):
+        for number in numbers:
+            name = [*NAMES, None][number % 6]
+            got[number] = serving.generate(prompts(1, 5, number), adapters=[name], **options)
+
+    threads = [threading.Thread(target=work, args=(range(i, 12, 4),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[number], want) for number, want in wanted.items())
+    assert not serving.store.is_in_flight()
 
 
 def test_padded_prompts(serving, written):
