@@ -57,6 +57,8 @@ def _mixed(writing: ModuleType) -> SimpleNamespace:
         slice_write=writing.slice_write,
         slice_linear_=kernels.slice_linear_,
         slice_linear_dx_=kernels.slice_linear_dx_,
+        grouped_in_=kernels.grouped_in_,
+        grouped_out_=kernels.grouped_out_,
         sparse_write=writing.sparse_write,
         tile_plan=kernels.tile_plan,
         sparse_grad=kernels.sparse_grad,

@@ -12,7 +12,8 @@ arranges for. Where an op says `index=None`, the operand that would be gathered 
 compact (M, R) slice. Activations and weights of one call share a dtype; deltas have their own, fp32
 by default. Accumulation is in fp32, or fp64 for fp64 operands.
 
-The ops of scattered entries are those of s2kernels.sparse, under the same names here.
+The ops of scattered entries are those of s2kernels.sparse, and the ops of many adapters in one
+batch those of s2kernels.grouped, under the same names here.
 
 `s2kernels.kernels` holds the same names and signatures in Triton. Neither checks its arguments: the
 public functions of s2kernels.autograd do.
@@ -24,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s2kernels.grouped import grouped_in_ as grouped_in_
+from s2kernels.grouped import grouped_out_ as grouped_out_
 from s2kernels.plan import tile_plan as tile_plan
 from s2kernels.sparse import growth_candidates as growth_candidates
 from s2kernels.sparse import sm3_growth as sm3_growth

@@ -7,6 +7,7 @@ from layouts import make_index
 from numerics import assert_as_accurate
 
 from s2kernels import kernels, reference
+from s2kernels.groups import make_groups
 
 ROWS, COLS, STRIDE = 3, 9, 2**30
 
@@ -82,6 +83,14 @@ def test_slice_linear(far, dim, device):
     delta = torch.randn((COLS, 4) if dim == "in" else (4, COLS), device=device)
     _check("slice_linear_", far(), far(), delta, make_index("any", COLS, 4, device), dim)
     _check("slice_linear_dx_", far(), far(), delta, make_index("any", COLS, 4, device), dim)
+
+
+@pytest.mark.parametrize("op", ["grouped_in_", "grouped_out_"])
+@pytest.mark.parametrize("size", [1, ROWS])
+def test_grouped(far, op, size, device):
+    group = torch.tensor([-1] * (ROWS - size) + [0] * size)
+    groups = make_groups(group, [torch.arange(ROWS)], [torch.tensor([7, 0, 4])], device)
+    _check(op, far(), far(), far(), groups)
 
 
 @pytest.mark.parametrize("kind", ["run", "any"])

@@ -1,4 +1,4 @@
-"""The command line: s2kernels finetune | inspect | merge | export-lora | select.
+"""The command line: s2kernels finetune | generate | serve | inspect | merge | export-lora | select.
 
 What a user gives is looked at before anything long begins. What does not fit is told in one line on
 stderr, with exit code 2; an exception out of the training itself keeps its traceback.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from s2kernels.cli import commands
+from s2kernels.cli import commands, serving_options
 from s2kernels.cli.runs import CHOICE
 
 STRATEGIES = ("weight", "activation", "product", "gradient")
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         work = args.prepare(args)
     except ModuleNotFoundError as error:
-        args.parser.error(f"{error.name} is missing: pip install -e '.[peft]' in the clone")
+        extra = "serve" if error.name in ("starlette", "uvicorn") else "peft"
+        args.parser.error(f"{error.name} is missing: pip install -e '.[{extra}]' in the clone")
     except (ValueError, OSError) as error:
         args.parser.error(str(error))
     if work is not None:
@@ -142,6 +143,24 @@ def _parser() -> _Parser:
         epilog=FINETUNE_EXAMPLES,
     )
     _add_finetune(command)
+
+    command = add(
+        "generate",
+        commands.generate,
+        "continue prompts with several adapters",
+        description=serving_options.GENERATE,
+        epilog=serving_options.GENERATE_EXAMPLES,
+    )
+    serving_options.add_generate(command)
+
+    command = add(
+        "serve",
+        commands.serve,
+        "serve adapters over HTTP",
+        description=serving_options.SERVE,
+        epilog=serving_options.SERVE_EXAMPLES,
+    )
+    serving_options.add_serve(command)
 
     command = add(
         "inspect",

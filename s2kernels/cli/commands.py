@@ -39,6 +39,20 @@ def finetune(args: Namespace) -> Callable[[], None]:
     return work
 
 
+def generate(args: Namespace) -> Callable[[], None]:
+    """Everything but the generation, which is returned."""
+    from s2kernels.cli import serving
+
+    return serving.generate(args)
+
+
+def serve(args: Namespace) -> Callable[[], None]:
+    """Everything up to the listening socket; serving itself is returned."""
+    from s2kernels.cli import serving
+
+    return serving.serve(args)
+
+
 def inspect(args: Namespace) -> None:
     """Print what an adapter trains; its files alone are read."""
     from s2kernels.cli.describe import COLUMNS, describe

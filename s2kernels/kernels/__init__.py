@@ -8,6 +8,7 @@ from s2kernels.kernels.fused_linear import (
     linear_dx_swiglu_bwd,
     linear_plus_slice,
 )
+from s2kernels.kernels.grouped import grouped_in_, grouped_out_
 from s2kernels.kernels.linear import linear, linear_dx
 from s2kernels.kernels.slice_grad import slice_grad
 from s2kernels.kernels.slice_grad_each import slice_grad_each
@@ -21,6 +22,8 @@ from s2kernels.kernels.swiglu import swiglu, swiglu_bwd
 from s2kernels.plan import tile_plan
 
 __all__ = [
+    "grouped_in_",
+    "grouped_out_",
     "growth_candidates",
     "linear",
     "linear_dx",
