@@ -30,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from s2kernels.capturing import rehearsing
+from s2kernels.causal_mask import no_needless_mask
 from s2kernels.recording import Premises, Recorder, Recording
 
 Batch = Mapping[str, Tensor]
@@ -67,9 +68,10 @@ def capture(
 
     What a recording cannot do is wait for the device: mixtures of experts do, which ask how many
     tokens each gets, and checkpoints with preserve_rng_state, which is True if not set. And
-    transformers cannot look into a mask: replays of a step with an attention_mask, or with
-    use_cache=False, compute one in full, and differ from the loop by rounding. Give neither where
-    no batch is padded.
+    transformers cannot look at numbers: replays of a step with an attention_mask, or without a
+    cache with position_ids, compute a whole mask of (batch, 1, tokens, tokens), which Flash and
+    cuDNN attention do not take, and differ from the loop by rounding. Give neither where no batch
+    is padded or packed. Without them no mask is computed (`s2kernels.causal_mask`).
 
     Raises ValueError for an optimizer that cannot be captured or is scaled for fp16 (a GradScaler
     waits for the device in every step), a warmup below 1, a max_norm that is not positive.
@@ -217,7 +219,7 @@ class CapturedStep:
         self._drop_gradients()  # their memory must not be given back within the recording
         assert self._premises is not None
         try:
-            with rehearsing():
+            with rehearsing(), no_needless_mask(self.model):
                 recording = self._recorder.record(lambda: self._step(inputs))
         except BaseException as error:
             self._premises.put_back()

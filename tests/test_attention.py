@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import tiny_model, token_ids
+from tiny_models import checkpoint_activations, tiny_model, token_ids
 from torch import nn
 from torch.nn.attention import SDPBackend
 
@@ -94,7 +94,7 @@ def test_a_captured_step_has_what_the_step_before_had(asked, monkeypatch):
 def test_checkpoints(use_reentrant, asked):
     """What is computed once more saves the same tensors, or torch refuses it."""
     model = fast_model().train()
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, {"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
     for _ in range(2):
