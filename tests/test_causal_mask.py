@@ -1,6 +1,7 @@
 """A recorded step hands attention no mask where none is needed, and is_causal=True.
 
-transformers asks torch whether a CUDA graph is captured: here it hears yes while a step is recorded.
+transformers asks torch whether a CUDA graph is captured: here it hears yes while a step is
+recorded.
 """
 
 import copy
@@ -76,7 +77,7 @@ def assert_steps_are_the_loop(model, batches, exactly, **options):
     twin = copy.deepcopy(model)
     optimizers = adamw(model), adamw(twin)
     step = capture(model, optimizers[0], warmup=2, **options)
-    for i, data in enumerate(batches):
+    for data in batches:
         loss, expected = step(data), by_hand(twin, optimizers[1], data)
         torch.testing.assert_close(loss, expected, **dict(rtol=0, atol=0) if exactly else {})
     assert step.replays == len(batches) - 2
