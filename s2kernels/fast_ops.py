@@ -8,7 +8,8 @@ a step of S2FT spends most of its time in beside the dense GEMMs.
 
 Each is switched on in the one model that is given, where it is known to be right and to pay: on
 CUDA, for a model type whose norms are known, attention on sm_90 alone (in the measurements of
-transformers cuDNN was faster than torch's choice on H100, and slower on A100 and Blackwell).
+transformers cuDNN was faster than Flash on H100, and slower on A100 and Blackwell), and only where
+torch does not take cuDNN by itself, which newer releases do there.
 Results differ by the rounding of the dtype. SwiGLU is left to `s2kernels.autograd.s2_mlp`, which
 knows about trained slices.
 """
@@ -24,8 +25,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 
-from s2kernels.attention import sdpa
+from s2kernels.attention import Choice, sdpa, torch_choice
 from s2kernels.capturing import is_capturing, is_rehearsing
 
 OPS = ("rms_norm", "rope", "cross_entropy", "attention")
@@ -56,10 +58,13 @@ class FastOps:
 
     on    the ops that are switched on
     off   those that are not, and why
+    sdpa  the backend that torch's SDPA takes without `attention`; None where the model does not
+          use it
     """
 
     on: list[str] = field(default_factory=list)
     off: dict[str, str] = field(default_factory=dict)
+    sdpa: Choice | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -76,7 +81,8 @@ class FastOps:
 
     def __str__(self) -> str:
         lines = [f"{op}: on" for op in self.on]
-        return "\n".join(lines + [f"{op}: off, {reason}" for op, reason in self.off.items()])
+        lines += [f"{op}: off, {reason}" for op, reason in self.off.items()]
+        return "\n".join(lines + ([] if self.sdpa is None else [str(self.sdpa)]))
 
 
 def use_fast_ops(model: nn.Module, ops: Iterable[str] = OPS) -> FastOps:
@@ -104,7 +110,7 @@ def use_fast_ops(model: nn.Module, ops: Iterable[str] = OPS) -> FastOps:
             raise ValueError(f"ops must be among {', '.join(OPS)}, got {op!r}")
     given: Any = model
     base = given.get_base_model() if hasattr(given, "get_base_model") else given
-    done = FastOps()
+    done = FastOps(sdpa=_sdpa_choice(base))
     switches = dict(zip(OPS, (_rms_norm, _rope, _cross_entropy, _attention), strict=True))
     try:
         for op in wanted:
@@ -152,7 +158,15 @@ def _no_cudnn(model: Any) -> str | None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if head_dim % 8 or head_dim > 128:
         return f"cuDNN wants a head_dim that 8 divides, of 128 at most, it is {head_dim}"
+    if torch_choice(model).backend == SDPBackend.CUDNN_ATTENTION:
+        return "torch takes cuDNN's by itself"
     return None
+
+
+def _sdpa_choice(model: Any) -> Choice | None:
+    config = getattr(model, "config", None)
+    is_used = getattr(config, "_attn_implementation", None) == "sdpa"
+    return torch_choice(model) if is_used and hasattr(config, "num_attention_heads") else None
 
 
 def _not_on_cuda(model: Any) -> str | None:

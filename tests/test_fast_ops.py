@@ -12,8 +12,10 @@ from numerics import assert_as_accurate
 from peft import get_peft_model
 from tiny_models import tiny_model, token_ids
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from s2kernels import capture, fast_ops, use_fast_ops
+from s2kernels.attention import Choice
 from s2kernels.peft import S2FTConfig
 
 LIGER = ("rms_norm", "rope", "cross_entropy")
@@ -270,9 +272,9 @@ def test_nothing_on_a_cpu():
     before = model(input_ids=ids, labels=ids)
     done = use_fast_ops(model)
     assert done.on == [] and list(done.off) == list(fast_ops.OPS)
-    assert str(done) == "\n".join(
-        f"{op}: off, the model is on the device cpu" for op in fast_ops.OPS
-    )
+    lines = [f"{op}: off, the model is on the device cpu" for op in fast_ops.OPS]
+    assert str(done) == "\n".join([*lines, str(done.sdpa)])
+    assert done.sdpa.backend.name in str(done)
     after = model(input_ids=ids, labels=ids)
     assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
     done.undo()
@@ -295,7 +297,14 @@ def test_reasons(monkeypatch):
     assert "half types, the model is in torch.float64" in reasons(exact, "attention")["attention"]
     half = tiny_model("llama", torch.bfloat16, head_dim=6)
     assert "8 divides, of 128 at most, it is 6" in reasons(half, "attention")["attention"]
+    half = tiny_model("llama", torch.bfloat16, head_dim=8)
+    taken = Choice(SDPBackend.CUDNN_ATTENTION, {}, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_ops, "torch_choice", lambda model: taken)
+        assert reasons(half, "attention") == {"attention": "torch takes cuDNN's by itself"}
+        assert half.config._attn_implementation == "sdpa"
     half.set_attn_implementation("eager")
+    assert use_fast_ops(half, []).sdpa is None
     assert "implementation is 'eager'" in reasons(half, "attention")["attention"]
     half.set_attn_implementation("sdpa")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
