@@ -145,7 +145,7 @@ def sdpa(
 def _backends(
     module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None
 ) -> list[SDPBackend]:
-    if torch.compiler.is_compiling() or _is_recomputed():
+    if torch.compiler.is_compiling() or is_recomputed():
         return CUDNN_FIRST
     if query.shape[2] != key.shape[2]:
         return WITHOUT_CUDNN
@@ -161,7 +161,7 @@ def _backends(
     return CUDNN_FIRST if comes_again else WITHOUT_CUDNN
 
 
-def _is_recomputed() -> bool:
+def is_recomputed() -> bool:
     """Whether a checkpoint computes this once more in the backward, or will: it wants to meet the
     same backend, as each saves other tensors.
     """
