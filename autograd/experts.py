@@ -27,6 +27,7 @@ from s2kernels import backend
 from s2kernels.autograd.accumulate import slot_of, with_owner
 from s2kernels.autograd.checks import check_index, compute_dtype, without_autocast
 from s2kernels.autograd.linear import join_index, split_index
+from s2kernels.moments import Moments
 from s2kernels.reference import Index, take
 
 Ops = ModuleType | SimpleNamespace
@@ -290,6 +291,7 @@ def _delta_grad(
     that no token went to. An in-slice's operand is compact already.
     """
     slot = slot_of(delta if ctx.owned is None else ctx.owned)
+    assert not isinstance(slot, Moments)  # those are of matrices alone
     grad = torch.zeros_like(delta) if slot is None else slot
     where = None if ctx.dim == "in" else join_index(index, ctx.start, delta[0], ctx.dim)
     ops.slice_grad_each(dy, operand, offsets, where, ctx.dim, grad)

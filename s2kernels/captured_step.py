@@ -74,7 +74,8 @@ def capture(
     is padded or packed. Without them no mask is computed (`s2kernels.causal_mask`).
 
     Raises ValueError for an optimizer that cannot be captured or is scaled for fp16 (a GradScaler
-    waits for the device in every step), a warmup below 1, a max_norm that is not positive.
+    waits for the device in every step), a warmup below 1, a max_norm that is not positive, or that
+    is given with a FlatAdamW(moments_in_backward=True).
     """
     if warmup < 1:
         raise ValueError(f"warmup must be 1 at least, got {warmup}")
@@ -82,6 +83,8 @@ def capture(
         raise ValueError(f"max_norm must be positive, got {max_norm}")
     if getattr(optimizer, "scaler", None) is not None:
         raise ValueError("optimizer must not be scaled: train in bf16, which needs no GradScaler")
+    if max_norm is not None and getattr(optimizer, "moments_in_backward", False):
+        raise ValueError("max_norm must be None with moments_in_backward, which keeps no gradients")
     step = CapturedStep(model, optimizer, loss or _model_loss, max_norm, warmup)
     if step.obstacle is not None:
         warnings.warn(

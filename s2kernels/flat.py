@@ -37,6 +37,17 @@ class FlatAdamW(torch.optim.AdamW):
                    get an ordinary gradient; create_graph=True is not: d_delta has no graph.
                    Under DistributedDataParallel gradients are reduced as ever. With its
                    gradient_as_bucket_view they lie in its buckets, and are copied from there.
+    moments_in_backward:
+                   gradients of deltas are nowhere in memory: the kernel that computes them updates
+                   exp_avg and exp_avg_sq, and the step computes the values from those, equal to
+                   rounding. Every backward must be followed by a step. What needs the gradients
+                   themselves must not be used, and what can be noticed raises RuntimeError:
+                   accumulation over micro-batches, retain_graph, a delta used twice or in another
+                   term of the loss, several processes, a GradScaler; TypeError: fp16. Clipping is
+                   not noticed, since it finds no gradients: switch it off (max_grad_norm=0 in
+                   transformers). Where a step is left out after a backward, the moments have had
+                   its gradient. Hooks on a delta, `torch.autograd.grad`, experts and parameters
+                   that no kernel of ours trains have ordinary gradients.
 
     The states, `state_dict` and `load_state_dict` are those of torch.optim.AdamW, parameter by
     parameter: the one loads what the other saved. A parameter without a gradient is skipped, as
@@ -55,7 +66,9 @@ class FlatAdamW(torch.optim.AdamW):
 
     Raises ValueError for parameters that are not plain floating tensors, such as those sharded by
     FSDP or on the meta device, or that share memory, before any of the group is moved, and
-    RuntimeError for a move that comes to light while a CUDA graph is captured.
+    RuntimeError for a move that comes to light while a CUDA graph is captured, or between a
+    backward with moments_in_backward and its step. With moments_in_backward, ValueError for
+    parameters that are neither fp32 nor fp64, and beside accumulate_in_backward.
     """
 
     def __init__(
@@ -68,8 +81,15 @@ class FlatAdamW(torch.optim.AdamW):
         *,
         capturable: bool = False,
         accumulate_in_backward: bool = False,
+        moments_in_backward: bool = False,
     ) -> None:
+        if accumulate_in_backward and moments_in_backward:
+            raise ValueError(
+                "accumulate_in_backward keeps the gradients that moments_in_backward uses up: give "
+                "one of the two"
+            )
         self.accumulate_in_backward = accumulate_in_backward
+        self.moments_in_backward = moments_in_backward
         self._blocks: list[list[Block]] = []  # of each group
         super().__init__(params, lr, betas, eps, weight_decay, fused=True, capturable=capturable)
 
@@ -127,8 +147,11 @@ class FlatAdamW(torch.optim.AdamW):
         """What torch's step asks for: the tensors of a group that it is to work on."""
         index = next(i for i, each in enumerate(self.param_groups) if each is group)
         for block in self._up_to_date(index):
+            if block.used_up:
+                self._check_not_scaled()
+                block.step_used_up(self.state)
             block.collect_grads()
-            for run in block.runs(self.state):
+            for run in block.runs(self.state, block.with_grads()):
                 # The parameters do not see that their buffer is written: a backward that still
                 # needs what they were is to notice it.
                 torch.autograd.graph.increment_version(block.params[run])
@@ -146,6 +169,8 @@ class FlatAdamW(torch.optim.AdamW):
         while len(self._blocks) <= index:
             self._blocks.append([])
         blocks = self._blocks[index]
+        for block in blocks:
+            block.group = self.param_groups[index]  # another one after load_state_dict
         held = {p for block in blocks for p in block.params}
         wanted = [p for p in params if p.requires_grad or p.grad is not None or p in held]
         if len(wanted) == len(held) and all(block.is_in_place() for block in blocks):
@@ -155,6 +180,11 @@ class FlatAdamW(torch.optim.AdamW):
                 "parameters of FlatAdamW have moved since its last step, which a CUDA graph cannot "
                 "follow: call zero_grad() or step() once before it is captured"
             )
+        if any(block.used_up for block in blocks):
+            raise RuntimeError(
+                "parameters of FlatAdamW have moved between a backward with moments_in_backward "
+                "and its step: call step() before they do"
+            )
         alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for p in wanted:
             if reason := not_plain(p):
@@ -162,18 +192,34 @@ class FlatAdamW(torch.optim.AdamW):
                     "params must be plain floating parameters to lie in one buffer, got one of "
                     f"shape {tuple(p.shape)}: {reason}"
                 )
+            if self.moments_in_backward and p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    "params must be in fp32 for moments_in_backward, whose moments have their "
+                    f"dtype, got one of shape {tuple(p.shape)} in {p.dtype}"
+                )
             alike.setdefault((p.dtype, p.device), []).append(p)
         addresses = [p.data_ptr() for p in wanted if p.numel()]
         if len(set(addresses)) < len(addresses):
             raise ValueError("params must have memory of their own, got two that share theirs")
-        blocks = [Block(group, self.accumulate_in_backward) for group in alike.values()]
+        group = self.param_groups[index]
+        flags = self.accumulate_in_backward, self.moments_in_backward
+        blocks = [Block(params, group, *flags) for params in alike.values()]
         for block in blocks:
             block.take_states(self.state)
         self._blocks[index] = blocks
         return blocks
 
+    def _check_not_scaled(self) -> None:
+        """Raises RuntimeError where a GradScaler calls the step, which would have unscaled them."""
+        if getattr(self, "grad_scale", None) is not None or hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "moments_in_backward must not train with a GradScaler: the scaled gradients are in "
+                "the moments"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"accumulate_in_backward": self.accumulate_in_backward}
+        flags = ("accumulate_in_backward", "moments_in_backward")
+        return super().__getstate__() | {name: getattr(self, name) for name in flags}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_blocks" not in self.__dict__:  # a copy, whose parameters are copies, too
