@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from s2kernels.capturing import rehearsing
 from s2kernels.causal_mask import no_needless_mask
+from s2kernels.flat import FlatAdamW
 from s2kernels.recording import Premises, Recorder, Recording
 
 Batch = Mapping[str, Tensor]
@@ -83,7 +84,8 @@ def capture(
         raise ValueError(f"max_norm must be positive, got {max_norm}")
     if getattr(optimizer, "scaler", None) is not None:
         raise ValueError("optimizer must not be scaled: train in bf16, which needs no GradScaler")
-    if max_norm is not None and getattr(optimizer, "moments_in_backward", False):
+    uses_up = isinstance(optimizer, FlatAdamW) and optimizer.moments_in_backward
+    if max_norm is not None and uses_up:
         raise ValueError("max_norm must be None with moments_in_backward, which keeps no gradients")
     step = CapturedStep(model, optimizer, loss or _model_loss, max_norm, warmup)
     if step.obstacle is not None:
@@ -229,6 +231,8 @@ class CapturedStep:
             self._forget()
             for p in self._params:  # never written
                 p.grad = None
+            if isinstance(self.optimizer, FlatAdamW):
+                self.optimizer.forget_backward()
             if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                 raise
             raise RuntimeError(

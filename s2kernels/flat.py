@@ -109,6 +109,14 @@ class FlatAdamW(torch.optim.AdamW):
             return
         super().zero_grad(set_to_none)
 
+    def forget_backward(self) -> None:
+        """Takes it that no gradient was used up since the last step: for `s2kernels.capture`, whose
+        recordings compute nothing, those that fail included.
+        """
+        for blocks in self._blocks:
+            for block in blocks:
+                block.used_up.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Parameters that share a step count here have one each."""
         saved = super().state_dict()

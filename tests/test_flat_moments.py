@@ -254,6 +254,54 @@ def test_replays_of_a_captured_step_are_the_loop(monkeypatch, device):
         capture(model, ours, max_norm=1.0)
 
 
+def test_a_recording_that_fails_uses_up_nothing(monkeypatch, device):
+    record_steps(monkeypatch, device)
+    config = S2FTConfig(heads=2, channels=6)
+    model = get_peft_model(tiny_model("llama", torch.float32).to(device).train(), config)
+    (model, ours), (twin, _) = pair(model, lr=2**-7, capturable=True)
+    theirs = FlatAdamW(
+        trained(twin), **OPTIONS | dict(lr=2**-7), capturable=True, moments_in_backward=True
+    )
+
+    class Fails(torch.autograd.Function):
+        """In the backward of a step that is recorded, once all gradients but one are used up."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            dx.sum().item()
+            return dx
+
+    steps = []
+
+    def loss(model, data):
+        steps.append(data)
+        inner = model.get_base_model().model
+        x = inner.embed_tokens(data["input_ids"]).requires_grad_()
+        x = Fails.apply(x) if len(steps) == 2 else x
+        return model(inputs_embeds=x, labels=data["labels"]).loss
+
+    step = capture(model, ours, warmup=1, loss=loss)
+    for i in range(4):
+        data = batch(device, i)
+        if i == 1:
+            with pytest.raises(RuntimeError, match="cannot be captured"):
+                step(data)
+            continue
+        got = step(data)
+        theirs.zero_grad()
+        expected = twin(**data).loss
+        expected.backward()
+        theirs.step()
+        torch.testing.assert_close(got, expected)
+    assert step.replays == 1
+    for p, q in zip(trained(model), trained(twin), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 @DIMS
 def test_a_second_gradient_before_the_step_is_refused(dim):
     layer = Layer(dim)
