@@ -383,3 +383,33 @@ def test_a_move_between_backward_and_step_is_refused():
     layer.delta.data = layer.delta.data.clone()
     with pytest.raises(RuntimeError, match="have moved between a backward"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_transformers_trainer(micro_batches, tmp_path):
+    """A schedule and resuming; more than one micro-batch for a step is refused."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [dict(input_ids=row, labels=row) for row in token_ids(batch=16)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, save_steps=2, per_device_train_batch_size=4,
+        gradient_accumulation_steps=micro_batches, max_grad_norm=0, lr_scheduler_type="linear",
+        report_to=[], disable_tqdm=True, use_cpu=True, seed=0,
+    )  # fmt: skip
+
+    def run(moments_in_backward, **resume):
+        config = S2FTConfig(heads=1, channels=4)
+        model = get_peft_model(tiny_model("llama", torch.float32), config)
+        optimizer = FlatAdamW(trained(model), **OPTIONS, moments_in_backward=moments_in_backward)
+        trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+        trainer.train(**resume)
+        return torch.cat([p.detach().flatten() for p in trained(model)])
+
+    if micro_batches > 1:
+        with pytest.raises(RuntimeError, match="second gradient before optimizer.step()"):
+            run(True)
+        return
+    want, got = run(False), run(True)
+    assert torch.equal(run(True, resume_from_checkpoint=str(tmp_path / "checkpoint-2")), got)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    assert want.abs().max() > 0.01
