@@ -28,10 +28,11 @@ def no_needless_mask(model: nn.Module) -> Iterator[None]:
     """Within, a forward of `model` under capture computes masks only from what it was given.
 
     It computes one from an attention_mask, and from position_ids without an attention_mask. Models
-    that are not of transformers are left as they are.
+    that are not of transformers are left as they are, and those that torch.compile has compiled:
+    to it, functions of transformers that are others for a while are a reason to compile anew.
     """
     masking: Any = sys.modules.get("transformers.masking_utils")
-    if masking is None:  # nothing of transformers is in use
+    if masking is None or any(map(_is_compiled, model.modules())):
         yield
         return
     from transformers import PreTrainedModel
@@ -63,3 +64,8 @@ def no_needless_mask(model: nn.Module) -> Iterator[None]:
         masking.is_tracing = is_tracing
         masking.find_packed_sequence_indices = find_packed_sequence_indices
         yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile(module)` or `module.compile()`."""
+    return hasattr(module, "_torchdynamo_orig_callable") or bool(module._compiled_call_impl)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import masking_utils
 
 from s2kernels import capture, fast_ops, use_fast_ops
+from s2kernels.causal_mask import no_needless_mask
 
 
 @pytest.fixture
@@ -152,3 +153,17 @@ def test_transformers_is_left_as_it_was(capturing, device):
             step(plain(device, 1, 9))
         assert vars(masking_utils) == before
         assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_models_are_left_alone(compiled):
+    """What they were compiled with must not be other functions while a step is recorded."""
+    models = [tiny_model("llama", torch.float32) for _ in range(2)]
+    if compiled:
+        models[0].compile()
+        models[1] = torch.compile(models[1])
+    before = dict(vars(masking_utils))
+    for model in models:
+        with no_needless_mask(model):
+            assert (vars(masking_utils) == before) == compiled
+        assert vars(masking_utils) == before
