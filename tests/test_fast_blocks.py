@@ -6,6 +6,7 @@ the interpreter.
 
 import copy
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from captured_models import assert_same
 from peft import LoraConfig, get_peft_model
 from tiny_models import checkpoint_activations, tiny_model, token_ids
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2kernels import fast_ops, use_fast_ops
 from s2kernels.autograd.swiglu import SwiGLUFunction
@@ -77,6 +79,73 @@ def test_every_addition_with_a_norm_behind_it_is_fused(model_type, calls, device
     model, twin = prepared(device, model_type)
     assert_close(model, twin)
     assert sorted(calls) == EVERYTHING
+
+
+class Launches(TorchDispatchMode):
+    """How often each operator ran that is more than a view, save within `opaque` functions."""
+
+    VIEWS = {"view", "_unsafe_view", "t", "transpose", "detach", "expand", "unsqueeze", "slice"}
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.is_inside = Counter(), False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not self.is_inside and name not in self.VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def opaque(self, function):
+        def run(*args):
+            self.is_inside = True
+            try:
+                return function(*args)
+            finally:
+                self.is_inside = False
+
+        return staticmethod(run)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts a stand-in's operators")
+def test_what_a_block_launches_beside_products_and_fused_kernels(calls, monkeypatch):
+    """Of a frozen Llama: attention, RoPE, and three sums of dx, those of q, k, v, gate and up."""
+    launches = Launches()
+
+    class AddNorm(torch.autograd.Function):
+        @launches.opaque
+        def forward(ctx, x, residual, weight, eps):
+            ctx.save_for_backward(x)
+            return add_norm(x, residual, weight, eps)
+
+        @launches.opaque
+        def backward(ctx, dy, ds):  # of about the right size
+            return dy + ds, dy + ds, None, None
+
+    class Rope(torch.autograd.Function):
+        forward = launches.opaque(lambda ctx, q, k: (q.clone(), k.clone()))
+        backward = launches.opaque(lambda ctx, dq, dk: (dq.clone(), dk.clone()))
+
+    rope = pytest.importorskip("liger_kernel.transformers.rope")
+    monkeypatch.setattr(rope, "liger_rotary_pos_emb", lambda q, k, cos, sin: Rope.apply(q, k))
+    monkeypatch.setattr(fast_ops, "_add_norm", AddNorm.apply)
+    for name in ("forward", "backward"):
+        own = getattr(SwiGLUFunction, name)
+        monkeypatch.setattr(SwiGLUFunction, name, launches.opaque(own))
+    of_models = []
+    for layers in (2, 3):
+        fields = dict(num_hidden_layers=layers, attention_bias=False, mlp_bias=False)
+        model = tiny_model("llama", torch.float32, **fields).train().requires_grad_(False)
+        assert use_fast_ops(model, ["block", "rope"]).on == ["block", "rope"]
+        x = model.model.embed_tokens(token_ids()).requires_grad_()
+        launches.counts.clear()
+        with launches:
+            model(inputs_embeds=x, use_cache=False).logits.sum().backward()
+        of_models.append(Counter(launches.counts))
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert of_models[1] - of_models[0] == Counter(
+        {"mm": 14, "add": 3, attention: 1, f"{attention}_backward": 1}
+    )
 
 
 def test_hidden_states_of_all_blocks(calls, device):
