@@ -4,6 +4,7 @@ from s2kernels.autograd.linear import S2DeltaFunction, S2LinearFunction, s2_delt
 from s2kernels.autograd.mlp import S2MLPFunction, s2_mlp
 from s2kernels.autograd.panels import Panels
 from s2kernels.autograd.sparse import SparseLinearFunction, sparse_linear
+from s2kernels.autograd.swiglu import SwiGLUFunction, silu_mul
 
 __all__ = [
     "Panels",
@@ -11,8 +12,10 @@ __all__ = [
     "S2LinearFunction",
     "S2MLPFunction",
     "SparseLinearFunction",
+    "SwiGLUFunction",
     "s2_delta",
     "s2_linear",
     "s2_mlp",
+    "silu_mul",
     "sparse_linear",
 ]

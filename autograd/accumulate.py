@@ -3,7 +3,7 @@
 autograd lets a Function return d_delta, a tensor of its own, and then adds that to `delta.grad`:
 a temporary and a launch for each delta. An owner, an optimizer that holds the gradients of all its
 parameters in one buffer (`s2kernels.flat`), may have the kernel of d_delta add into that buffer
-instead. The Function then returns None for the delta.
+instead, or update its moments (`s2kernels.moments`). The Function then returns None for the delta.
 """
 
 import weakref
@@ -12,13 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from s2kernels.moments import Moments
+
 
 class GradientOwner(Protocol):
     """Who says where gradients are added up."""
 
-    def take_slot(self, parameter: Tensor) -> Tensor | None:
+    def take_slot(self, parameter: Tensor) -> Tensor | Moments | None:
         """A tensor like the parameter to add its gradient to, which from then on is
-        `parameter.grad`: zero if there was no gradient. None where a foreign one is in its place.
+        `parameter.grad`: zero if there was no gradient. Or moments that use its gradient up. None
+        where a foreign one is in its place, and where the gradient is to be an ordinary one.
         """
         ...
 
@@ -53,8 +56,9 @@ def owner_of(delta: Tensor | None) -> tuple[Tensor, GradientOwner] | None:
     return None if owner is None else (delta, owner)  # type: ignore[return-value]
 
 
-def slot_of(node: Any, owned: tuple[Tensor, GradientOwner] | None) -> Tensor | None:
-    """What the backward of `node` is to add d_delta to, there and then; None if it is to return it.
+def slot_of(node: Any, owned: tuple[Tensor, GradientOwner] | None) -> Tensor | Moments | None:
+    """What `slice_grad` is to take as its `out`, there and then; None if the backward of `node` is
+    to return d_delta.
 
     node: the ctx of the Function; owned: what `owner_of` gave in its forward. None also for a delta
     that has hooks, which want to see its gradient, and where the engine would not add it to .grad:

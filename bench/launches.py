@@ -183,6 +183,11 @@ def _sm3(kernels: ModuleType, dtype: torch.dtype, s: Sizes) -> None:
     _growth_passes(*product_passes(row, col, index))
 
 
+def _adamw(kernels: ModuleType, dtype: torch.dtype, s: Sizes) -> None:
+    flat = [_empty(s.hidden * 256, dtype=torch.float32) for _ in range(3)]
+    kernels.adamw_values_(*flat, _empty(3, dtype=torch.float32), 1e-8)
+
+
 EXPERTS = 8  # of a mixture
 _WIDTHS = (16, 32, 64, 256)  # each of the blocks that a slice of R channels can get
 
@@ -209,4 +214,5 @@ CASES: dict[str, Launch] = {
     "sparse_grad": _sparse_grad,
     "growth_candidates": _growth_candidates,
     "sm3": _sm3,
+    "adamw": _adamw,
 }

@@ -30,6 +30,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from s2kernels.capturing import rehearsing
+from s2kernels.causal_mask import no_needless_mask
+from s2kernels.flat import FlatAdamW
 from s2kernels.recording import Premises, Recorder, Recording
 
 Batch = Mapping[str, Tensor]
@@ -67,12 +69,14 @@ def capture(
 
     What a recording cannot do is wait for the device: mixtures of experts do, which ask how many
     tokens each gets, and checkpoints with preserve_rng_state, which is True if not set. And
-    transformers cannot look into a mask: replays of a step with an attention_mask, or with
-    use_cache=False, compute one in full, and differ from the loop by rounding. Give neither where
-    no batch is padded.
+    transformers cannot look at numbers: replays of a step with an attention_mask, or without a
+    cache with position_ids, compute a whole mask of (batch, 1, tokens, tokens), which Flash and
+    cuDNN attention do not take, and differ from the loop by rounding. Give neither where no batch
+    is padded or packed. Without them no mask is computed (`s2kernels.causal_mask`).
 
     Raises ValueError for an optimizer that cannot be captured or is scaled for fp16 (a GradScaler
-    waits for the device in every step), a warmup below 1, a max_norm that is not positive.
+    waits for the device in every step), a warmup below 1, a max_norm that is not positive, or that
+    is given with a FlatAdamW(moments_in_backward=True).
     """
     if warmup < 1:
         raise ValueError(f"warmup must be 1 at least, got {warmup}")
@@ -80,6 +84,9 @@ def capture(
         raise ValueError(f"max_norm must be positive, got {max_norm}")
     if getattr(optimizer, "scaler", None) is not None:
         raise ValueError("optimizer must not be scaled: train in bf16, which needs no GradScaler")
+    uses_up = isinstance(optimizer, FlatAdamW) and optimizer.moments_in_backward
+    if max_norm is not None and uses_up:
+        raise ValueError("max_norm must be None with moments_in_backward, which keeps no gradients")
     step = CapturedStep(model, optimizer, loss or _model_loss, max_norm, warmup)
     if step.obstacle is not None:
         warnings.warn(
@@ -217,13 +224,15 @@ class CapturedStep:
         self._drop_gradients()  # their memory must not be given back within the recording
         assert self._premises is not None
         try:
-            with rehearsing():
+            with rehearsing(), no_needless_mask(self.model):
                 recording = self._recorder.record(lambda: self._step(inputs))
         except BaseException as error:
             self._premises.put_back()
             self._forget()
             for p in self._params:  # never written
                 p.grad = None
+            if isinstance(self.optimizer, FlatAdamW):
+                self.optimizer.forget_backward()
             if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                 raise
             raise RuntimeError(

@@ -2,15 +2,18 @@
 a step of S2FT spends most of its time in beside the dense GEMMs.
 
     rms_norm       liger-kernel's RMSNorm: one kernel a direction, saves its input
+    block          liger-kernel's RMSNorm with the addition before it, and our SwiGLU, in the blocks
+                   of Llama and its kin (`s2kernels.fast_blocks`)
     rope           liger-kernel's rotary embedding: q and k in one kernel, saves neither
     cross_entropy  liger-kernel's, fused with the head: in training no logits are ever whole
     attention      torch's SDPA, by cuDNN for shapes that come again
 
 Each is switched on in the one model that is given, where it is known to be right and to pay: on
 CUDA, for a model type whose norms are known, attention on sm_90 alone (in the measurements of
-transformers cuDNN was faster than torch's choice on H100, and slower on A100 and Blackwell).
-Results differ by the rounding of the dtype. SwiGLU is left to `s2kernels.autograd.s2_mlp`, which
-knows about trained slices.
+transformers cuDNN was faster than Flash on H100, and slower on A100 and Blackwell), and only where
+torch does not take cuDNN by itself, which newer releases do there.
+Results differ by the rounding of the dtype. The SwiGLU of a FFN with trained slices stays that of
+`s2kernels.autograd.s2_mlp`, which knows about them.
 """
 
 import importlib
@@ -24,11 +27,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 
-from s2kernels.attention import sdpa
+from s2kernels.attention import Choice, sdpa, torch_choice
 from s2kernels.capturing import is_capturing, is_rehearsing
+from s2kernels.fast_blocks import LIKE_LLAMA, FastBlock, Handed
 
-OPS = ("rms_norm", "rope", "cross_entropy", "attention")
+OPS = ("rms_norm", "block", "rope", "cross_entropy", "attention")
 
 CUDNN = "s2_cudnn"  # our name among the attention implementations of transformers
 _HALF = (torch.bfloat16, torch.float16)
@@ -56,10 +61,13 @@ class FastOps:
 
     on    the ops that are switched on
     off   those that are not, and why
+    sdpa  the backend that torch's SDPA takes without `attention`; None where the model does not
+          use it
     """
 
     on: list[str] = field(default_factory=list)
     off: dict[str, str] = field(default_factory=dict)
+    sdpa: Choice | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -76,7 +84,8 @@ class FastOps:
 
     def __str__(self) -> str:
         lines = [f"{op}: on" for op in self.on]
-        return "\n".join(lines + [f"{op}: off, {reason}" for op, reason in self.off.items()])
+        lines += [f"{op}: off, {reason}" for op, reason in self.off.items()]
+        return "\n".join(lines + ([] if self.sdpa is None else [str(self.sdpa)]))
 
 
 def use_fast_ops(model: nn.Module, ops: Iterable[str] = OPS) -> FastOps:
@@ -104,8 +113,8 @@ def use_fast_ops(model: nn.Module, ops: Iterable[str] = OPS) -> FastOps:
             raise ValueError(f"ops must be among {', '.join(OPS)}, got {op!r}")
     given: Any = model
     base = given.get_base_model() if hasattr(given, "get_base_model") else given
-    done = FastOps()
-    switches = dict(zip(OPS, (_rms_norm, _rope, _cross_entropy, _attention), strict=True))
+    done = FastOps(sdpa=_sdpa_choice(base))
+    switches = dict(zip(OPS, (_rms_norm, _block, _rope, _cross_entropy, _attention), strict=True))
     try:
         for op in wanted:
             reason = (_no_cudnn if op == "attention" else _no_liger)(base)
@@ -152,7 +161,15 @@ def _no_cudnn(model: Any) -> str | None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if head_dim % 8 or head_dim > 128:
         return f"cuDNN wants a head_dim that 8 divides, of 128 at most, it is {head_dim}"
+    if torch_choice(model).backend == SDPBackend.CUDNN_ATTENTION:
+        return "torch takes cuDNN's by itself"
     return None
+
+
+def _sdpa_choice(model: Any) -> Choice | None:
+    config = getattr(model, "config", None)
+    is_used = getattr(config, "_attn_implementation", None) == "sdpa"
+    return torch_choice(model) if is_used and hasattr(config, "num_attention_heads") else None
 
 
 def _not_on_cuda(model: Any) -> str | None:
@@ -162,7 +179,23 @@ def _not_on_cuda(model: Any) -> str | None:
 def _rms_norm(model: Any, undo: list[Callable[[], None]]) -> str | None:
     offset, casting = _NORMS.get(model.config.model_type, _NORM_OF_LLAMA)
     norms = [m for m in model.modules() if _is_own(m) and type(m).__name__.endswith("RMSNorm")]
-    return _replace(norms, lambda norm: _fast_norm(norm, offset, casting), undo)
+    return _replace(norms, lambda norm: MethodType(_fast_norm(norm, offset, casting), norm), undo)
+
+
+def _block(model: Any, undo: list[Callable[[], None]]) -> str | None:
+    kind = model.config.model_type
+    if kind not in LIKE_LLAMA:
+        return f"the blocks of the model type {kind!r} are not among {', '.join(LIKE_LLAMA)}"
+    blocks: list[Any] = [
+        m for m in model.modules() if _is_own(m) and type(m).__name__.endswith("DecoderLayer")
+    ]
+    following = {
+        block: behind.input_layernorm for block, behind in zip(blocks, blocks[1:], strict=False)
+    }
+    handed = Handed()
+    return _replace(
+        blocks, lambda block: FastBlock(block, following.get(block), handed, _add_norm), undo
+    )
 
 
 def _rope(model: Any, undo: list[Callable[[], None]]) -> str | None:
@@ -172,7 +205,7 @@ def _rope(model: Any, undo: list[Callable[[], None]]) -> str | None:
     attentions = [m for m in model.modules() if _is_own(m) and _looks_up(type(m).forward, name)]
     kinds = {type(attention) for attention in attentions}
     changed = {kind: _with_global(kind.forward, name, liger_rotary_pos_emb) for kind in kinds}
-    return _replace(attentions, lambda attention: changed[type(attention)], undo)
+    return _replace(attentions, lambda each: MethodType(changed[type(each)], each), undo)
 
 
 def _cross_entropy(model: Any, undo: list[Callable[[], None]]) -> str | None:
@@ -191,7 +224,7 @@ def _cross_entropy(model: Any, undo: list[Callable[[], None]]) -> str | None:
 
     # Trainer asks for it, to know which columns of a data set the model takes
     forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
-    return _replace([model], lambda model: forward, undo)
+    return _replace([model], lambda model: MethodType(forward, model), undo)
 
 
 def _attention(model: Any, undo: list[Callable[[], None]]) -> str | None:
@@ -215,6 +248,16 @@ def _fast_norm(norm: Any, offset: float, casting: str) -> Callable:
         return LigerRMSNormFunction.apply(x, self.weight, eps, offset, casting, False, None)
 
     return forward
+
+
+def _add_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For `FastBlock`. Not in place either."""
+    from liger_kernel.ops import LigerFusedAddRMSNormFunction
+
+    offset, casting = _NORM_OF_LLAMA
+    return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, offset, casting, False)
 
 
 def _looks_up(function: Any, name: str) -> bool:
@@ -247,7 +290,7 @@ def _replace(
         if "forward" in vars(module):
             return f"the forward of a {type(module).__name__} has been replaced already"
     for module in modules:
-        module.forward = MethodType(make(module), module)
+        module.forward = make(module)
         undo.append(partial(delattr, module, "forward"))
     return None
 

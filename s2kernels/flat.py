@@ -16,11 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2kernels.autograd.accumulate import own_gradient
 from s2kernels.coupling import not_plain
-
-_ALIGNMENT_BYTES = 128
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from s2kernels.flat_block import MOMENTS, Block
 
 
 class FlatAdamW(torch.optim.AdamW):
@@ -40,6 +37,17 @@ class FlatAdamW(torch.optim.AdamW):
                    get an ordinary gradient; create_graph=True is not: d_delta has no graph.
                    Under DistributedDataParallel gradients are reduced as ever. With its
                    gradient_as_bucket_view they lie in its buckets, and are copied from there.
+    moments_in_backward:
+                   gradients of deltas are nowhere in memory: the kernel that computes them updates
+                   exp_avg and exp_avg_sq, and the step computes the values from those, equal to
+                   rounding. Every backward must be followed by a step. What needs the gradients
+                   themselves must not be used, and what can be noticed raises RuntimeError:
+                   accumulation over micro-batches, retain_graph, a delta used twice or in another
+                   term of the loss, several processes, a GradScaler; TypeError: fp16. Clipping is
+                   not noticed, since it finds no gradients: switch it off (max_grad_norm=0 in
+                   transformers). Where a step is left out after a backward, the moments have had
+                   its gradient. Hooks on a delta, `torch.autograd.grad`, experts and parameters
+                   that no kernel of ours trains have ordinary gradients.
 
     The states, `state_dict` and `load_state_dict` are those of torch.optim.AdamW, parameter by
     parameter: the one loads what the other saved. A parameter without a gradient is skipped, as
@@ -58,7 +66,9 @@ class FlatAdamW(torch.optim.AdamW):
 
     Raises ValueError for parameters that are not plain floating tensors, such as those sharded by
     FSDP or on the meta device, or that share memory, before any of the group is moved, and
-    RuntimeError for a move that comes to light while a CUDA graph is captured.
+    RuntimeError for a move that comes to light while a CUDA graph is captured, or between a
+    backward with moments_in_backward and its step. With moments_in_backward, ValueError for
+    parameters that are neither fp32 nor fp64, and beside accumulate_in_backward.
     """
 
     def __init__(
@@ -71,9 +81,16 @@ class FlatAdamW(torch.optim.AdamW):
         *,
         capturable: bool = False,
         accumulate_in_backward: bool = False,
+        moments_in_backward: bool = False,
     ) -> None:
+        if accumulate_in_backward and moments_in_backward:
+            raise ValueError(
+                "accumulate_in_backward keeps the gradients that moments_in_backward uses up: give "
+                "one of the two"
+            )
         self.accumulate_in_backward = accumulate_in_backward
-        self._blocks: list[list[_Block]] = []  # of each group
+        self.moments_in_backward = moments_in_backward
+        self._blocks: list[list[Block]] = []  # of each group
         super().__init__(params, lr, betas, eps, weight_decay, fused=True, capturable=capturable)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -91,6 +108,14 @@ class FlatAdamW(torch.optim.AdamW):
                 block.grads.zero_()
             return
         super().zero_grad(set_to_none)
+
+    def forget_backward(self) -> None:
+        """Takes it that no gradient was used up since the last step: for `s2kernels.capture`, whose
+        recordings compute nothing, those that fail included.
+        """
+        for blocks in self._blocks:
+            for block in blocks:
+                block.used_up.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Parameters that share a step count here have one each."""
@@ -114,10 +139,10 @@ class FlatAdamW(torch.optim.AdamW):
             state = state_dict["state"].get(key)
             if not state:
                 continue
-            shapes = {n: tuple(state[n].shape) if n in state else None for n in _MOMENTS}
+            shapes = {n: tuple(state[n].shape) if n in state else None for n in MOMENTS}
             if set(shapes.values()) != {tuple(p.shape)}:
                 raise ValueError(
-                    f"the state of a parameter of shape {tuple(p.shape)} must have {_MOMENTS} of "
+                    f"the state of a parameter of shape {tuple(p.shape)} must have {MOMENTS} of "
                     f"that shape, got {shapes}"
                 )
         super().load_state_dict(state_dict)
@@ -130,8 +155,11 @@ class FlatAdamW(torch.optim.AdamW):
         """What torch's step asks for: the tensors of a group that it is to work on."""
         index = next(i for i, each in enumerate(self.param_groups) if each is group)
         for block in self._up_to_date(index):
+            if block.used_up:
+                self._check_not_scaled()
+                block.step_used_up(self.state)
             block.collect_grads()
-            for run in block.runs(self.state):
+            for run in block.runs(self.state, block.with_grads()):
                 # The parameters do not see that their buffer is written: a backward that still
                 # needs what they were is to notice it.
                 torch.autograd.graph.increment_version(block.params[run])
@@ -143,12 +171,14 @@ class FlatAdamW(torch.optim.AdamW):
                 steps.append(block.steps[run.start])
         return False  # nothing complex
 
-    def _up_to_date(self, index: int) -> list["_Block"]:
+    def _up_to_date(self, index: int) -> list["Block"]:
         """The blocks of a group, laid out anew if a parameter has moved or come to need one."""
         params = self.param_groups[index]["params"]
         while len(self._blocks) <= index:
             self._blocks.append([])
         blocks = self._blocks[index]
+        for block in blocks:
+            block.group = self.param_groups[index]  # another one after load_state_dict
         held = {p for block in blocks for p in block.params}
         wanted = [p for p in params if p.requires_grad or p.grad is not None or p in held]
         if len(wanted) == len(held) and all(block.is_in_place() for block in blocks):
@@ -158,6 +188,11 @@ class FlatAdamW(torch.optim.AdamW):
                 "parameters of FlatAdamW have moved since its last step, which a CUDA graph cannot "
                 "follow: call zero_grad() or step() once before it is captured"
             )
+        if any(block.used_up for block in blocks):
+            raise RuntimeError(
+                "parameters of FlatAdamW have moved between a backward with moments_in_backward "
+                "and its step: call step() before they do"
+            )
         alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for p in wanted:
             if reason := not_plain(p):
@@ -165,174 +200,36 @@ class FlatAdamW(torch.optim.AdamW):
                     "params must be plain floating parameters to lie in one buffer, got one of "
                     f"shape {tuple(p.shape)}: {reason}"
                 )
+            if self.moments_in_backward and p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    "params must be in fp32 for moments_in_backward, whose moments have their "
+                    f"dtype, got one of shape {tuple(p.shape)} in {p.dtype}"
+                )
             alike.setdefault((p.dtype, p.device), []).append(p)
         addresses = [p.data_ptr() for p in wanted if p.numel()]
         if len(set(addresses)) < len(addresses):
             raise ValueError("params must have memory of their own, got two that share theirs")
-        blocks = [_Block(group, self.accumulate_in_backward) for group in alike.values()]
+        group = self.param_groups[index]
+        flags = self.accumulate_in_backward, self.moments_in_backward
+        blocks = [Block(params, group, *flags) for params in alike.values()]
         for block in blocks:
             block.take_states(self.state)
         self._blocks[index] = blocks
         return blocks
 
+    def _check_not_scaled(self) -> None:
+        """Raises RuntimeError where a GradScaler calls the step, which would have unscaled them."""
+        if getattr(self, "grad_scale", None) is not None or hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "moments_in_backward must not train with a GradScaler: the scaled gradients are in "
+                "the moments"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"accumulate_in_backward": self.accumulate_in_backward}
+        flags = ("accumulate_in_backward", "moments_in_backward")
+        return super().__getstate__() | {name: getattr(self, name) for name in flags}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_blocks" not in self.__dict__:  # a copy, whose parameters are copies, too
             self._blocks = []
         super().__setstate__(state)
-
-
-class _Block:
-    """Parameters of one dtype and device, one after the other in one buffer.
-
-    values, grads   flat, the parameters' and their gradients
-    moments         flat exp_avg and exp_avg_sq; of no elements until there is a state
-    slots           for each parameter its view of `grads`
-    steps           for each parameter how often it was updated, fp32 (): the same tensor for those
-                    that were always updated together; None for never
-    """
-
-    def __init__(self, params: list[Tensor], accumulate: bool) -> None:
-        self.params = params
-        unit = _ALIGNMENT_BYTES // params[0].element_size()
-        self._starts = [0]
-        for p in params:
-            self._starts.append(self._starts[-1] + -(-p.numel() // unit) * unit)
-        self.values, self.grads = (self._zeros(self._starts[-1]) for _ in range(2))
-        self.moments = [self._zeros(0) for _ in _MOMENTS]
-        self.steps: list[Tensor | None] = [None] * len(params)
-
-        views = self._views(self.values)
-        torch._foreach_copy_(views, [p.detach() for p in params])
-        for p, view in zip(params, views, strict=True):
-            p.data = view
-        self.slots = self._views(self.grads)
-        self._addresses = [(p.data_ptr(), slot.data_ptr()) for p, slot in self._pairs()]
-        # slots that nothing was put into since all were zeroed
-        self._is_clear = [False] * len(params)
-        self.collect_grads()
-        if accumulate:
-            self._index = {id(p): i for i, p in enumerate(params)}
-            for p in params:
-                own_gradient(p, self)
-
-    def is_in_place(self) -> bool:
-        """Whether values and slots are where they were put: `.to` moves both."""
-        return all(
-            (p.data_ptr(), slot.data_ptr()) == addresses
-            for (p, slot), addresses in zip(self._pairs(), self._addresses, strict=True)
-        )
-
-    def span(self, run: slice) -> slice:
-        """Where the parameters of a run lie in the flat tensors."""
-        return slice(self._starts[run.start], self._starts[run.stop])
-
-    def foreign_grads(self) -> list[int]:
-        """The parameters whose gradient is not in its slot."""
-        return [
-            i
-            for i, (p, slot) in enumerate(self._pairs())
-            if p.grad is not None and p.grad is not slot
-        ]
-
-    def collect_grads(self) -> None:
-        """Every gradient that there is, into its slot."""
-        if not (foreign := self.foreign_grads()):
-            return
-        slots = [self.slots[i] for i in foreign]
-        given: list[Any] = [self.params[i].grad for i in foreign]
-        if any(grad.is_sparse for grad in given):
-            raise RuntimeError("FlatAdamW does not support sparse gradients")
-        torch._foreach_copy_(slots, [grad.detach() for grad in given])
-        for i in foreign:
-            self.params[i].grad = self.slots[i]
-            self._is_clear[i] = False
-
-    def take_slot(self, parameter: Tensor) -> Tensor | None:
-        """See `s2kernels.autograd.accumulate.GradientOwner`."""
-        i = self._index[id(parameter)]
-        slot = self.slots[i]
-        if parameter.grad is None:
-            if (slot.dtype, slot.device) != (parameter.dtype, parameter.device):
-                return None  # moved, and not yet laid out anew
-            # Not in zero_grad(), since model.zero_grad() drops gradients, too. Anew in each
-            # backward that finds none, lest a CUDA graph of it counts on what was zero before.
-            if all(p.grad is None for p in reversed(self.params)):  # the last comes first
-                self.grads.zero_()
-                self._is_clear = [True] * len(self.params)
-            elif not self._is_clear[i]:
-                slot.zero_()
-            parameter.grad = slot
-            self._is_clear[i] = False
-        return slot if parameter.grad is slot else None
-
-    def take_states(self, states: dict[Tensor, dict[str, Any]]) -> None:
-        """Makes the moments in `states` views of `moments`, and has parameters of one step count
-        share it. It waits for the device.
-        """
-        known = [i for i, p in enumerate(self.params) if states.get(p)]
-        self.moments = [self._zeros(0) for _ in _MOMENTS]
-        self.steps = [None] * len(self.params)
-        if not known:
-            return
-        counts = torch.stack([states[self.params[i]]["step"].float() for i in known]).tolist()
-        shared = {count: self._step(count) for count in set(counts)}
-        given = {i: states[self.params[i]] for i in known}
-        self._make_moments()
-        for i, count in zip(known, counts, strict=True):
-            self._set_state(states, i, shared[count])
-        for name in _MOMENTS:
-            views = [states[self.params[i]][name] for i in known]
-            torch._foreach_copy_(views, [given[i][name] for i in known])
-
-    def runs(self, states: dict[Tensor, dict[str, Any]]) -> list[slice]:
-        """The parameters with a gradient, as runs of neighbours that share a step count, each of
-        which nobody else has: one run, as a rule.
-        """
-        runs: list[slice] = []
-        for i, p in enumerate(self.params):
-            if p.grad is None:
-                continue
-            if runs and runs[-1].stop == i and self.steps[i] is self.steps[i - 1]:
-                runs[-1] = slice(runs[-1].start, i + 1)
-            else:
-                runs.append(slice(i, i + 1))
-        if runs and not self.moments[0].numel():
-            self._make_moments()
-        for run in runs:
-            step = self.steps[run.start]
-            if step is None:
-                step = self._step(0.0)
-            elif sum(each is step for each in self.steps) > run.stop - run.start:
-                step = step.clone()
-            else:
-                continue
-            for i in range(run.start, run.stop):
-                self._set_state(states, i, step)
-        return runs
-
-    def _set_state(self, states: dict[Tensor, dict[str, Any]], i: int, step: Tensor) -> None:
-        self.steps[i] = step
-        moments = (self._view(moment, i) for moment in self.moments)
-        states[self.params[i]] = {"step": step} | dict(zip(_MOMENTS, moments, strict=True))
-
-    def _make_moments(self) -> None:
-        self.moments = [torch.zeros_like(self.values) for _ in _MOMENTS]
-
-    def _step(self, count: float) -> Tensor:
-        return torch.full((), count, dtype=torch.float32, device=self.params[0].device)
-
-    def _zeros(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=self.params[0].dtype, device=self.params[0].device)
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        return [self._view(flat, i) for i in range(len(self.params))]
-
-    def _view(self, flat: Tensor, i: int) -> Tensor:
-        p = self.params[i]
-        return flat[self._starts[i] : self._starts[i] + p.numel()].view(p.shape)
-
-    def _pairs(self) -> Iterable[tuple[Tensor, Tensor]]:
-        return zip(self.params, self.slots, strict=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from s2kernels.grouped import grouped_in_ as grouped_in_
 from s2kernels.grouped import grouped_out_ as grouped_out_
+from s2kernels.moments import Moments
 from s2kernels.plan import tile_plan as tile_plan
 from s2kernels.sparse import growth_candidates as growth_candidates
 from s2kernels.sparse import sm3_growth as sm3_growth
@@ -52,7 +53,7 @@ def slice_grad(
     x: Tensor,
     index: Index | None,
     dim: str,
-    out: Tensor | None = None,
+    out: Tensor | Moments | None = None,
 ) -> Tensor:
     """Gradient of a slice of the weight (S2FT section 3.3).
 
@@ -60,8 +61,18 @@ def slice_grad(
     dim="out": dy[:, index]ᵀ x, (R, K); with index=None, dy is the compact slice (M, R).
 
     Returns it in fp32 (fp64 for fp64 operands), or adds it into `out`, of that shape and of any
-    floating dtype, and returns `out`.
+    floating dtype, and returns `out`. Or uses it up in `out`, the moments of AdamW, and returns the
+    first of them.
+
+    Raises TypeError for moments with operands of fp16.
     """
+    if isinstance(out, Moments):
+        out.check(dy)
+        exp_avg, exp_avg_sq, (beta1, beta2) = out
+        grad = slice_grad(dy, x, index, dim)
+        exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        return exp_avg
     if index is not None:
         dy, x = (dy, take(x, index)) if dim == "in" else (take(dy, index), x)
     acc = _accumulator(dy)
@@ -79,6 +90,21 @@ def slice_grad(
     else:
         target.copy_(torch.addmm(target.to(acc), a.t(), b))
     return out
+
+
+def adamw_values_(
+    values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, coefficients: Tensor, eps: float
+) -> None:
+    """The second half of a step of AdamW, of the moments that the first half left, in place.
+
+    p = (1 - lr λ) p - lr / (1 - β₁ᵗ) m / (√v / √(1 - β₂ᵗ) + ε)
+
+    values, exp_avg m and exp_avg_sq v (n,), contiguous, of one dtype; coefficients (3,): 1 - lr λ,
+    lr / (1 - β₁ᵗ) and 1 / √(1 - β₂ᵗ), in fp32, or fp64 for fp64 values.
+    """
+    decay, step_size, correction = coefficients
+    size = exp_avg_sq.sqrt().mul_(correction).add_(eps)
+    values.mul_(decay).sub_(size.reciprocal_().mul_(exp_avg).mul_(step_size))
 
 
 def slice_grad_each(

@@ -1,13 +1,14 @@
 """cuDNN's attention is asked for where a shape comes again, and nowhere else."""
 
 import copy
+import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import tiny_model, token_ids
+from tiny_models import checkpoint_activations, tiny_model, token_ids
 from torch import nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s2kernels import attention, fast_ops, use_fast_ops
 
@@ -94,7 +95,7 @@ def test_a_captured_step_has_what_the_step_before_had(asked, monkeypatch):
 def test_checkpoints(use_reentrant, asked):
     """What is computed once more saves the same tensors, or torch refuses it."""
     model = fast_model().train()
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, {"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
     for _ in range(2):
@@ -102,3 +103,48 @@ def test_checkpoints(use_reentrant, asked):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     again = "flash cudnn" if use_reentrant else "cudnn cudnn"
     assert taken(asked) == f"{again} cudnn cudnn"
+
+
+def test_what_torch_chooses(device):
+    model = tiny_model("llama", torch.float32, head_dim=8).to(device)
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        if device.type == "cuda" and backend == SDPBackend.FLASH_ATTENTION:
+            model = model.to(torch.bfloat16)  # it takes no other on a GPU
+        with sdpa_kernel(backend):
+            choice = attention.torch_choice(model, num_tokens=64)
+        assert choice.backend == backend
+        assert set(choice.others) == {b for b in attention.CUDNN_FIRST if b != backend}
+        assert set(choice.others.values()) == {"it is switched off"}
+    choice = attention.torch_choice(model)
+    lines = str(choice).splitlines()
+    assert lines[0].startswith(f"torch's SDPA takes {choice.backend.name} for 8 heads and 4 of")
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [b.name for b in choice.others]
+    assert (
+        choice.others[SDPBackend.MATH] == f"it comes after {choice.backend.name} in torch's order"
+    )
+    assert str(use_fast_ops(model, [])) == str(choice)
+
+
+def test_why_a_backend_is_not_taken(monkeypatch):
+    """torch says on a GPU what it wants of each backend: as warnings, with a place in its code."""
+
+    def unusable(params, debug):
+        assert debug
+        warnings.warn("Only for half types. (Triggered internally at a.cpp:3.)", stacklevel=2)
+        warnings.warn("Head too wide.", stacklevel=2)
+        return False
+
+    def why_not(backend):
+        return attention._why_not(backend, SDPBackend.MATH, None, True)
+
+    monkeypatch.setitem(attention._USABLE, SDPBackend.FLASH_ATTENTION, unusable)
+    assert why_not(SDPBackend.FLASH_ATTENTION) == "Only for half types.; Head too wide."
+    monkeypatch.setitem(attention._USABLE, SDPBackend.CUDNN_ATTENTION, lambda params, debug: False)
+    assert why_not(SDPBackend.CUDNN_ATTENTION) == "it cannot be used here"
+    monkeypatch.setitem(attention._USABLE, SDPBackend.CUDNN_ATTENTION, lambda params, debug: True)
+    assert why_not(SDPBackend.CUDNN_ATTENTION) == "it comes after MATH in torch's order"
+
+
+def test_a_model_without_heads():
+    with pytest.raises(ValueError, match="model must have a config with num_attention_heads"):
+        attention.torch_choice(nn.Linear(2, 2))

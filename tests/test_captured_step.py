@@ -8,7 +8,7 @@ import pytest
 import torch
 from captured_models import LR, METHODS, adamw, assert_same, batch, by_hand, prepared, record_steps
 from peft import get_peft_model
-from tiny_models import tiny_model, token_ids
+from tiny_models import checkpoint_activations, tiny_model, token_ids
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -237,11 +237,10 @@ def test_dropout_is_drawn_anew(device):
 
 @on_gpu
 def test_checkpointing(device):
-    """Under checkpoints there is no cache, and so a mask, which a recording computes in full."""
     model, twin = prepared("inplace", device)
     for each in (model, twin):
-        each.get_base_model().activation_checkpointing_enable(
-            {"use_reentrant": False, "preserve_rng_state": False}
+        checkpoint_activations(
+            each.get_base_model(), {"use_reentrant": False, "preserve_rng_state": False}
         )
     optimizers = adamw(model), adamw(twin)
     step = capture(model, optimizers[0], warmup=2)

@@ -12,8 +12,11 @@ from numerics import assert_as_accurate
 from peft import get_peft_model
 from tiny_models import tiny_model, token_ids
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from s2kernels import capture, fast_ops, use_fast_ops
+from s2kernels.attention import Choice
+from s2kernels.fast_blocks import LIKE_LLAMA
 from s2kernels.peft import S2FTConfig
 
 LIGER = ("rms_norm", "rope", "cross_entropy")
@@ -42,8 +45,9 @@ def liger(monkeypatch, device):
     gemma = (Interpreted(1.0), "gemma")
     monkeypatch.setattr(fast_ops, "_NORMS", dict.fromkeys(fast_ops._NORMS, gemma))
     # CUDA's library of functions, which the interpreter lacks
-    norm = importlib.import_module("liger_kernel.ops.rms_norm")
-    monkeypatch.setattr(norm, "rsqrt", lambda x: tl.rsqrt(x))
+    for name in ("rms_norm", "fused_add_rms_norm"):
+        norm = importlib.import_module(f"liger_kernel.ops.{name}")
+        monkeypatch.setattr(norm, "rsqrt", lambda x: tl.rsqrt(x))
     loss = importlib.import_module("liger_kernel.ops.cross_entropy")
     monkeypatch.setattr(loss, "tanh", _tanh)
 
@@ -85,8 +89,9 @@ def test_results_are_as_accurate(model_type, liger, device):
     model = small_model(model_type, device=device)
     plain = copy.deepcopy(model)
     exact = tiny_model(model_type, torch.float64, num_hidden_layers=1).train().to(device)
-    done = use_fast_ops(model, LIGER)
-    assert done.on == list(LIGER) and not done.off
+    ops = [*LIGER, "block"] if model_type in LIKE_LLAMA else LIGER
+    done = use_fast_ops(model, ops)
+    assert done.on == list(ops) and not done.off
     ids = tokens(device)
     losses, gradients = zip(
         *(loss_and_gradients(each, ids) for each in (model, exact, plain)), strict=True
@@ -150,16 +155,20 @@ def test_calls_reach_the_kernels(liger, device, monkeypatch):
         )
 
     counting("liger_kernel.ops.rms_norm", "LigerRMSNormFunction")
+    counting("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
+    counting("s2kernels.autograd.swiglu", "SwiGLUFunction")
     counting("liger_kernel.ops.rope", "LigerRopeFunction")
     counting("liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
     model = small_model(device=device)
-    use_fast_ops(model, LIGER)
+    use_fast_ops(model, [*LIGER, "block"])
     ids = tokens(device)
     model(input_ids=ids, labels=ids)
     assert sorted(calls) == [
+        "LigerFusedAddRMSNormFunction",
         "LigerFusedLinearCrossEntropyFunction",
-        *["LigerRMSNormFunction"] * 3,
+        *["LigerRMSNormFunction"] * 2,
         "LigerRopeFunction",
+        "SwiGLUFunction",
     ]
 
 
@@ -270,9 +279,9 @@ def test_nothing_on_a_cpu():
     before = model(input_ids=ids, labels=ids)
     done = use_fast_ops(model)
     assert done.on == [] and list(done.off) == list(fast_ops.OPS)
-    assert str(done) == "\n".join(
-        f"{op}: off, the model is on the device cpu" for op in fast_ops.OPS
-    )
+    lines = [f"{op}: off, the model is on the device cpu" for op in fast_ops.OPS]
+    assert str(done) == "\n".join([*lines, str(done.sdpa)])
+    assert done.sdpa.backend.name in str(done)
     after = model(input_ids=ids, labels=ids)
     assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
     done.undo()
@@ -295,13 +304,24 @@ def test_reasons(monkeypatch):
     assert "half types, the model is in torch.float64" in reasons(exact, "attention")["attention"]
     half = tiny_model("llama", torch.bfloat16, head_dim=6)
     assert "8 divides, of 128 at most, it is 6" in reasons(half, "attention")["attention"]
+    half = tiny_model("llama", torch.bfloat16, head_dim=8)
+    taken = Choice(SDPBackend.CUDNN_ATTENTION, {}, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_ops, "torch_choice", lambda model: taken)
+        assert reasons(half, "attention") == {"attention": "torch takes cuDNN's by itself"}
+        assert half.config._attn_implementation == "sdpa"
     half.set_attn_implementation("eager")
+    assert use_fast_ops(half, []).sdpa is None
     assert "implementation is 'eager'" in reasons(half, "attention")["attention"]
     half.set_attn_implementation("sdpa")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert "sm_90 alone" in reasons(half, "attention")["attention"]
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     assert reasons(half, "attention") == {"attention": "torch has no cuDNN here"}
+    assert (
+        "of the model type 'gemma2' are not among llama"
+        in reasons(tiny_model("gemma2", torch.float32), "block")["block"]
+    )
     headless = tiny_model("llama", torch.float32).model
     headless.lm_head = None
     assert "has no lm_head" in reasons(headless, "cross_entropy")["cross_entropy"]

@@ -105,6 +105,14 @@ def token_ids(batch: int = 2, length: int = 9, seed: int = 1) -> Tensor:
     return torch.randint(_COMMON["vocab_size"], (batch, length), generator=generator)
 
 
+def checkpoint_activations(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Checkpoints every block. transformers renamed the method, and 5.17 has the old name alone."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
 def _randomize(model: nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():

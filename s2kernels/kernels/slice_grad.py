@@ -12,6 +12,9 @@ P/128 x R/128 tiles are far fewer than the multiprocessors of a GPU, while M is 
 are split over programs, each of which writes a partial sum in fp32, and a second kernel adds the
 partial sums in a fixed order. There are no atomics: equal inputs give bit-equal gradients.
 
+The gradient is written, added to one that is there, or used up by the moments of AdamW: the last
+kernel that holds a tile of it does either (`s2kernels.kernels.adamw`).
+
 Limit: the bytes of the wide operand, M P elements read once (R up to 128), below some 200 channels;
 2 M P R FLOPs above.
 """
@@ -21,8 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from s2kernels.kernels.adamw import update_moments
 from s2kernels.kernels.target import launch_parameters, num_sms, on_device, tuned_parameters
 from s2kernels.kernels.tiles import fitted_block, grouped_tile
+from s2kernels.moments import Moments
 
 # BLOCK_R is the largest one; fitted_block takes a smaller one for a smaller slice.
 LAUNCH = {
@@ -44,12 +49,12 @@ MIN_TOKENS_PER_SPLIT = 256
 # fmt: off
 @triton.jit
 def _slice_grad_kernel(
-    wide_ptr, slice_ptr, index_ptr, out_ptr,
+    wide_ptr, slice_ptr, index_ptr, out_ptr, exp_avg_sq_ptr,
     M, P, R, tokens_per_split,
     stride_wm, stride_wp,
     stride_sm, stride_sr,
     stride_split, stride_op, stride_or,
-    ACCUMULATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_P: tl.constexpr,
 ):
     # fmt: on
@@ -89,18 +94,24 @@ def _slice_grad_kernel(
         + offs_r[None, :] * stride_or
     )
     mask = mask_p[:, None] & mask_r[None, :]
-    if ACCUMULATE:
-        acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    if exp_avg_sq_ptr is not None:
+        exp_avg_sq_ptrs = (
+            exp_avg_sq_ptr + offs_p[:, None] * stride_op + offs_r[None, :] * stride_or
+        )
+        update_moments(acc, out_ptrs, exp_avg_sq_ptrs, mask, BETA1, BETA2)
+    else:
+        if ACCUMULATE:
+            acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # fmt: off
 @triton.jit
 def _reduce_kernel(
-    partial_ptr, out_ptr,
+    partial_ptr, out_ptr, exp_avg_sq_ptr,
     num_splits, rows, cols,
     stride_or, stride_oc,
-    ACCUMULATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # fmt: on
@@ -111,10 +122,13 @@ def _reduce_kernel(
     acc = tl.zeros((BLOCK,), tl.float32)
     for split in range(num_splits):
         acc += tl.load(partial_ptr + split * size + offs, mask=mask, other=0.0)
-    out_ptrs = out_ptr + (offs // cols) * stride_or + (offs % cols) * stride_oc
-    if ACCUMULATE:
-        acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    where = (offs // cols) * stride_or + (offs % cols) * stride_oc
+    if exp_avg_sq_ptr is not None:
+        update_moments(acc, out_ptr + where, exp_avg_sq_ptr + where, mask, BETA1, BETA2)
+    else:
+        if ACCUMULATE:
+            acc += tl.load(out_ptr + where, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def slice_grad(
@@ -122,13 +136,18 @@ def slice_grad(
     x: Tensor,
     index: Tensor | slice | None,
     dim: str,
-    out: Tensor | None = None,
+    out: Tensor | Moments | None = None,
 ) -> Tensor:
     """dyᵀ x[:, index] (N, R) for dim="in", dy[:, index]ᵀ x (R, K) for dim="out".
 
     dy (M, N), x (M, K); with index=None the operand that would be gathered is the compact (M, R).
-    Returns it in fp32, or adds it into `out`, of any floating dtype, and returns `out`.
+    Returns it in fp32, or adds it into `out`, of any floating dtype, and returns `out`, or uses it
+    up in `out`, the moments of AdamW, and returns the first of them.
     """
+    exp_avg_sq, beta1, beta2 = None, None, None
+    if isinstance(out, Moments):
+        out.check(dy)
+        out, exp_avg_sq, (beta1, beta2) = out
     wide, part = (dy, x) if dim == "in" else (x, dy)
     if isinstance(index, slice):
         part, index = part[:, index], None  # a run of channels is a view
@@ -154,20 +173,24 @@ def slice_grad(
 
     with on_device(wide):
         _slice_grad_kernel[(tiles, num_splits)](
-            wide, part, index, target,
+            wide, part, index, target, exp_avg_sq if num_splits == 1 else None,
             M, P, R, tokens_per_split,
             *wide.stride(),
             *part.stride(),
             P * R, stride_op, stride_or,
             ACCUMULATE=accumulate and num_splits == 1,
+            BETA1=beta1,
+            BETA2=beta2,
             **launch,
         )  # fmt: skip
         if num_splits > 1:
             _reduce_kernel[(triton.cdiv(P * R, REDUCE_LAUNCH["BLOCK"]),)](
-                target, out,
+                target, out, exp_avg_sq,
                 num_splits, *shape,
                 *out.stride(),
                 ACCUMULATE=accumulate,
+                BETA1=beta1,
+                BETA2=beta2,
                 **REDUCE_LAUNCH,
             )  # fmt: skip
     return out
