@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    fine-tune a small Llama with S2FT and show what it saves, beside other methods"
 	@echo "make test    all tests"
+	@echo "make test-minimum   what must hold with the oldest declared versions"
 	@echo "make check   linter, formatter and type checker"
 	@echo "make bench   every op, and training steps of every method; results and figures go to out/"
 	@echo "make bench-compare   a few steps again: is anything slower or larger than in the results?"
@@ -23,6 +24,10 @@ PAGES := README.md docs/benchmarks.md
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo
+
+.PHONY: test-minimum
+test-minimum:
+	.ci/minimum-versions
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -31,6 +31,9 @@ from s2kernels.autograd.first_order import apply, cast, first_order
 from s2kernels.reference import Index, take
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
 def s2_linear(
     x: Tensor,
     weight: Tensor,
@@ -238,13 +241,9 @@ def as_tokens(x: Tensor) -> Tensor:
 def like_tokens(y: Tensor, shape: torch.Size) -> Tensor:
     """y (M, N), which nobody else holds, as (..., N) for tokens of that shape (..., K).
 
-    It is no view: what a Function returns as one must not be written to in place.
+    It is no view for autograd: what a Function returns as one must not be written to in place.
     """
-    if len(shape) == 2:
-        return y
-    if torch.compiler.is_compiling():  # which does not trace resize_
-        return torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
-    return y.resize_((*shape[:-1], y.shape[-1]))
+    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
 
 def split_index(index: Index) -> tuple[Tensor | None, int]:

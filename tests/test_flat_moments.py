@@ -14,6 +14,7 @@ from s2kernels import capture
 from s2kernels.autograd import s2_delta, s2_linear
 from s2kernels.flat import FlatAdamW
 from s2kernels.peft import S2FTConfig
+from s2kernels.reference import slice_write
 
 N, K, R = 33, 21, 3
 INDEX = torch.tensor([6, 0, 3], dtype=torch.int32)
@@ -38,7 +39,9 @@ class Layer(nn.Module):
         if self.mode == "delta":
             base = nn.functional.linear(x, self.weight)
             return s2_delta(base, x, self.delta, self.index, **options)
-        options |= dict(mode=self.mode, base_slice=self.base_slice)
+        if self.base_slice is not None:
+            slice_write([self.weight], [self.base_slice], [self.delta], [self.index], [self.dim])
+        options |= dict(mode=self.mode)
         return s2_linear(x, self.weight, self.delta, self.index, **options)
 
 
