@@ -16,7 +16,7 @@ from bench.ledger import Storage, Value
 from bench.methods import Budget, Options
 from bench.operators import Book
 from bench.projections import PROJECTIONS, Plain
-from bench.shapes import Shape
+from bench.steps.model_shapes import Shape
 
 
 def walk(

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from bench import shapes
+from bench.steps import model_shapes as shapes
 from s2kernels import kernels, reference
 from s2kernels.kernels import fused_linear
 

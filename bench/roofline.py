@@ -23,7 +23,7 @@ from bench import entries
 from bench.activations import not_covered, walk
 from bench.ledger import Kernel, Ledger, Value
 from bench.methods import Budget, Options
-from bench.shapes import Shape
+from bench.steps.model_shapes import Shape
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OWN_WEIGHTS = ("frozen", "full", "lisa", "galore")  # methods that add no parameters

@@ -11,7 +11,7 @@ from toy_cases import fake_entry, toy_case
 from bench import cases, ceilings, extrapolation, timing
 from bench.cases import PLAIN, Case
 from bench.methods import METHODS
-from bench.shapes import TABLE
+from bench.steps.model_shapes import TABLE
 
 CPU = torch.device("cpu")
 

@@ -29,7 +29,7 @@ from bench.cases import PLAIN
 from bench.methods import METHODS, Unavailable
 from bench.methods.adapters import LoRA
 from bench.record import Record
-from bench.shapes import TABLE
+from bench.steps.model_shapes import TABLE
 from s2kernels import reference
 
 CPU = torch.device("cpu")

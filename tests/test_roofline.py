@@ -15,7 +15,7 @@ from bench.activations import walk
 from bench.methods import METHODS, Budget, Options, comparable
 from bench.methods.galore import GaLore
 from bench.roofline import floor, predict
-from bench.shapes import TABLE, Shape
+from bench.steps.model_shapes import TABLE, Shape
 from s2kernels import fast_ops
 
 # Widths that divide nothing, grouped heads whose widths do not add up to the hidden size, qwen's

@@ -2,7 +2,7 @@
 
 from bench import measure, report
 from bench.cases import Case
-from bench.shapes import TABLE
+from bench.steps.model_shapes import TABLE
 from bench.visits import Visit
 
 CEILINGS = {"gemm_flops": {"float32": 1e11, "bfloat16": 1e11}, "copy_bytes_per_second": 1e10}

@@ -6,7 +6,7 @@ Sizes: M tokens, a weight (N, K).
 from bench.ledger import Value
 from bench.methods import Budget
 from bench.operators import Book
-from bench.shapes import Shape
+from bench.steps.model_shapes import Shape
 
 
 class Plain:
