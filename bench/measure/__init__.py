@@ -1,0 +1,1 @@
+"""How things are measured: bytes, seconds, the machine, and the files of results."""

@@ -1,0 +1,221 @@
+"""Bytes, counted exactly and on every device: what a model holds, a forward keeps, a step needs.
+
+Bytes that are held are those of whole storages, each counted once. A view of a few columns that
+keeps a big activation alive therefore counts as the big activation. Peaks are the allocator's own.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._C._profiler import _EventType
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Else the profiler tells standard error of every session. It reads this at its first.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is alive between a forward and its backward, model and loss aside, in bytes."""
+
+    saved: int  # through save_for_backward: the saved activations
+    unseen: int  # anything else the forward allocated and left alive, on a ctx or a module, say
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Unique storages: identity -> bytes."""
+    found = {}
+    for tensor in tensors:
+        for part in _dense_parts(tensor):
+            storage = part.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return found
+
+
+def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What has a storage: of a sparse tensor its indices and its values."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    return (tensor,)
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(storages(tensors).values())
+
+
+def model_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers and the tensors in plain attributes of `model`'s modules."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield from tensors_in(value)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors of containers and, within these, of dataclasses."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
+
+
+def gradients(model: nn.Module) -> Iterator[Tensor]:
+    return (p.grad for p in model.parameters() if p.grad is not None)
+
+
+def states(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
+
+
+def kept_by(forward: Callable[[], Tensor], model: nn.Module) -> Kept:
+    """Runs `forward`, which returns a loss, and counts what waits for its backward.
+
+    What `model` held before (parameters, buffers, other tensors of its modules) is not counted.
+    """
+    held_before = list(model_tensors(model))  # kept alive, so that their identities stay theirs
+    held = storages(held_before)
+    handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Handle:
+        # Detached: an output that its own node saves would hold that node, and itself, for ever.
+        handle = _Handle(tensor.detach())
+        handles.add(handle)
+        return handle
+
+    with saved_tensors_hooks(pack, lambda handle: handle.tensor), _Allocations() as allocations:
+        loss = forward()
+
+    # Only what the graph of the loss still holds: a handle dies with the last node that saved it.
+    saved = storages(handle.tensor for handle in handles)
+    ignored = held.keys() | storages([loss]).keys()
+    return Kept(
+        saved=sum(size for key, size in saved.items() if key not in held),
+        unseen=sum(
+            size
+            for key, size in allocations.alive().items()
+            if key not in ignored and key not in saved
+        ),
+    )
+
+
+def peaks(actions: Sequence[Callable[[], object]], device: torch.device) -> list[int]:
+    """Runs `actions` one after another; the most bytes alive at any moment of each.
+
+    Alive are the bytes that the allocator of `device` handed out since this call began and has not
+    got back: temporaries inside an operator count. What was there before does not, and should stay;
+    so the first action should build what the others work on.
+
+    On a CPU these are the reports of torch's allocator to the profiler; what a library takes by
+    itself (packed operands of a matrix product, stacks of threads) is not torch's and not in them.
+    On CUDA they are the caching allocator's blocks in use, which it rounds up to 512 bytes; the
+    workspace of cuBLAS is one of them, in the call that first needs it.
+    """
+    return _cuda_peaks(actions, device) if device.type == "cuda" else _cpu_peaks(actions)
+
+
+def _cuda_peaks(actions: Sequence[Callable[[], object]], device: torch.device) -> list[int]:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    found = []
+    for action in actions:
+        torch.cuda.reset_peak_memory_stats(device)
+        action()
+        torch.cuda.synchronize(device)
+        found.append(torch.cuda.max_memory_allocated(device) - before)
+    return found
+
+
+def _cpu_peaks(actions: Sequence[Callable[[], object]]) -> list[int]:
+    window = "memory.peaks"
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for action in actions:
+            with record_function(window):
+                action()
+
+    reports, windows = [], []
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            if fields.device.type == "cpu":
+                reports.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+        elif event.name == window:
+            windows.append((event.start_time_ns, event.end_time_ns))
+    return _peaks_within(sorted(windows), sorted(reports, key=lambda report: report[0]))
+
+
+def _peaks_within(
+    windows: Sequence[tuple[int, int]], reports: Sequence[tuple[int, int, int]]
+) -> list[int]:
+    """The most bytes alive within each window (start, end), all in nanoseconds.
+
+    reports: (time, address, bytes), in order of time; bytes below 0 are given back.
+    """
+    sizes: dict[int, int] = {}  # of the blocks alive that were handed out since the start
+    alive = 0
+    found = []
+    following = iter(reports)
+    report = next(following, None)
+    for start, end in windows:
+        highest = None
+        while report is not None and report[0] <= end:
+            time, address, size = report
+            if highest is None and time >= start:
+                highest = alive
+            if size > 0:
+                sizes[address] = size
+                alive += size
+            else:  # 0 for a block older than the first report: its size is not known
+                alive -= sizes.pop(address, 0)
+            if highest is not None:
+                highest = max(highest, alive)
+            report = next(following, None)
+        found.append(alive if highest is None else highest)
+    return found
+
+
+class _Handle:
+    """Stands for a saved tensor in the graph."""
+
+    __slots__ = ("tensor", "__weakref__")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+class _Allocations(TorchDispatchMode):
+    """Remembers the storage of everything an operator returned, without keeping it alive."""
+
+    def __init__(self):
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = storages(_tensors((args, kwargs)))
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            for part in _dense_parts(tensor):
+                storage = part.untyped_storage()
+                if storage._cdata not in inputs:
+                    self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def alive(self) -> dict[int, int]:
+        return {key: size for key, (ref, size) in self._seen.items() if not ref.expired()}
+
+
+def _tensors(tree) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -1,0 +1,85 @@
+"""Step times that may be compared: interleaved steps, and ratios within a round.
+
+A machine that slows down for a second slows both steps of a round. So the ratio of two steps of one
+round is steadier than the ratio of two averages.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from pytest_benchmark.stats import Stats
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def order(names: Sequence[str], round_: int) -> list[str]:
+    """The order of a round: every second round reverses the one before it, then rotates by one.
+
+    Over 2 * len(names) rounds each name takes every place, with two neighbours before it. So none
+    always finds the caches as one other left them.
+    """
+    shift = round_ // 2 % len(names)
+    rotated = [*names[shift:], *names[:shift]]
+    return rotated[::-1] if round_ % 2 else rotated
+
+
+def interleave(
+    steps: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device
+) -> Iterator[dict[str, float]]:
+    """Runs one step of each method a round, `steps[name](round)`; yields its seconds by name."""
+    for round_ in range(rounds):
+        seconds = {}
+        for name in order(list(steps), round_):
+            synchronize(device)
+            start = time.perf_counter()
+            steps[name](round_)
+            synchronize(device)
+            seconds[name] = time.perf_counter() - start
+        yield {name: seconds[name] for name in steps}
+
+
+def laps(parts: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Runs `parts` one after another, without a pause; the seconds of each.
+
+    On a GPU these are CUDA events: a part ends when the device has done it, and the host does not
+    wait between two parts, as it does not in a training loop.
+    """
+    synchronize(device)
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for part in parts:
+            part()
+            marks.append(time.perf_counter())
+        return [end - start for start, end in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
+    events[0].record()
+    for part, event in zip(parts, events[1:], strict=True):
+        part()
+        event.record()
+    synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+
+
+def paired_ratios(seconds: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Per round, step time over the reference's step time."""
+    return [a / b for a, b in zip(seconds, reference, strict=True)]
+
+
+def quartiles(data: Sequence[float]) -> dict:
+    """Median, spread and the data itself; two values at least."""
+    q1, median, q3 = statistics.quantiles(data, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3, "iqr": q3 - q1, "data": list(data)}
+
+
+def stats(seconds: Sequence[float]) -> dict:
+    """What pytest-benchmark says of so many rounds."""
+    found = Stats()
+    for value in seconds:
+        found.update(value)
+    return found.as_dict() | {"iterations": 1, "data": list(seconds)}
