@@ -28,17 +28,17 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest bench/bench_ops.py --results bench/results --again --budget-s 60
+	$(BIN)/python -m pytest bench/kernels/bench_ops.py --results bench/results --again --budget-s 60
 	$(BIN)/python -m bench.laboratory --again --budget-s 850
 
 bench-compare: $(VENV)/.installed
 	$(BIN)/python -m bench.compare
 
 static: $(VENV)/.installed
-	$(BIN)/python -m bench.static
+	$(BIN)/python -m bench.kernels.compile
 
 tune: $(VENV)/.installed
-	$(BIN)/python -m bench.tune
+	$(BIN)/python -m bench.kernels.tune
 
 plots: $(VENV)/.installed
 	$(BIN)/python -m plots --readme README.md

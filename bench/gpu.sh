@@ -14,8 +14,8 @@
 #                                unfinished, and a hash of the sources and packages that it was of
 #     OUT_DIR/log.txt            what failing tests, the tuner, the ops and the laboratory said
 #     OUT_DIR/<device>/tune.json, ops.json, steps.json    to be copied to bench/results/<device>/
-#     OUT_DIR/tuned.py           to be copied to s2kernels/kernels/, for which later runs are faster:
-#                                ops and steps run with the launch parameters that are there
+#     OUT_DIR/tuned.json         s2kernels/kernels/tuned.json as the tuner renewed it, with which ops
+#                                and steps of this run were measured: to be committed
 #     OUT_DIR/results.tar        all of these, written after every part and however a run ends
 #
 # An OUT_DIR that has nothing but results.tar begins from that. So on a machine that is lent for one
@@ -97,7 +97,7 @@ python=${PYTHON:-python3}
 
 if [ -n "$rehearse" ]; then
     tests=(tests/test_swiglu_kernel.py)
-    steps=(--suite toy) tune=(--toy --ops slice_grad)
+    steps=(--suite toy) tune=(--toy --ops slice_grad --table "$out/tuned.json")
 else
     nvidia-smi || true
     tests=(tests/test_*kernel*.py tests/test_autograd_*.py tests/test_bench_memory.py)
@@ -218,10 +218,11 @@ done
 [ ${#new[@]} -eq 0 ] || run_tests $((end - budget + $(share "$TESTS"))) "${new[@]}"
 # A rehearsal without a GPU runs the kernels in Triton's interpreter.
 [ -z "$rehearse" ] || nvidia-smi >/dev/null 2>&1 || export TRITON_INTERPRET=1
-measure tune "$(share "$TUNE")" -m bench.tune "${tune[@]}" --table "$out/tuned.py"
+measure tune "$(share "$TUNE")" -m bench.kernels.tune "${tune[@]}"
+[ -n "$rehearse" ] || cp s2kernels/kernels/tuned.json "$out/"
 unset TRITON_INTERPRET
 measure ops "$(share "$OPS")" \
-    -m pytest bench/bench_ops.py -q -rs -p no:cacheprovider --benchmark-quiet
+    -m pytest bench/kernels/bench_ops.py -q -rs -p no:cacheprovider --benchmark-quiet
 # What of the steps was timed in a slow moment is timed again as long as it may be: not all of it.
 most=$budget
 [ ${#again[@]} -eq 0 ] || most=$(($(left) * 4 / 5))

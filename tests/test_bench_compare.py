@@ -149,5 +149,5 @@ def test_make_knows_the_benchmarks():
         text=True,
         check=True,
     )
-    for words in ("pytest bench/bench_ops.py", "-m bench.laboratory", "-m bench.compare"):
+    for words in ("pytest bench/kernels/bench_ops.py", "-m bench.laboratory", "-m bench.compare"):
         assert words in done.stdout

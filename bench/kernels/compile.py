@@ -33,52 +33,12 @@ from unittest.mock import patch
 import torch
 from tqdm import tqdm
 
+from bench.kernels.chips import TARGETS, Target, occupancy
 from bench.measure import results
 from bench.steps.work import OPS, Work
 from s2kernels.files import replacing
 
 Job = tuple[str, str, torch.dtype, str]  # a key of ops.CASES, one of SIZES, dtype, target
-
-
-@dataclass(frozen=True)
-class Target:
-    """A chip: triton's name for it, what its blocks and multiprocessors have, the instructions of
-    its tensor cores and of its tensor copy engine.
-    """
-
-    backend: str
-    arch: int | str
-    matrix_instruction: str
-    num_sms: int
-    shared_bytes: int  # that one block may have
-    shared_bytes_sm: int
-    shared_bytes_reserved: int  # of every block, by the driver
-    registers_lane: int = 512  # of one lane in each quarter of a multiprocessor
-    register_granule: int = 8
-    warps_sm: int = 64
-    blocks_sm: int = 32
-    warp_size: int = 32
-    copy_instruction: str | None = None
-
-
-_TMA = r"\bcp\.async\.bulk\.tensor"
-_KIB = 1024
-TARGETS = {
-    "sm_80": Target("cuda", 80, r"\bmma\.sync", 108, 163 * _KIB, 164 * _KIB, _KIB),
-    "sm_90": Target(
-        *("cuda", 90, r"\bwgmma\.mma_async", 132, 227 * _KIB, 228 * _KIB, _KIB),
-        copy_instruction=_TMA,
-    ),
-    "sm_100": Target(
-        *("cuda", 100, r"\btcgen05\.mma", 148, 227 * _KIB, 228 * _KIB, _KIB),
-        copy_instruction=_TMA,
-    ),
-    "gfx942": Target(
-        *("hip", "gfx942", r"\bv_mfma_", 304, 64 * _KIB, 64 * _KIB, 0),
-        warps_sm=32,
-        warp_size=64,
-    ),
-}
 
 
 # (M, N, K) of LLaMA-2-7B's down_proj, and the same with no alignment left, which makes other code.
@@ -269,28 +229,6 @@ def _cubin_resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def occupancy(row: dict, chip: Target) -> dict:
-    """Blocks that a multiprocessor holds at once, and what keeps it from holding more."""
-    registers = -(-max(row["registers"], 1) // chip.register_granule) * chip.register_granule
-    quarters = 4
-    warps_by_registers = quarters * (chip.registers_lane // registers)
-    shared = row["shared_bytes"] + chip.shared_bytes_reserved
-    limits = {
-        "blocks": chip.blocks_sm,
-        "warps": chip.warps_sm // row["warps"],
-        "registers": warps_by_registers // row["warps"],
-        "shared memory": chip.shared_bytes_sm // shared if shared else chip.blocks_sm,
-    }
-    if row["tensor_memory_columns"]:
-        limits["tensor memory"] = 512 // row["tensor_memory_columns"]
-    blocks = min(limits.values())
-    return {
-        "blocks_per_sm": blocks,
-        "occupancy": round(blocks * row["warps"] / chip.warps_sm, 3),
-        "limited_by": ", ".join(name for name, limit in limits.items() if limit == blocks),
-    }
-
-
 def floor(row: dict, work: Work) -> dict:
     """Bytes, FLOPs and, for an H200 in bf16, the least time they allow and what sets it."""
     needed = {"bytes": work.bytes, "flops": work.flops}
@@ -347,21 +285,6 @@ def dumps(document: dict) -> str:
     return json.dumps(head, indent=1)[:-2] + f',\n "kernels": [\n{lines}\n ]\n}}\n'
 
 
-def summary(kernels: list[dict]) -> list[list[str]]:
-    names = ("dtype", "target", "registers", "spills", "shared_bytes", "blocks_per_sm")
-    return [
-        ["case", *names, "by", "floor us"],
-        *(
-            [
-                f"{kernel['case']} {kernel['kernel']}",
-                *(str(kernel[name]) for name in (*names, "limited_by")),
-                str(kernel.get("floor_us", "-")),
-            ]
-            for kernel in kernels
-        ),
-    ]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels.compile", description=__doc__.partition("\n")[0]
@@ -383,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.output.parent) as folder:
         (folder / args.output.name).write_text(dumps(document), encoding="utf-8")
-    print(results.table(summary(document["kernels"])))
+    print(f"{len(document['kernels'])} launches in {args.output}")
     return 0
 
 

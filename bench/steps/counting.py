@@ -35,12 +35,8 @@ LARGE = 2**16  # bytes; smaller tensors are computed, for the steps of an optimi
 aten = torch.ops.aten
 
 
-def _gemm_flops(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    return 2 * math.prod(a) * b[-1]
-
-
 def _added_gemm_flops(c, a, b, *args, **kwargs) -> int:
-    return _gemm_flops(a, b)
+    return 2 * math.prod(a) * b[-1]
 
 
 def _attention_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
@@ -61,9 +57,6 @@ def _product(q: tuple[int, ...]) -> int:
 # Of shapes. What torch lacks, and its formulas of attention, which count the masked half, too.
 FORMULAS = {
     aten.addmm_: _added_gemm_flops,
-    aten.addmv: lambda c, a, b, **kwargs: 2 * math.prod(a),
-    aten.mv: lambda a, b, **kwargs: 2 * math.prod(a),
-    aten.dot: lambda a, b, **kwargs: 2 * a[0],
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -113,13 +106,12 @@ class DryRun(TorchDispatchMode):
         def booked(*args, **kwargs):
             outer, self._within_op = self._within_op, True
             try:
-                result = run(*args, **kwargs)
+                found, result = work(*args, **kwargs), run(*args, **kwargs)
             finally:
                 self._within_op = outer
             if not outer:
-                found = work(*args, **kwargs)
-                like = next(_tensors(args))
-                self._book(0 if name in POINTWISE else found.flops, found.bytes, like.dtype)
+                flops = 0 if name in POINTWISE else found.flops
+                self._book(flops, found.bytes, next(_tensors(args)).dtype)
             return result
 
         return booked

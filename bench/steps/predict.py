@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from bench import memory
+from bench.measure import results
 from bench.methods import METHODS, Budget, Method, Options, Unavailable, adapters, comparable
 from bench.methods.spiel import SpIEL
 from bench.steps.counting import DryRun, dry_run
@@ -285,14 +286,7 @@ def _table(rows: list[dict]) -> str:
         for gpu, seconds in row["seconds"].items():
             line += [f"{seconds * 1e3:.1f}", f"{seconds / floor[gpu]:.3f}" if floor else "-"]
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)]
-        )
-        for line in lines
-    )
+    return results.table(lines)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

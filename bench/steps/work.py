@@ -87,8 +87,21 @@ def slice_write(
     indices: Sequence[Index],
     dims: Sequence[str],
 ) -> Work:
-    moved = sum(2 * size(base) for base in base_slices)
-    return Work(moved + _sizes(deltas), sum(base.numel() for base in base_slices))
+    """Scattered columns are written by the sector, which is read before where others stay."""
+    moved = sum(size(base) for base in base_slices) + _sizes(deltas)
+    for weight, base, index, dim in zip(weights, base_slices, indices, dims, strict=True):
+        if isinstance(index, slice) or dim == "out":
+            moved += size(base)
+        else:
+            moved += len(weight) * sectors(index, weight.element_size())
+    return Work(moved, sum(base.numel() for base in base_slices))
+
+
+def sectors(index: Tensor, itemsize: int) -> int:
+    """Bytes of a row that are read or written where its columns at `index` are overwritten."""
+    per_sector = SECTOR // itemsize
+    _, filled = (index.long() // per_sector).unique(return_counts=True)
+    return SECTOR * (len(filled) + int((filled < per_sector).sum()))
 
 
 def slice_linear_(y: Tensor, x: Tensor, delta: Tensor, index: Index | None, dim: str) -> Work:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench.kernels import compile
+from bench.kernels.chips import TARGETS
 from bench.kernels.ops import CASES
 
 HALF = (torch.bfloat16, torch.float16)
@@ -15,7 +16,7 @@ MODEL_JOBS = [
     (case, "7b", dtype, target)
     for case in CASES
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    for target in compile.TARGETS
+    for target in TARGETS
     if dtype != torch.float16 or target == "sm_90"
 ]
 RAGGED_JOBS = [(case, "ragged", torch.bfloat16, "sm_90") for case in CASES]
@@ -49,7 +50,7 @@ def _check(reports, job) -> list[dict]:
     launches = reports[job].result()
     assert launches
     for launch in launches:
-        assert launch["shared_bytes"] <= compile.TARGETS[target].shared_bytes, launch
+        assert launch["shared_bytes"] <= TARGETS[target].shared_bytes, launch
         # In fp32 input_precision is "ieee", which NVIDIA's tensor cores do not have.
         if launch["dot"] and dtype in HALF:
             assert launch["matrix_instruction"], launch

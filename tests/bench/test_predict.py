@@ -75,18 +75,17 @@ def expected(shape, batch, length, dtype, name, options=OPTIONS[0], device="cpu"
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_bytes_are_those_of_a_real_forward(name, dtype):
-    # Both dtypes together take every shape through all of the options.
-    offset = 0 if dtype == torch.float32 else 2
+    # All options come up, and all shapes in both dtypes.
     for number, shape in enumerate(SHAPES):
-        for chosen in ((number + offset) % 4, (number + offset + 1) % 4):
-            batch, length = [(3, 7), (1, 9), (2, 5), (2, 1)][chosen]
-            options = OPTIONS[chosen]
-            method = at_work(name, shape, length, dtype, options)
-            batches = tokens(shape, batch, length)
-            kept = memory.kept_by(lambda m=method, b=batches: m.loss(b), method.model)
-            found = expected(shape, batch, length, dtype, name, options)
-            assert (found.saved, found.unseen) == (kept.saved, kept.unseen), (shape.name, options)
-            assert found.trained == method.trained_parameters()
+        chosen = (number + (0 if dtype == torch.float32 else 2)) % len(OPTIONS)
+        batch, length = [(3, 7), (1, 9), (2, 5), (2, 1)][chosen]
+        options = OPTIONS[chosen]
+        method = at_work(name, shape, length, dtype, options)
+        batches = tokens(shape, batch, length)
+        kept = memory.kept_by(lambda m=method, b=batches: m.loss(b), method.model)
+        found = expected(shape, batch, length, dtype, name, options)
+        assert (found.saved, found.unseen) == (kept.saved, kept.unseen), (shape.name, options)
+        assert found.trained == method.trained_parameters()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -110,15 +109,17 @@ def test_attention_is_counted_at_and_below_the_diagonal():
     assert dense[14] == 2 * dense[7] > 0  # the rest is linear in the tokens
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_two_depths_tell_of_all(name, device):
+def test_two_depths_tell_of_all(name):
     shape = replace(GROUPED, layers=6, of_layers=6)
-    step = (3, 37, "float32", name, BUDGET, Options(), device)
+    step = (3, 37, "float32", name, BUDGET, Options(), "cuda")
     found, whole = predict(shape, *step), counted(shape, *step)
-    for quantity in ("trained", "flops", "bytes", "saved", "unseen"):
+    for quantity in ("trained", "flops", "saved", "unseen"):
         assert getattr(found, quantity) == getattr(whole, quantity), quantity
+    # of S2FT's channels some are neighbours, not in every layer as many
+    rel = 0.01 if name.startswith("s2ft") else 1e-9
+    assert found.bytes == pytest.approx(whole.bytes, rel=rel)
     for gpu in GPUS.values():
-        assert found.seconds(gpu) == pytest.approx(whole.seconds(gpu), rel=1e-9)
+        assert found.seconds(gpu) == pytest.approx(whole.seconds(gpu), rel=rel)
     # LISA's depends on which layers were drawn
     assert found.peak == pytest.approx(whole.peak, rel=0.01 if name == "lisa" else 0)
 
@@ -148,6 +149,21 @@ def test_a_kernel_of_a_gpu_is_one_kernel():
     assert expected(*size, device="cpu").kernels[kernel] == 0
     fused = expected(GROUPED, 3, 7, torch.bfloat16, "s2ft_inplace", device="cuda")
     assert fused.bytes < expected(*size, device="cuda").bytes
+
+
+def test_scattered_columns_are_written_by_the_sector():
+    """A sector has 16 numbers of bf16: a run of them is written, a part of them read first."""
+    weight = torch.empty(10, 64, dtype=torch.bfloat16)
+
+    def moved(index):
+        r = len(range(64)[index]) if isinstance(index, slice) else len(index)
+        base, delta = weight[:, :r].clone(), torch.zeros(10, r)
+        return work.slice_write([weight], [base], [delta], [index], ["in"]).bytes - 10 * r * 6
+
+    run = torch.arange(16, 32, dtype=torch.int32)
+    assert moved(slice(16, 32)) == moved(run) == 10 * 32
+    assert moved(run - 1) == 10 * 4 * 32
+    assert moved(torch.tensor([0, 1, 17, 40, 63])) == 10 * 8 * 32
 
 
 def test_every_op_of_the_reference_has_its_work():

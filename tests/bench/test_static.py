@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from bench.kernels import compile
-from bench.kernels.compile import TARGETS
+from bench.kernels.chips import TARGETS, occupancy
 from bench.kernels.ops import CASES
 from bench.steps.work import Work
 
@@ -147,7 +147,7 @@ def test_written_as_it_is_read():
     ],
 )
 def test_occupancy(target, changes, blocks, limit):
-    found = compile.occupancy(ROW | changes, TARGETS[target])
+    found = occupancy(ROW | changes, TARGETS[target])
     assert (found["blocks_per_sm"], found["limited_by"]) == (blocks, limit)
     assert found["occupancy"] == round(
         blocks * (ROW | changes)["warps"] / TARGETS[target].warps_sm, 3

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.kernels import candidates, laps, tune
+from bench.kernels import candidates, laps, trial, tune
 from bench.kernels.candidates import OPS, Problem
 from s2kernels import kernels
 from s2kernels.kernels import tuned
@@ -37,9 +37,9 @@ def test_rehearsal(tmp_path, monkeypatch, capsys):
         info = entry["extra_info"]
         assert not info["refused"]
         tried = candidates.candidates(Problem(info["op"], (64, 48), info["tokens"], None), toy=True)
-        assert list(info["screened"]) == [tune.words(launch) for launch in tried]
+        assert list(info["screened"]) == [trial.words(launch) for launch in tried]
         assert info["launch"] in tried
-        assert info["wins"] == tune.below_one(info["ratio_to_torch"])
+        assert info["wins"] == trial.below_one(info["ratio_to_torch"])
     launch, faster = tuned.read(tmp_path / "tuned.json")
     infos = [entry["extra_info"] for entry in entries]
     assert launch == {
@@ -121,8 +121,8 @@ def test_a_problem_that_fails_comes_last_the_next_time(tmp_path, monkeypatch, ca
             raise tune.Late
         if problem.tokens == 32:
             raise ValueError("of this size")
-        info = _info(tokens=problem.tokens) | {"source": tune.source_hash()}
-        return tune.entry(problem, {"median": 1.0}, info)
+        info = _info(tokens=problem.tokens) | {"source": trial.source_hash()}
+        return trial.entry(problem, {"median": 1.0}, info)
 
     monkeypatch.setattr(tune, "measure", measure)
     monkeypatch.setattr(tune, "problems", lambda *_: candidates.problems(["linear"], True)[:1])
@@ -166,20 +166,20 @@ def test_every_op_agrees_with_torch(op, device):
     problem = Problem(op, (48, 32), 24, torch.float16)
     arguments = problem.operands(device)
     found = getattr(kernels, op)(*arguments)
-    assert tune.errors(found, tune.allowance(op, arguments)) == ""
+    assert trial.errors(found, trial.allowance(op, arguments)) == ""
 
 
 def test_errors_see_a_wrong_result_and_a_nan():
     exact = torch.ones(2, dtype=torch.float64)
-    assert tune.errors(exact.float(), [(exact, 1e-6)]) == ""
-    assert "0.5" in tune.errors(exact.float() * 1.5, [(exact, 1e-6)])
-    assert "nan" in tune.errors(exact.float() * float("nan"), [(exact, 1e-6)])
+    assert trial.errors(exact.float(), [(exact, 1e-6)]) == ""
+    assert "0.5" in trial.errors(exact.float() * 1.5, [(exact, 1e-6)])
+    assert "nan" in trial.errors(exact.float() * float("nan"), [(exact, 1e-6)])
 
 
 def test_the_default_stays_unless_it_lost_by_more_than_the_spread():
-    assert tune.choose({"0": [1.0] * 4, "1": [0.9] * 4, "2": [0.8] * 4}) == "2"
-    assert tune.choose({"0": [1.0, 1.1, 0.9, 1.0], "1": [0.9, 1.2, 0.8, 0.99]}) == "0"
-    assert tune.choose({"1": [0.9] * 4}) == "1"
+    assert trial.choose({"0": [1.0] * 4, "1": [0.9] * 4, "2": [0.8] * 4}) == "2"
+    assert trial.choose({"0": [1.0, 1.1, 0.9, 1.0], "1": [0.9, 1.2, 0.8, 0.99]}) == "0"
+    assert trial.choose({"1": [0.9] * 4}) == "1"
 
 
 def _info(tokens=64, wins=False, launch=None, sizes=(8, 4), op="linear"):
@@ -253,8 +253,8 @@ def test_what_s2ft_trains_comes_first():
 
 def test_compiling_is_a_part_of_the_budget(monkeypatch, device):
     now = [100.0]
-    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
-    clock = tune.Clock(10.0)
+    monkeypatch.setattr(trial.time, "monotonic", lambda: now[0])
+    clock = trial.Clock(10.0)
     clock.check(needed=10.0)
     now[0] += 1
     with pytest.raises(tune.Late):
@@ -262,11 +262,11 @@ def test_compiling_is_a_part_of_the_budget(monkeypatch, device):
     problem = Problem("slice_grad", (4096, 128), 4096, torch.bfloat16)
     tried = candidates.candidates(problem, toy=False)
     assert (len(tried), candidates.programs(tried)) == (1 + 4 * 8, 1 + 4)
-    monkeypatch.setattr(tune.os, "cpu_count", lambda: 2)  # 5 launches take 2.5 s
+    monkeypatch.setattr(trial.os, "cpu_count", lambda: 2)  # 5 launches take 2.5 s
     monkeypatch.setattr(Problem, "operands", None)
     now[0] = 107.6
     with pytest.raises(tune.Late):
-        tune.measure(problem, torch.device("cuda"), False, clock)
+        trial.measure(problem, torch.device("cuda"), False, clock)
 
 
 class Gpu:
