@@ -171,7 +171,7 @@ def counted(
 
         kept = memory.kept_by(forward, method.model)
         run.phase = "head"
-        method.backward(losses.pop())
+        losses.pop().backward()
         run.phase = "optimizer"
         method.update()
         return Prediction(

