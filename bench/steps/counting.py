@@ -8,8 +8,8 @@ real: indices are drawn and looked up, autograd builds its graph and frees what 
 
 Counted, operator by operator:
 
-    FLOPs   by the formulas of torch's FlopCounterMode, and `FORMULAS` for what it leaves out
-    bytes   operands are read, results written, once each; `_moved` has the exceptions
+    FLOPs   by the formulas of torch's FlopCounterMode, and `work.FORMULAS` for what it leaves out
+    bytes   operands are read, results written, once each; `work.moved` has the exceptions
     alive   the storages that operators allocated and that are not yet freed, in bytes
 """
 
@@ -28,38 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.steps.work import OPS, POINTWISE, Work, size
+from bench.steps.work import FORMULAS, OPS, POINTWISE, Work, moved
 from s2kernels import backend, reference
 
 LARGE = 2**16  # bytes; smaller tensors are computed, for the steps of an optimizer are among them
 aten = torch.ops.aten
-
-
-def _added_gemm_flops(c, a, b, *args, **kwargs) -> int:
-    return 2 * math.prod(a) * b[-1]
-
-
-def _attention_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
-    """Two products, at or below the diagonal."""
-    return 2 * _product(q)
-
-
-def _attention_backward_flops(dy, q, *args, out_val=None, **kwargs) -> int:
-    """Five products: the scores are made anew."""
-    return 5 * _product(q)
-
-
-def _product(q: tuple[int, ...]) -> int:
-    batch, heads, length, head_dim = q
-    return batch * heads * length * (length + 1) * head_dim
-
-
-# Of shapes. What torch lacks, and its formulas of attention, which count the masked half, too.
-FORMULAS = {
-    aten.addmm_: _added_gemm_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
 
 
 class DryRun(TorchDispatchMode):
@@ -117,7 +90,7 @@ class DryRun(TorchDispatchMode):
         return booked
 
     def _count(self, func, args, kwargs, result, tensors, results) -> None:
-        nbytes = _moved(func, args, kwargs, tensors, results)
+        nbytes = moved(func, args, kwargs, tensors, results)
         if nbytes:
             formula = self._formulas.get(func.overloadpacket)
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
@@ -205,6 +178,10 @@ def _is_large(x: Tensor) -> bool:
     return is_plain and x.numel() * x.itemsize > LARGE
 
 
+# Of no tensor they make one, which may be large.
+_MADE_OF_NOTHING = {aten.eye, aten.full, aten.ones, aten.rand, aten.randn}
+
+
 def _is_long(func, tensors: list[Tensor]) -> bool:
     """Whether an operator would take long: it meets a large tensor, or may make one of small ones.
 
@@ -225,10 +202,11 @@ def _hollow(func, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What `func` returns, but for its numbers; what it would write to is returned as it is."""
     given = list(_tensors((args, kwargs)))
     if any(x.layout is not torch.strided for x in given):
-        # What looks at the entries of a sparse tensor does little; what adds it to a dense one not.
+        # Looking at the entries of a sparse tensor is quick. Adding it to a dense one is not.
         dense = next((x for x in given if x.layout is torch.strided), None)
-        is_sum = func.overloadpacket in (aten.add, aten.add_) and dense is not None
-        return _empty(dense) if is_sum else func(*args, **kwargs)
+        if dense is not None and func.overloadpacket is aten.add:
+            return _empty(dense)
+        return dense if func.overloadpacket is aten.add_ else func(*args, **kwargs)
     key = (func, _sizes(args), _sizes(kwargs), torch.get_default_dtype())
     if key not in _known:
         shadows: list[Tensor] = []
@@ -289,44 +267,3 @@ def _tensors(x: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
     elif isinstance(x, dict):
         yield from _tensors(list(x.values()))
-
-
-# Nothing is read or written: memory is taken, or described anew.
-_IDLE = {
-    *(aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided),
-    *(aten._unsafe_view, aten.lift_fresh, aten.resize_, aten.set_, aten._local_scalar_dense),
-}
-_MADE_OF_NOTHING = {aten.eye, aten.full, aten.ones, aten.rand, aten.randn}
-# What they write to, they do not read.
-_OVERWRITING = {aten.copy_, aten.zero_, aten.fill_, aten.normal_, aten.uniform_}
-_LOOKING_UP = {aten.index_select, aten.index, aten.gather, aten.embedding, aten.take}
-
-
-def _moved(func, args, kwargs, tensors: list[Tensor], results: list[Tensor]) -> int:
-    """Bytes that an operator reads and writes: its operands and its results, once each."""
-    op = func.overloadpacket
-    if op in _IDLE:
-        return 0
-    if op in _LOOKING_UP:  # the table is read where it is looked at
-        return sum(map(size, tensors[1:])) + 2 * sum(map(size, results))
-    if op is aten.embedding_dense_backward:  # zeros, and the rows that are there added
-        return 2 * size(tensors[0]) + size(tensors[1]) + size(results[0])
-    if op is aten.nll_loss_forward:  # a number of every row
-        return tensors[1].numel() * (tensors[0].itemsize + tensors[1].itemsize)
-    if op is aten.nll_loss_backward:
-        return size(results[0]) + size(tensors[2])
-    if op in (aten.index_put_, aten.index_add_, aten.index_copy_):  # rows of the values' size
-        return sum(map(size, tensors[1:])) + 2 * size(tensors[-1])
-    if op is aten._fused_adamw_:  # parameter and two averages are read and written
-        parameters, gradients, *_ = args
-        return sum(map(size, gradients)) + 6 * sum(map(size, parameters))
-    nbytes = sum({id(x): _nbytes(x) for x in tensors}.values()) + sum(map(_nbytes, results))
-    written = [*tensors[:1]] if op in _OVERWRITING or kwargs.get("beta") == 0 else []
-    written += [x for name in ("out", "grad_input") if (x := kwargs.get(name)) is not None]
-    return nbytes - sum(map(size, written))
-
-
-def _nbytes(x: Tensor) -> int:
-    if x.layout is torch.sparse_coo:
-        return size(x._indices()) + size(x._values())
-    return size(x)

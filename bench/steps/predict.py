@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from bench import memory
-from bench.measure import results
+from bench.measure import memory, results
 from bench.methods import METHODS, Budget, Method, Options, Unavailable, adapters, comparable
 from bench.methods.spiel import SpIEL
 from bench.steps.counting import DryRun, dry_run

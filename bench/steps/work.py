@@ -1,13 +1,15 @@
-"""Bytes and FLOPs of a call of each op of `s2kernels.reference`, with the arguments of the op.
+"""Bytes and FLOPs of every op of `s2kernels.reference`, by its arguments, and of torch operators.
 
 They are what any program for the same result has to move and to multiply: every operand is read
 once and every result written once, whatever a cache would make of it. A multiplication and an
 addition are two FLOPs. The sizes are those of the reference: M tokens, weight (N, K), R channels.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from s2kernels.reference import Index
@@ -188,3 +190,74 @@ def _sizes(tensors: Iterable[Tensor | None]) -> int:
 def _plus(dense: Work, part: Tensor, delta: Tensor, width: int) -> Work:
     m, r = part.shape
     return Work(dense.bytes + size(part) + size(delta), dense.flops + 2 * m * r * width)
+
+
+# The operators of torch
+
+aten = torch.ops.aten
+
+
+def _added_gemm_flops(c, a, b, *args, **kwargs) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+def _attention_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
+    """Two products, at or below the diagonal."""
+    return 2 * _product(q)
+
+
+def _attention_backward_flops(dy, q, *args, out_val=None, **kwargs) -> int:
+    """Five products: the scores are made anew."""
+    return 5 * _product(q)
+
+
+def _product(q: tuple[int, ...]) -> int:
+    batch, heads, length, head_dim = q
+    return batch * heads * length * (length + 1) * head_dim
+
+
+# Of shapes. What torch lacks, and its formulas of attention, which count the masked half, too.
+FORMULAS = {
+    aten.addmm_: _added_gemm_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+# Nothing is read or written: memory is taken, or described anew.
+_IDLE = {
+    *(aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided),
+    *(aten._unsafe_view, aten.lift_fresh, aten.resize_, aten.set_, aten._local_scalar_dense),
+}
+# What they write to, they do not read.
+_OVERWRITING = {aten.copy_, aten.zero_, aten.fill_, aten.normal_, aten.uniform_}
+_LOOKING_UP = {aten.index_select, aten.index, aten.gather, aten.embedding, aten.take}
+
+
+def moved(func, args, kwargs, tensors: list[Tensor], results: list[Tensor]) -> int:
+    """Bytes that an operator reads and writes: its operands and its results, once each."""
+    op = func.overloadpacket
+    if op in _IDLE:
+        return 0
+    if op in _LOOKING_UP:  # the table is read where it is looked at
+        return sum(map(size, tensors[1:])) + 2 * sum(map(size, results))
+    if op is aten.embedding_dense_backward:  # zeros, and the rows that are there added
+        return 2 * size(tensors[0]) + size(tensors[1]) + size(results[0])
+    if op is aten.nll_loss_forward:  # a number of every row
+        return tensors[1].numel() * (tensors[0].itemsize + tensors[1].itemsize)
+    if op is aten.nll_loss_backward:
+        return size(results[0]) + size(tensors[2])
+    if op in (aten.index_put_, aten.index_add_, aten.index_copy_):  # rows of the values' size
+        return sum(map(size, tensors[1:])) + 2 * size(tensors[-1])
+    if op is aten._fused_adamw_:  # parameter and two averages are read and written
+        parameters, gradients, *_ = args
+        return sum(map(size, gradients)) + 6 * sum(map(size, parameters))
+    nbytes = sum({id(x): _nbytes(x) for x in tensors}.values()) + sum(map(_nbytes, results))
+    written = [*tensors[:1]] if op in _OVERWRITING or kwargs.get("beta") == 0 else []
+    written += [x for name in ("out", "grad_input") if (x := kwargs.get(name)) is not None]
+    return nbytes - sum(map(size, written))
+
+
+def _nbytes(x: Tensor) -> int:
+    if x.layout is torch.sparse_coo:
+        return size(x._indices()) + size(x._values())
+    return size(x)

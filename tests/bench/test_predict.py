@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import memory
+from bench.measure import memory
 from bench.methods import METHODS, Budget, Options, comparable
 from bench.methods.spiel import SpIEL
 from bench.steps import work
-from bench.steps.counting import FORMULAS, dry_run
+from bench.steps.counting import dry_run
 from bench.steps.model_shapes import TABLE, Shape
 from bench.steps.predict import GPUS, counted, main, predict
 from s2kernels import reference
@@ -93,7 +93,7 @@ def test_saved_bytes_are_those_of_a_real_forward(name, dtype):
 def test_flops_are_those_that_torch_counts(name, checkpointing):
     shape, options = SHAPES[1], Options(checkpointing=checkpointing)
     method = at_work(name, shape, 7, torch.float32, options)
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=work.FORMULAS) as counter:
         method.backward(method.loss(tokens(shape, 3, 7)))
     assert expected(shape, 3, 7, torch.float32, name, options).flops == counter.get_total_flops()
 
@@ -214,11 +214,12 @@ def test_the_command_prints_a_row_for_every_method(capsys):
     assert main(sizes) == 0
     printed = capsys.readouterr().out.splitlines()
     assert "predictions" in printed[0] and "not measured" in printed[-1]
-    cells = dict(zip(printed[1].split("  "), printed[2].split("  "), strict=False))
-    assert cells["method"] == "frozen"
-    for row, line in zip(rows, printed[2:], strict=False):
-        floor = rows[0]["seconds"]["H200"]
-        assert f"{row['seconds']['H200'] / floor:.3f}" in line.split()
+    lines = [line.split() for line in printed[3:]]  # below the head and its rule
+    floor = rows[0]["seconds"]["H200"]
+    for row, line in zip(rows, lines, strict=False):
+        seconds = row["seconds"]["H200"]
+        assert line[0] == row["method"]
+        assert line[6:8] == [f"{seconds * 1e3:.1f}", f"{seconds / floor:.3f}"]
 
 
 def test_a_product_is_bound_by_its_flops_and_a_copy_by_its_bytes():
