@@ -131,7 +131,7 @@ def dry_run(device: str) -> Iterator[DryRun]:
     """
     run = DryRun()
     if device == "cpu":
-        with run:
+        with _untouched_memory(), run:
             yield run
         return
     ops = {
@@ -150,11 +150,23 @@ def dry_run(device: str) -> Iterator[DryRun]:
         kernels.linear_dx(dy, weight), *others
     )
     with (
+        _untouched_memory(),
         patch.object(backend, "select", lambda x, impl=None: kernels),
         patch.object(backend, "prefers_joined", lambda weight: True),
         run,
     ):
         yield run
+
+
+@contextmanager
+def _untouched_memory() -> Iterator[None]:
+    """Deterministic algorithms fill what is empty, which would take the memory of a whole model."""
+    settings: Any = torch.utils.deterministic
+    filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = filled
 
 
 def _of_shapes(formula: Callable[..., int]) -> Callable[..., int]:

@@ -2,16 +2,18 @@
 
     python -m bench.predict [--model llama-2-7b ...] [--tokens 4096] [--gpu H200 A100]
 
-Nothing is measured and no GPU is needed. The real code of transformers, of PEFT and of the methods
-runs on models of two depths, by `bench.steps.counting` without computing anything, and what was
-counted is continued to the whole depth: a step of n layers is a fixed part and n - 1 equal parts,
-so a straight line through two depths is exact. (The peak is that of each phase of the step,
-continued, and then the highest. LISA's may be a little off, as it depends on the layers drawn.)
+Nothing is measured, and no GPU is needed. The real code of transformers, PEFT and the methods runs
+on models of two depths. `bench.steps.counting` runs it without computing anything and counts what
+it would do. The counts are then continued to the whole depth: a step of n layers is a fixed part
+and n - 1 equal parts, so a straight line through two depths is exact. The bytes alive are continued
+for each phase of the step, and the peak is the highest of them. (LISA's peak may be a little off:
+it depends on which layers were drawn.)
 
-Time: every operator takes the longer of its FLOPs at the rate of a large matrix product and of its
-bytes at the rate of a large copy, one after another. Left out are caches, idle multiprocessors,
-launches, and Python: a step is host-bound below about a thousand tokens, and slower than this. Also
-left out is what happens every so many steps only: GaLore's SVD, the entries that SpIEL replaces.
+Time: every operator takes the longer of two times, its FLOPs at the rate of a large matrix product
+and its bytes at the rate of a large copy. Operators run one after another. The prediction knows
+nothing of caches, idle multiprocessors, launches or Python, so with few tokens a step is slower
+than this. It also leaves out what happens only every so many steps: GaLore's SVD, and the gradients
+that SpIEL watches and the entries that it replaces.
 """
 
 import argparse
@@ -52,8 +54,8 @@ def _ceilings(name: str, half: float, single: float, copied: float) -> Ceilings:
     return Ceilings(name, {key: value * 1e12 for key, value in rates.items()}, copied * 1e12)
 
 
-# H200: measured on one, an 8192³ product of random bf16 numbers by cuBLAS and a copy; its fp32, and
-# the whole of A100 (80 GB), are from the data sheets, which no program reaches.
+# H200 in bf16: measured on one, for an 8192³ product of random numbers and for a copy. Its
+# fp32 and the A100 (80 GB) are the peaks of the data sheets, which real kernels do not reach.
 GPUS = {
     ceilings.name: ceilings
     for ceilings in (_ceilings("H200", 790, 67, 4.3), _ceilings("A100", 312, 19.5, 2.04))
