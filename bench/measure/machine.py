@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from cpuinfo import get_cpu_info
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "transformers", "peft")
@@ -45,10 +46,10 @@ def machine_info(device: torch.device) -> dict:
         "release": platform.release(),
         "python_implementation": platform.python_implementation(),
         "python_version": platform.python_version(),
-        "cpu": {"brand_raw": _cpu_name(), "count": os.cpu_count()},
+        "cpu": {"brand_raw": get_cpu_info()["brand_raw"], "count": os.cpu_count()},
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
-        "driver": _nvidia_smi("driver_version") if gpu else None,
+        "driver": _driver() if gpu else None,
         **{package: _version(package) for package in PACKAGES},
     }
 
@@ -68,18 +69,6 @@ def source_hash() -> str:
     for file in sorted([*files, *(ROOT / "bench").rglob("*.py")]):
         digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def gpu_clocks(device: torch.device) -> str | None:
-    """Clocks, temperature and power, as nvidia-smi reads them at work; None without a GPU."""
-    if device.type != "cuda":
-        return None
-    busy = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    for _ in range(500):  # about a second, while nvidia-smi looks
-        busy @ busy
-    read = _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw")
-    torch.cuda.synchronize(device)
-    return read
 
 
 def keep_freed_memory() -> None:
@@ -111,16 +100,6 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -128,11 +107,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _nvidia_smi(query: str) -> str | None:
-    """The answer for the first GPU; None without nvidia-smi."""
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"]
+def _driver() -> str | None:
+    """Of the first GPU; None without nvidia-smi."""
+    command = ["nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() or None
