@@ -2,6 +2,7 @@
 
 Each entry states in extra_info the bytes and the FLOPs that the op cannot do without. On a GPU a
 round is one replay of a graph of many launches, divided by their number: see `bench.kernels.laps`.
+The host calls what waits for the device (called_by_host): of a short op that is the host's time.
 """
 
 import time
@@ -88,10 +89,11 @@ def bench_op(benchmark, name, case, sizes, impl, device):
         run, work = getattr(backend.select(operands(1), impl), name), OPS[name]
     needed = work(*sets[0])
     benchmark.group = f"{name} {sizes}"
+    waits = impl in case.waits and name != "dense_grad"
     benchmark.extra_info.update(
-        bytes=needed.bytes, flops=needed.flops, dtype=str(operands.dtype), impl=impl
+        bytes=needed.bytes, flops=needed.flops, dtype=str(operands.dtype), called_by_host=waits
     )
     CLOCK.launches = laps.launches_in_a_lap(run, sets, device)
-    lap = laps.lap(run, sets, CLOCK.launches, device)
+    lap = laps.lap(run, sets, CLOCK.launches, device, waits)
     (seconds,) = timing.laps([lap], device)
     benchmark.pedantic(lap, rounds=rounds(seconds), iterations=1, warmup_rounds=1)

@@ -38,16 +38,19 @@ def launches_in_a_lap(run: Callable, sets: Sequence[tuple], device: torch.device
 
 
 def lap(
-    run: Callable, sets: Sequence[tuple], count: int, device: torch.device
+    run: Callable, sets: Sequence[tuple], count: int, device: torch.device, waits: bool = False
 ) -> Callable[[], object]:
-    """Calls `run` `count` times, on one set of operands after another; a graph on a GPU."""
+    """Calls `run` `count` times, on one set of operands after another; a graph on a GPU.
+
+    waits: whether `run` waits for the device, which no graph can hold: the host then calls it.
+    """
 
     def plain() -> None:
         for number in range(count):
             run(*sets[number % len(sets)])
 
     plain()  # compiles, and warms up
-    if device.type == "cpu":
+    if device.type == "cpu" or waits:
         return plain
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()

@@ -234,6 +234,7 @@ class Case:
 
     launch: what a compiler sees in the place of the op, where launches depend on contents.
     measured: whether `bench_ops` times it; by_tokens: whether the number of tokens matters to it.
+    waits: the implementations that wait for the device in a call, to look at what it found.
     """
 
     op: str
@@ -242,6 +243,7 @@ class Case:
     launch: Callable | None = None
     measured: bool = True
     by_tokens: bool = True
+    waits: tuple[str, ...] = ()
 
     def at(self, sizes: Sizes) -> Sizes:
         return sizes if self.rank is None else replace(sizes, r=self.rank)
@@ -264,7 +266,9 @@ def _sliced() -> Iterator[tuple[str, Case]]:
             widths = [r for r in _WIDTHS if r >= smallest] if dim in scattering else [256]
             for r in widths:
                 measured = dim == "in" and r == 256
-                yield f"{op}-{dim}-{r}", Case(op, partial(calls, dim), r, measured=measured)
+                waits = ("torch",) if op == "slice_grad_each" else ()
+                case = Case(op, partial(calls, dim), r, measured=measured, waits=waits)
+                yield f"{op}-{dim}-{r}", case
 
 
 CASES: dict[str, Case] = {
@@ -278,8 +282,18 @@ CASES: dict[str, Case] = {
     "swiglu_bwd": Case("swiglu_bwd", _swiglu_bwd),
     "slice_write": Case("slice_write", _slice_write, by_tokens=False),
     "sparse_write": Case("sparse_write", _sparse_write, by_tokens=False),
-    "sparse_grad": Case("sparse_grad", _sparse_grad),
-    "growth_candidates": Case("growth_candidates", _growth_candidates, launch=_launch_candidates),
+    "sparse_grad": Case("sparse_grad", _sparse_grad, waits=("torch",)),
+    "growth_candidates": Case(
+        "growth_candidates",
+        _growth_candidates,
+        launch=_launch_candidates,
+        waits=("torch", "triton"),
+    ),
     "sm3_update": Case("sm3_update", _sm3_update, by_tokens=False),
-    "sm3_growth": Case("sm3_growth", _sm3_growth, launch=_launch_products, by_tokens=False),
+    "sm3_growth": Case(
+        *("sm3_growth", _sm3_growth),
+        launch=_launch_products,
+        by_tokens=False,
+        waits=("torch", "triton"),
+    ),
 }

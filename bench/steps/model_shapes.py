@@ -64,10 +64,6 @@ class Shape:
             "down_proj": (self.hidden, self.intermediate),
         }
 
-    def linear_parameters(self) -> int:
-        """Weights of the linears of all layers; the head and biases are none of them."""
-        return self.layers * sum(n * k for n, k in self.linears().values())
-
     def layer_parameters(self) -> int:
         """Parameters of one layer: linears, biases and norms."""
         linears = self.linears()

@@ -33,7 +33,6 @@ def test_parameters_are_those_of_the_model(name):
     assert shape.parameters() == sum(p.numel() for p in model.parameters())
     assert shape.parameters() == PUBLISHED.get(name, shape.parameters())
     linears = [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
-    assert shape.linear_parameters() == sum(weight.numel() for weight in linears)
     assert [tuple(weight.shape) for weight in linears[:7]] == list(shape.linears().values())
     layer = model.model.layers[0]
     assert shape.layer_parameters() == sum(p.numel() for p in layer.parameters())

@@ -315,6 +315,8 @@ def test_a_lap_is_a_graph_over_operands_in_turn(monkeypatch):
     found = laps.interleaved({"x": lap, "y": lambda: setattr(gpu, "now", gpu.now + 5)}, 4, cuda)
     assert found == {"x": [7 * 3] * 4, "y": [5] * 4}  # no call from Python is in it
     assert len(gpu.calls) == 14
+    waiting = laps.lap(gpu.launch, [("a",)], 2, cuda, waits=True)
+    assert laps.timing.laps([waiting], cuda) == [2 * 103]
 
 
 def test_operands_fill_more_than_the_cache():
