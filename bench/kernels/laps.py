@@ -1,8 +1,8 @@
 """Times of short kernels: many launches in one lap, on operands that are in no cache.
 
 On a GPU the launches of a lap are captured in a CUDA graph once and replayed, so that what the host
-takes for a launch is in no one's time. They take sets of operands in turn, of OPERAND_BYTES in all:
-none finds its own in the L2 cache.
+needs for a launch is not measured. The launches use sets of operands in turn, OPERAND_BYTES in all,
+so that no launch finds its operands in the L2 cache.
 """
 
 from collections.abc import Callable, Sequence

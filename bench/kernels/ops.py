@@ -1,9 +1,9 @@
-"""The one catalogue of the ops: what each is called with, and what it is measured and tuned at.
+"""The one catalogue of the ops: what each of them is called with.
 
-A `Case` lists calls of an op of `s2kernels.kernels` at some `Sizes`, as tuples of its arguments. Of
-these `bench_ops` times the first, on random operands; `compile` compiles what all of them launch,
-for chips that are not there, on operands without content; `tune` looks for the fastest launch of
-the ops in TUNED. Bytes and FLOPs of a call are those of `bench.steps.work`.
+A `Case` lists calls of an op of `s2kernels.kernels` at some `Sizes`, as tuples of its arguments.
+`bench_ops` times the first call, on random operands. `compile` compiles what all calls launch, on
+operands without content, for chips that are not there. `tune` takes the first call at the shapes of
+`candidates` and looks for the fastest launch. `bench.steps.work` has the bytes and FLOPs of a call.
 
 Sizes: M tokens, N out_features, K in_features, R trained channels.
 """

@@ -1,9 +1,9 @@
 """Runs real code without computing anything, and counts what it would have to do.
 
-Under a `DryRun` every operator of torch that touches a large tensor of floats gives a result of the
-right size whose numbers are never computed; torch's meta kernels say what size that is. The tensors
-are ordinary ones, on the CPU, in memory that nothing ever touches. They, and not FakeTensors, since
-a tuner asks for plain Parameters before it writes into them, as it should. All else is done for
+Under a `DryRun` an operator of torch that touches a large tensor of floats returns a tensor of the
+right size without computing its numbers. Torch's meta kernels say what size that is. The tensors
+are ordinary ones on the CPU, in memory that nothing ever touches. FakeTensors would not do: a tuner
+asks for plain Parameters before it writes into them, as it should. Everything else happens for
 real: indices are drawn and looked up, autograd builds its graph and frees what it has saved.
 
 Counted, operator by operator:
@@ -114,7 +114,7 @@ class DryRun(TorchDispatchMode):
         del self._storages[key]
 
 
-# In the place of references that go through a weight strip by strip, or look at positions.
+# Used instead of references that go through a weight in strips or look at positions.
 _RESULTS: dict[str, Callable[..., Any]] = {
     "sparse_write": lambda weights, base, delta, index: None,
     "sparse_grad": lambda dy, x, index, plan=None, grad=None: (
@@ -190,14 +190,14 @@ def _is_large(x: Tensor) -> bool:
     return is_plain and x.numel() * x.itemsize > LARGE
 
 
-# Of no tensor they make one, which may be large.
+# They take no tensor, and what they make may be large.
 _MADE_OF_NOTHING = {aten.eye, aten.full, aten.ones, aten.rand, aten.randn}
 
 
 def _is_long(func, tensors: list[Tensor]) -> bool:
     """Whether an operator would take long: it meets a large tensor, or may make one of small ones.
 
-    All else is computed, such as the counts of steps that optimizers divide by.
+    Everything else is computed: optimizers divide by a count of steps, for example.
     """
     if any(_is_large(x) for x in tensors) or func.overloadpacket in _MADE_OF_NOTHING:
         return True

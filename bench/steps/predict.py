@@ -67,8 +67,8 @@ class Prediction:
     """A step of a method at full depth.
 
     trained    numbers that it trains
-    kernels    (FLOPs, bytes, dtype) -> how often; of depths continued, some less often than never
-    saved      bytes that autograd keeps for the backward; unseen: that the forward leaves otherwise
+    kernels    (FLOPs, bytes, dtype) -> how often; a continued count may be negative
+    saved      bytes that autograd keeps for the backward; unseen: others that the forward leaves
     peaks      phase of the step -> the most bytes alive, weights included
     """
 
@@ -185,12 +185,12 @@ def counted(
 
 
 def _model(shape: Shape, length: int, dtype: str) -> nn.Module:
-    """A frozen model of which no number is ever made, on the CPU."""
+    """A frozen model on the CPU. Its numbers are never made."""
     config = shape.config(length)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.requires_grad_(False).to_empty(device="cpu")
-    for parameter in model.parameters():  # the small ones are computed with
+    for parameter in model.parameters():  # a dry run computes with the small ones
         parameter.data.zero_()
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
@@ -198,7 +198,7 @@ def _model(shape: Shape, length: int, dtype: str) -> nn.Module:
 
 
 def _mark_layers(method: Method, run: DryRun) -> None:
-    """Has the backward tell `run` in which layer it is: the last, the first, or one in between."""
+    """Makes the backward set the phase of `run`: the last layer, the first, or one between them."""
     layers = method.base.model.layers
     for number, layer in enumerate(layers):
         phase = {0: "first layer", len(layers) - 1: "last layer"}.get(number, "layers")
@@ -211,7 +211,7 @@ def _mark_layers(method: Method, run: DryRun) -> None:
 
 
 class _FirstEntries(Tensor):
-    """A mask of the first `count` entries, which is asked for nothing but where it is 1."""
+    """A mask of the first `count` entries. It can only say where it is 1."""
 
     shape_of_weight: tuple[int, int]
     count: int
@@ -227,7 +227,7 @@ class _FirstEntries(Tensor):
 
 
 def _first_entries(layer: nn.Linear, r: int, random_seed: int, **others: object) -> Tensor:
-    """For SHiRA, as many entries as `random_mask` has: where they lie changes no cost."""
+    """A mask for SHiRA, with as many entries as `random_mask`: their places change no cost."""
     mask = torch.empty(0).as_subclass(_FirstEntries)
     mask.shape_of_weight = tuple(layer.weight.shape)
     mask.count = min(r * sum(layer.weight.shape), layer.weight.numel())

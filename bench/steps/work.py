@@ -168,7 +168,7 @@ OPS: dict[str, Callable[..., Work]] = {
         *(sparse_write, sparse_grad, growth_candidates, sm3_update, sm3_growth),
     )
 }
-# Those of which a GPU's rate of matrix products says nothing.
+# Ops without a matrix product. Their FLOPs are not counted in a step.
 POINTWISE = {"swiglu", "swiglu_bwd", "slice_write", "sparse_write", "sm3_update", "sm3_growth"}
 
 
@@ -216,19 +216,19 @@ def _product(q: tuple[int, ...]) -> int:
     return batch * heads * length * (length + 1) * head_dim
 
 
-# Of shapes. What torch lacks, and its formulas of attention, which count the masked half, too.
+# They take shapes. Torch has none for addmm_, and those for attention count the masked half, too.
 FORMULAS = {
     aten.addmm_: _added_gemm_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 
-# Nothing is read or written: memory is taken, or described anew.
+# They only take memory or describe it in another way.
 _IDLE = {
     *(aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided),
     *(aten._unsafe_view, aten.lift_fresh, aten.resize_, aten.set_, aten._local_scalar_dense),
 }
-# What they write to, they do not read.
+# They write to their first argument and do not read it.
 _OVERWRITING = {aten.copy_, aten.zero_, aten.fill_, aten.normal_, aten.uniform_}
 _LOOKING_UP = {aten.index_select, aten.index, aten.gather, aten.embedding, aten.take}
 
