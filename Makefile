@@ -55,10 +55,10 @@ results: $(VENV)/.installed
 	$(MAKE) plots
 
 static: $(VENV)/.installed
-	$(BIN)/python -m bench.static
+	$(BIN)/python -m bench.kernels.compile
 
 tune: $(VENV)/.installed
-	$(BIN)/python -m bench.tune
+	$(BIN)/python -m bench.kernels.tune
 
 plots: $(VENV)/.installed
 	$(BIN)/python -m plots --pages $(PAGES)

@@ -30,7 +30,6 @@ from s2kernels.autograd.checks import (
 from s2kernels.autograd.first_order import apply, cast, first_order
 from s2kernels.reference import Index, take
 
-
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 

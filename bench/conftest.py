@@ -13,7 +13,7 @@ import pytest
 import torch
 from pytest_benchmark.utils import safe_dumps
 
-from bench import ceilings
+from bench.kernels import laps
 from bench.measure import machine, timing
 from bench.measure.results import Results
 from bench.steps.compare import overview
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config, items):
             print(f"{len(known)} results are there already; --again measures them again")
     for file in dict.fromkeys(filter(None, map(file_of, items))):
         if file.path.stem == "ops":
-            file.machine_info["ceilings"] = ceilings.measure(DEVICE)
+            file.machine_info["ceilings"] = laps.ceilings(DEVICE)
 
 
 def pytest_runtest_setup(item):

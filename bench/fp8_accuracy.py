@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from bench import report
+from bench.measure import machine
 from s2kernels.autograd import s2_delta, s2_linear
 
 COSINE, LOSS = 0.99, 0.01
@@ -228,7 +228,7 @@ def main() -> None:
     loss, expected = gradients(model, data[0])
     exact_loss, exact = gradients(prepared(args.model, torch.float32), data[0])
     result = {
-        "machine_info": report.machine_info(torch.device("cpu")),
+        "machine_info": machine.machine_info(torch.device("cpu")),
         "model": Path(args.model).name,
         "texts": {"train": args.train.name, "held out": args.test.name},
         "steps": args.steps,

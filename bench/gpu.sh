@@ -11,7 +11,8 @@
 #     OUT_DIR/tests.txt    a line for each try of a file of tests
 #     OUT_DIR/log.txt      what the tests, the tuner, the ops and the steps said
 #     OUT_DIR/<device>/    tune.json, ops.json, steps.json: to be copied to bench/results/<device>/
-#     OUT_DIR/tuned.py     to be copied to s2kernels/kernels/; later runs are faster with it
+#     OUT_DIR/tuned.json   s2kernels/kernels/tuned.json as the tuner left it; the ops and steps of
+#                          this run used it: to be committed
 #     OUT_DIR/results.tar  all of these, written however a run ends; an OUT_DIR may begin from it
 #
 # Needs python3 with torch, triton, transformers, peft, pytest, pytest-benchmark and tqdm; no network
@@ -64,7 +65,7 @@ python=${PYTHON:-python3}
 
 if [ -n "$rehearse" ]; then
     tests=(tests/test_swiglu_kernel.py)
-    steps=(--suite toy) tune=(--toy --ops slice_grad)
+    steps=(--suite toy) tune=(--toy --ops slice_grad --table "$out/tuned.json")
 else
     nvidia-smi
     tests=(tests/test_*kernel*.py tests/test_autograd_*.py tests/bench/test_bench_memory.py)
@@ -124,10 +125,11 @@ done
 wait
 # A rehearsal without a GPU runs the kernels in Triton's interpreter.
 [ -z "$rehearse" ] || nvidia-smi >/dev/null 2>&1 || export TRITON_INTERPRET=1
-measure tune "$TUNE" -m bench.tune "${tune[@]}" --table "$out/tuned.py"
+measure tune "$TUNE" -m bench.kernels.tune "${tune[@]}"
+[ -n "$rehearse" ] || cp s2kernels/kernels/tuned.json "$out/"
 unset TRITON_INTERPRET
 pytest=(-m pytest -q -rs -p no:cacheprovider --benchmark-quiet --disable-warnings)
-measure ops "$OPS" "${pytest[@]}" bench/bench_ops.py
+measure ops "$OPS" "${pytest[@]}" bench/kernels/bench_ops.py
 measure steps 100 "${pytest[@]}" bench/steps "${steps[@]}"
 
 for file in "${tests[@]}"; do

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench import report
+from bench.measure import machine
 from s2kernels.adapter import Slice, write_adapter
 from s2kernels.files import replacing
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = soak(Path(folder), args.minutes * 60, args.clients)
     device = torch.device("cpu")
-    document = {"machine_info": report.machine_info(device), **found}
+    document = {"machine_info": machine.machine_info(device), **found}
     text = json.dumps(document, indent=1)
     print(json.dumps(found, indent=1))
     if args.output is not None:

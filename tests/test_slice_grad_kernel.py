@@ -128,3 +128,16 @@ def test_measured_launch_is_used(monkeypatch, split, dim, dtype, device):
     _check(*_operands((96, 45, 51, 9), dim, "any", dtype, device), dim)
     _check(*_operands((20, 45, 51, 9), dim, "any", dtype, device), dim)
     assert split == [3, 2]
+
+
+def test_the_next_larger_measured_number_of_channels_counts(monkeypatch, device):
+    key = (target.chip(device).arch, "slice_grad", "half")
+    table = {(64, r): {512: {"BLOCK_P": r}, 4096: {}} for r in (128, 192)}
+    monkeypatch.setitem(tuned.LAUNCH, key, table | {(32, 64): {512: {"BLOCK_P": 1}}})
+    x, default = torch.empty(0, dtype=torch.bfloat16, device=device), {"BLOCK_P": 0}
+
+    def found(P, R, tokens=512):
+        return target.tuned_parameters("slice_grad", x, (P, R), tokens, default)["BLOCK_P"]
+
+    assert [found(64, r) for r in (1, 128, 129, 192, 500)] == [128, 128, 192, 192, 192]
+    assert (found(64, 129, 4000), found(48, 64), found(32, 8)) == (0, 0, 1)

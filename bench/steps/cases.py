@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
 from bench.methods import METHODS, Options
-from bench.shapes import TABLE, Shape
+from bench.steps.model_shapes import TABLE, Shape
 
 PLAIN = Options()
 CHECKPOINTING = Options(checkpointing=True)

@@ -1,5 +1,6 @@
 """What the launchers ask about dtype, layout and hardware. No other file of the kernels does."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,16 +64,26 @@ def tuned_parameters(
 ) -> dict[str, int]:
     """What was measured to be fastest for `op` on tensors like x, else `default`.
 
-    sizes are matched exactly, num_tokens by the next larger one measured, or the largest. While
-    torch.compile traces it is the default, whose choice needs no look at the device.
+    sizes are matched exactly, num_tokens by the next larger one measured, or the largest; and so is
+    R, the second of the sizes (P, R) of slice_grad. While torch.compile traces it is the default,
+    whose choice needs no look at the device.
     """
     if torch.compiler.is_compiling():
         return default
-    measured = LAUNCH.get((chip(x.device).arch, op, _dtype_key(x.dtype)), {}).get(sizes)
-    if not measured:
+    by_sizes = LAUNCH.get((chip(x.device).arch, op, _dtype_key(x.dtype)))
+    if not by_sizes:
         return default
-    larger = [tokens for tokens in measured if tokens >= num_tokens]
-    return measured[min(larger) if larger else max(measured)] or default
+    if op == "slice_grad" and sizes not in by_sizes:
+        P, R = sizes
+        sizes = P, next_larger(R, [rank for wide, rank in by_sizes if wide == P])
+    measured = by_sizes.get(sizes)
+    return (measured[next_larger(num_tokens, measured)] if measured else None) or default
+
+
+def next_larger(value: int, measured: Iterable[int]) -> int:
+    """The least of `measured` that is no less than value, else the largest; 0 of none."""
+    ordered = sorted(measured)
+    return next((each for each in ordered if each >= value), ordered[-1] if ordered else 0)
 
 
 def measured_faster(op: str, x: Tensor, weight: Tensor) -> bool:

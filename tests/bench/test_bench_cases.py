@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from bench.methods import METHODS
-from bench.shapes import TABLE
 from bench.steps import cases
 from bench.steps.cases import PLAIN, Case
+from bench.steps.model_shapes import TABLE
 
 SUITES = {"cpu": cases.cpu(), "gpu": cases.gpu(), "toy": cases.toy()}
 

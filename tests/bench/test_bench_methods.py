@@ -16,7 +16,7 @@ from bench.methods import METHODS, Budget, Options, Unavailable, comparable
 from bench.methods.adapters import LINEARS, random_mask
 from bench.methods.lora_fused import SCALE, LoRAFused
 from bench.methods.loreft import Edit, edited_positions
-from bench.shapes import TABLE
+from bench.steps.model_shapes import TABLE
 from s2kernels import backend
 
 NAMES = tuple(METHODS)

@@ -13,9 +13,9 @@ import torch
 from bench.measure import machine, timing
 from bench.methods import METHODS, Unavailable, comparable
 from bench.methods.adapters import LoRA
-from bench.shapes import TABLE
 from bench.steps import bench_steps, cases, step
 from bench.steps.cases import Case
+from bench.steps.model_shapes import TABLE
 
 CPU = torch.device("cpu")
 

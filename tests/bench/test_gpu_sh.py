@@ -57,8 +57,8 @@ def test_gpu_sh_runs_tests_tuner_ops_and_steps_and_goes_on(tmp_path, stand_in):
     (tmp_path / "fails").write_text(f"{KERNEL_TEST}\n")
     done = gpu_sh(str(out), "--rehearse", PYTHON=python, PYTHONPATH="/wheels")
     assert done.returncode == 1 and f"said on {machine.ROOT}:/wheels\n" in done.stdout
-    kinds = [KERNEL_TEST, f"bench.tune --toy --ops slice_grad --table {out}"]
-    kinds += ["bench/bench_ops.py", "bench/steps --suite toy"]
+    kinds = [KERNEL_TEST, f"bench.kernels.tune --toy --ops slice_grad --table {out}"]
+    kinds += ["bench/kernels/bench_ops.py", "bench/steps --suite toy"]
     lines = calls.read_text().splitlines()
     assert all(k in line for k, line in zip(kinds, lines, strict=True))
     assert all(f"--results {out} --budget-s" in line for line in lines[1:])

@@ -7,8 +7,10 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from bench import compiler
-from bench.compiler import TARGETS
+from bench.kernels import compile, ops
+from bench.kernels.chips import TARGETS
+from bench.steps import work
+from s2kernels import kernels
 from s2kernels.groups import BLOCKS, make_groups
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -21,7 +23,7 @@ KERNELS = {"_grouped_in_kernel", "_grouped_out_kernel"}
 def _launch(block):
     """An in-slice of down_proj and an out-slice of up_proj, 220 channels each."""
 
-    def launch(kernels, dtype, sizes):
+    def launch(dtype, sizes):
         group = torch.zeros(block, dtype=torch.int64)
         groups = make_groups(group, [range(220)], [range(220)])
         assert groups.tokens.block == block
@@ -38,8 +40,8 @@ def _launch(block):
         def empty(*shape):
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        wide, narrow = empty(sizes.M, sizes.ffn), empty(sizes.M, sizes.hidden)
-        pool = empty(10**5, sizes.hidden)
+        wide, narrow = empty(sizes.m, sizes.k), empty(sizes.m, sizes.n)
+        pool = empty(10**5, sizes.n)
         kernels.grouped_in_(narrow, wide, pool, meta)
         kernels.grouped_out_(wide, narrow, pool, meta)
 
@@ -47,15 +49,16 @@ def _launch(block):
 
 
 def reports_of(sizes, block, dtype, target):
-    compiler.CASES["grouped"] = _launch(block)
-    return compiler.launch_reports("grouped", sizes, dtype, target)
+    ops.CASES["grouped"] = ops.Case("grouped", lambda o, s: [(o.dtype, s)], launch=_launch(block))
+    work.OPS["grouped"] = lambda *arguments: work.Work(0, 0)
+    return compile.rows_of(("grouped", sizes, dtype, target))
 
 
 @pytest.fixture(scope="module")
 def reports():
     # Other processes: in this one triton may be interpreting.
     with ProcessPoolExecutor(
-        max_workers=2, mp_context=get_context("spawn"), initializer=compiler.start_worker
+        max_workers=2, mp_context=get_context("spawn"), initializer=compile.start_worker
     ) as pool:
         futures = {job: pool.submit(reports_of, *job) for job in JOBS}
         return {job: future.result() for job, future in futures.items()}
@@ -65,14 +68,14 @@ def reports():
 def test_compiles(reports, job):
     _, block, dtype, target = job
     found = reports[job]
-    assert {report.kernel for report in found} == KERNELS
+    assert {report["kernel"] for report in found} == KERNELS
     for report in found:
-        assert report.spills == 0, report
-        assert report.shared_bytes <= TARGETS[target].shared_bytes, report
-        assert report.has_dot == (block > 1)
-        assert not report.has_register_wgmma, report  # see tests/test_compile.py
+        assert report["spills"] == 0, report
+        assert report["shared_bytes"] <= TARGETS[target].shared_bytes, report
+        assert report["dot"] == (block > 1)
+        assert not report["register_wgmma"], report  # see tests/bench/test_compile.py
         # 16 tokens are too few for the instructions that are new in Hopper and Blackwell: they get
         # those of Ampere.
         new = target in ("sm_90", "sm_100")
-        if report.has_dot and dtype != torch.float32 and not (new and block == 16):
-            assert report.has_matrix_instruction, report
+        if report["dot"] and dtype != torch.float32 and not (new and block == 16):
+            assert report["matrix_instruction"], report

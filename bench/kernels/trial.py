@@ -1,4 +1,4 @@
-"""One problem of bench.tune: every candidate checked against fp64, then timed beside torch."""
+"""One problem of the tuner: every candidate checked against fp64, then timed beside torch."""
 
 import hashlib
 import os
@@ -14,17 +14,17 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from bench import report, timing
-from bench.problems import OPS, Launch, Op, Problem, Results, candidates
+from bench.kernels import laps
+from bench.kernels.candidates import Launch, Problem, candidates, peer, programs
+from bench.measure import timing
+from s2kernels import kernels, reference
 from s2kernels.kernels import target, tuned
 
-KERNELS = report.ROOT / "s2kernels" / "kernels"
 SOURCES = ("fused_linear.py", "linear.py", "slice_grad.py", "swiglu.py", "tiles.py")
 FINALISTS = 3
 SCREENING_ROUNDS = {"cuda": 3, "cpu": 1}
 FINAL_ROUNDS = {"cuda": 15, "cpu": 2}
-LAP_SECONDS = 2e-3  # of one measured lap on a GPU, in which the launches are repeated
-OPERAND_BYTES = 2**28  # so many in turn, that no launch finds its operands in the L2 cache
+COMPILE_SECONDS = 1.0  # of a CPU core for one launch: 0.6 to 1.4 were measured
 
 
 class Late(Exception):
@@ -32,11 +32,13 @@ class Late(Exception):
 
 
 class Clock:
-    def __init__(self, budget: float):
+    """Raises Late in the place of what would end after the budget."""
+
+    def __init__(self, budget: float) -> None:
         self.end = time.monotonic() + budget
 
-    def check(self) -> None:
-        if time.monotonic() > self.end:
+    def check(self, needed: float = 0.0) -> None:
+        if time.monotonic() + needed > self.end:
             raise Late
 
 
@@ -44,29 +46,31 @@ def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> 
     """The entry of a problem in the shape of pytest-benchmark's JSON.
 
     A launch with a wrong result, or that fails for any reason but too little shared memory, is
-    listed as such and takes no part: it is an error of a kernel or of a compiler, for which main
-    returns 1.
+    listed as such and takes no part: it is an error of a kernel or of a compiler.
 
-    Raises Late when it is late, RuntimeError where no launch is right, and whatever a lost GPU
-    raises.
+    Raises Late before it is late, with what compiling will take; RuntimeError where no launch is
+    right; and whatever a lost GPU raises.
     """
-    op = OPS[problem.op]
-    copies = operands(problem, op, device)
-    allowed = allowance(op, copies[0])
-    count = launches_in_a_lap(op, copies, device)
     launches = candidates(problem, toy)
-    runs = [with_launch(op, problem, launch, device) for launch in launches]
-    compile_together(runs, copies[0], device)
+    if device.type == "cuda":
+        clock.check(programs(launches) * COMPILE_SECONDS / (os.cpu_count() or 1))
+    torch.manual_seed(0)
+    sets = laps.operand_sets(lambda: problem.operands(device), device)
+    by_torch = peer(problem.op)
+    allowed = allowance(problem.op, sets[0])
+    count = laps.launches_in_a_lap(by_torch, sets, device)
+    runs = [with_launch(problem, launch, device) for launch in launches]
+    compile_together(runs, sets[0], device)
     screened: dict[int, float] = {}
     refused = []
     for number, (launch, run) in enumerate(zip(launches, runs, strict=True)):
         clock.check()
         try:
-            if wrong := errors(run(*copies[0]), allowed):
+            if wrong := errors(run(*sets[0]), allowed):
                 refused.append({"launch": launch, "wrong": True, "why": wrong})
                 continue
-            step = lap(run, copies, count, device)
-            screened[number] = min(timing.laps([step] * SCREENING_ROUNDS[device.type], device))
+            lap = laps.lap(run, sets, count, device)
+            screened[number] = min(timing.laps([lap] * SCREENING_ROUNDS[device.type], device))
         except OutOfResources as error:
             refused.append({"launch": launch, "wrong": False, "why": str(error)})
         except Exception as error:
@@ -77,10 +81,10 @@ def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> 
 
     clock.check()
     best = sorted(screened, key=screened.__getitem__)[:FINALISTS]
-    steps = {"torch": lap(op.torch, copies, count, device)}
+    compared = {"torch": laps.lap(by_torch, sets, count, device)}
     for number in sorted({0, *best} & screened.keys()):
-        steps[str(number)] = lap(runs[number], copies, count, device)
-    seconds = interleaved(steps, FINAL_ROUNDS[device.type], device)
+        compared[str(number)] = laps.lap(runs[number], sets, count, device)
+    seconds = laps.interleaved(compared, FINAL_ROUNDS[device.type], device)
     seconds = {name: [value / count for value in values] for name, values in seconds.items()}
 
     chosen = choose({name: values for name, values in seconds.items() if name != "torch"})
@@ -106,14 +110,9 @@ def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> 
 
 def entry(problem: Problem, stats: dict | None, info: dict) -> dict:
     """The entry of `problem` in the JSON; info: its extra_info, stats: None where it failed."""
-    return {
-        "group": "tune",
-        "name": problem.name,
-        "fullname": f"bench/tune.py::{problem.name}",
-        "params": {"op": problem.op},
-        "stats": stats,
-        "extra_info": info,
-    }
+    fullname = f"bench/kernels/tune.py::{problem.name}"
+    names = {"group": "tune", "name": problem.name, "fullname": fullname}
+    return names | {"params": {"op": problem.op}, "stats": stats, "extra_info": info}
 
 
 def failure(problem: Problem, why: str) -> dict:
@@ -169,98 +168,52 @@ def below_one(ratio: dict) -> bool:
     return ratio["median"] + ratio["iqr"] < 1
 
 
-def operands(problem: Problem, op: Op, device: torch.device) -> list[tuple]:
-    """So many sets of them that one after the other leave nothing in the L2 cache."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def randn(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, device=device, dtype=problem.dtype)
-
-    first = op.operands(problem, randn)
-    size = sum(operand.nbytes for operand in first)
-    copies = 1 if device.type == "cpu" else max(1, min(16, OPERAND_BYTES // size))
-    return [first, *(op.operands(problem, randn) for _ in range(copies - 1))]
+def outputs(result: Tensor | tuple) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [x for x in result if x is not None]
 
 
-def allowance(op: Op, arguments: tuple) -> list[tuple[Tensor, float]]:
+def allowance(op: str, arguments: tuple) -> list[tuple[Tensor, float]]:
     """(exact result, largest error allowed), per output: twice that of torch, and one rounding."""
-    exact = op.exact(*(argument.double() for argument in arguments))
+    doubled = [x.double() if isinstance(x, Tensor) else x for x in arguments]
+    exact, eager = (
+        outputs(f(*a)) for f, a in ((getattr(reference, op), doubled), (peer(op), arguments))
+    )
     return [
         (
             value,
-            2 * (eager.double() - value).abs().max().item()
-            + torch.finfo(eager.dtype).eps * value.abs().max().item(),
+            2 * (found.double() - value).abs().max().item()
+            + torch.finfo(found.dtype).eps * value.abs().max().item(),
         )
-        for value, eager in zip(exact, op.torch(*arguments), strict=True)
+        for value, found in zip(exact, eager, strict=True)
     ]
 
 
-def errors(results: Results, allowed: list[tuple[Tensor, float]]) -> str:
+def errors(result: Tensor | tuple, allowed: list[tuple[Tensor, float]]) -> str:
     """What is wrong with the results, in words; nothing if they are as accurate as torch's."""
     found = ""
-    for number, (actual, (exact, bound)) in enumerate(zip(results, allowed, strict=True)):
+    for number, (actual, (exact, bound)) in enumerate(zip(outputs(result), allowed, strict=True)):
         error = (actual.double() - exact).abs().max().item()
         if not error <= bound:  # NaN is no small error either
             found += f"output {number}: error {error:.3g} against fp64, allowed {bound:.3g}. "
     return found.strip()
 
 
-def with_launch(op: Op, problem: Problem, launch: Launch, device: torch.device) -> Callable:
-    """op.triton with `launch` for what was measured; an empty one stands for the default."""
+def with_launch(problem: Problem, launch: Launch, device: torch.device) -> Callable:
+    """The kernel with `launch` for what was measured; an empty one stands for the default."""
     dtype = "float32" if problem.dtype == torch.float32 else "half"
     key = target.chip(device).arch, problem.op, dtype
     table = {key: {problem.sizes: {problem.tokens: launch}}}
 
     def run(*arguments):
         with patch.dict(tuned.LAUNCH, table, clear=True):
-            return op.triton(*arguments)
+            return getattr(kernels, problem.op)(*arguments)
 
     return run
 
 
-def launches_in_a_lap(op: Op, copies: list[tuple], device: torch.device) -> int:
-    """So many that a lap of torch takes LAP_SECONDS on a GPU; one on CPU."""
-    if device.type == "cpu":
-        return 1
-    op.torch(*copies[0])
-    (once,) = timing.laps([lambda: op.torch(*copies[-1])], device)
-    return max(len(copies), round(LAP_SECONDS / max(once, 1e-6)))
-
-
-def lap(run: Callable, copies: list[tuple], count: int, device: torch.device) -> Callable:
-    """Runs `count` times, on one set of operands after another, as a graph on a GPU: what the host
-    takes for a launch is then in no one's time.
-    """
-
-    def plain() -> None:
-        for number in range(count):
-            run(*copies[number % len(copies)])
-
-    plain()  # compiles, and warms up
-    if device.type == "cpu":
-        return plain
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        plain()
-    return graph.replay
-
-
-def interleaved(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict:
-    """Seconds of a lap by name, one a round; a first round warms up and is left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
-        names = timing.order(list(steps), round_)
-        times = timing.laps([steps[name] for name in names], device)
-        for name, value in zip(names, times, strict=True):
-            if round_ > 0:
-                seconds[name].append(value)
-    return seconds
-
-
 def source_hash() -> str:
-    """Of the kernels and of what compiles them: other code, other times."""
+    """Of the kernels and of what compiles them: other code, other times. Not of tuned.json."""
     digest = hashlib.sha256(f"{torch.__version__} {triton.__version__}".encode())
     for name in SOURCES:
-        digest.update((KERNELS / name).read_bytes())
+        digest.update((tuned.PATH.parent / name).read_bytes())
     return digest.hexdigest()[:16]

@@ -6,18 +6,20 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from bench import compiler
+from bench.kernels import compile
+from bench.kernels.chips import TARGETS
+from bench.kernels.ops import CASES
 
 HALF = (torch.bfloat16, torch.float16)
 # fp16 shares its launch parameters with bf16 and differs by one word of the instructions: one chip.
 MODEL_JOBS = [
     (case, "7b", dtype, target)
-    for case in compiler.CASES
+    for case in CASES
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    for target in compiler.TARGETS
+    for target in TARGETS
     if dtype != torch.float16 or target == "sm_90"
 ]
-RAGGED_JOBS = [(case, "ragged", torch.bfloat16, "sm_90") for case in compiler.CASES]
+RAGGED_JOBS = [(case, "ragged", torch.bfloat16, "sm_90") for case in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +27,15 @@ def reports(request):
     """job -> future of its reports, for the jobs of the tests that were selected."""
     # Fresh processes: triton is compiling in them and interpreting in this one, for good.
     pool = ProcessPoolExecutor(
-        max_workers=2, mp_context=get_context("spawn"), initializer=compiler.start_worker
+        max_workers=2, mp_context=get_context("spawn"), initializer=compile.start_worker
     )
     selected = [
         item.callspec.params["job"]
         for item in request.session.items
         if item.path == request.path and "job" in getattr(item, "fixturenames", ())
     ]
-    futures = {job: pool.submit(compiler.launch_reports, *job) for job in selected}
-    futures["uncovered"] = pool.submit(compiler.uncovered_kernels)
+    futures = {job: pool.submit(compile.rows_of, job) for job in selected}
+    futures["uncovered"] = pool.submit(compile.uncovered_kernels)
     yield futures
     pool.shutdown(cancel_futures=True)
 
@@ -43,25 +45,25 @@ def _name(job) -> str:
     return f"{case}-{str(dtype).removeprefix('torch.')}-{target}"
 
 
-def _check(reports, job) -> list[compiler.LaunchReport]:
+def _check(reports, job) -> list[dict]:
     _, _, dtype, target = job
     launches = reports[job].result()
     assert launches
     for launch in launches:
-        assert launch.shared_bytes <= compiler.TARGETS[target].shared_bytes, launch
+        assert launch["shared_bytes"] <= TARGETS[target].shared_bytes, launch
         # In fp32 input_precision is "ieee", which NVIDIA's tensor cores do not have.
-        if launch.has_dot and dtype in HALF:
-            assert launch.has_matrix_instruction, launch
+        if launch["dot"] and dtype in HALF:
+            assert launch["matrix_instruction"], launch
         # ptxas 12.9 lets registers be reused before an asynchronous wgmma has read its first
         # operand from them (triton#11781): ours come from shared memory.
-        assert not launch.has_register_wgmma, launch
+        assert not launch["register_wgmma"], launch
     return launches
 
 
 @pytest.mark.parametrize("job", MODEL_JOBS, ids=_name)
 def test_launch_at_model_shapes(reports, job):
     for launch in _check(reports, job):
-        assert launch.spills == 0, launch
+        assert launch["spills"] == 0, launch
 
 
 @pytest.mark.parametrize("job", RAGGED_JOBS, ids=_name)

@@ -64,10 +64,6 @@ class Shape:
             "down_proj": (self.hidden, self.intermediate),
         }
 
-    def linear_parameters(self) -> int:
-        """Weights of the linears of all layers; the head and biases are none of them."""
-        return self.layers * sum(n * k for n, k in self.linears().values())
-
     def layer_parameters(self) -> int:
         """Parameters of one layer: linears, biases and norms."""
         linears = self.linears()
@@ -165,6 +161,7 @@ TABLE = {
         _whole("llama-2-7b", "llama", 4096, 11008, 32, 32, 32, 128, 32000),
         _whole("llama-2-13b", "llama", 5120, 13824, 40, 40, 40, 128, 32000),
         _whole("llama-3-8b", "llama", 4096, 14336, 32, 32, 8, 128, 128256),
+        _whole("llama-3-70b", "llama", 8192, 28672, 80, 64, 8, 128, 128256),
         _whole("qwen2.5-7b", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064),
         _whole("qwen3-8b", "qwen3", 4096, 12288, 36, 32, 8, 128, 151936),
         _whole("qwen3-0.6b", "qwen3", 1024, 3072, 28, 16, 8, 128, 151936, tied=True),

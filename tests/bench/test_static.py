@@ -1,38 +1,31 @@
 """What the compiler says of the kernels: the committed table, its gates and how it is made."""
 
 import json
-from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
-import torch
 
-from bench import static
-from bench.compiler import TARGETS, LaunchReport
-from bench.launches import CASES
-from bench.work import Work
+from bench.kernels import compile
+from bench.kernels.chips import TARGETS, occupancy
+from bench.kernels.ops import CASES
+from bench.steps.work import Work
 
 TRITON = version("triton")
-COMMITTED = json.loads(static.OUTPUT.read_text(encoding="utf-8"))
+COMMITTED = json.loads(compile.OUTPUT.read_text(encoding="utf-8"))
+OLDEST = json.loads(compile.OUTPUT.with_name("kernels-3.6.json").read_text(encoding="utf-8"))
 KERNELS = COMMITTED["kernels"]
 # Those that the tensor copy engine of Hopper and Blackwell is there for.
 BY_DESCRIPTORS = {"_linear_descriptor_kernel", "_linear_dx_swiglu_bwd_kernel"}
 
-REPORT = LaunchReport(
-    kernel="k",
-    launch={},
-    grid=(1,),
-    work=Work(bytes=4300, flops=10**9),
-    has_dot=True,
-    num_warps=8,
-    registers=32,
-    spills=0,
-    shared_bytes=0,
-    tensor_memory_columns=0,
-    has_matrix_instruction=True,
-    has_register_wgmma=False,
-    has_tensor_copy=False,
-)
+LINE = {"case": "linear", "dtype": "bfloat16", "target": "sm_90", "kernel": "k", "launch": {}}
+ROW = {
+    **LINE,
+    "registers": 32,
+    "shared_bytes": 0,
+    "tensor_memory_columns": 0,
+    "warps": 8,
+    "dot": True,
+}
 
 
 def _name(kernel: dict) -> str:
@@ -41,15 +34,31 @@ def _name(kernel: dict) -> str:
 
 def test_every_case_is_listed_for_every_chip():
     listed = {(kernel["case"], kernel["dtype"], kernel["target"]) for kernel in KERNELS}
-    wanted = {
-        (case, str(dtype).removeprefix("torch."), target) for case, dtype, target in static.JOBS
-    }
-    assert listed == wanted, "make the table again: python -m bench.static"
+    wanted = {(case, compile.name_of(dtype), target) for case, _, dtype, target in compile.jobs()}
+    assert listed == wanted, "make the table again: python -m bench.kernels.compile"
     assert {case for case, *_ in listed} == CASES.keys()
 
 
-def test_nothing_spills():
-    assert [_name(kernel) for kernel in KERNELS if kernel["spills"]] == []
+def test_the_oldest_triton_launches_the_same():
+    def lines(kernels):
+        names = ("case", "dtype", "target", "kernel", "launch", "grid")
+        return {json.dumps([kernel[name] for name in names]) for kernel in kernels}
+
+    assert (OLDEST["triton"], OLDEST["sizes"]) == ("3.6.0", COMMITTED["sizes"])
+    assert lines(OLDEST["kernels"]) == lines(KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "known"),
+    [
+        (KERNELS, []),
+        # of each thread, 3.6.0 puts 16 bytes into local memory here
+        (OLDEST["kernels"], ["slice_grad_each-in-16 bfloat16 sm_80 _slice_grad_each_kernel"]),
+    ],
+    ids=[TRITON, "3.6.0"],
+)
+def test_nothing_spills(kernels, known):
+    assert [_name(kernel) for kernel in kernels if kernel["spills"]] == known
 
 
 def test_every_kernel_fits():
@@ -78,7 +87,7 @@ def test_dense_products_move_tiles_by_descriptors(target):
 
 
 def test_a_product_is_bound_by_flops_and_one_token_by_bytes():
-    M, K, N = (COMMITTED["sizes"][name] for name in ("M", "hidden", "ffn"))
+    M, K, N = (COMMITTED["sizes"][name] for name in "mkn")
     dense = [k for k in KERNELS if k["case"] in ("linear", "linear_dx") and "floor_us" in k]
     bounds = {(kernel["flops"], kernel["floor_by"]) for kernel in dense}
     assert bounds == {(2 * M * N * K, "flops"), (2 * N * K, "bytes")}
@@ -90,45 +99,44 @@ def test_a_product_is_bound_by_flops_and_one_token_by_bytes():
 def test_bytes_of_swiglu():
     sizes = COMMITTED["sizes"]
     (forward,) = [k for k in KERNELS if k["case"] == "swiglu" and "floor_us" in k]
-    assert forward["bytes"] == 3 * 2 * sizes["M"] * sizes["ffn"]
+    assert forward["bytes"] == 3 * 2 * sizes["m"] * sizes["k"]
     assert forward["floor_us"] == pytest.approx(forward["bytes"] / 4.3e12 * 1e6, abs=0.01)
 
 
 @pytest.mark.skipif(TRITON != COMMITTED["triton"], reason="the table is of another triton")
 def test_table_is_of_the_kernels_as_they_are():
     """Launches of all, and what the compiler makes of a few."""
-    assert static.differences(static.OUTPUT) == [], "make it again: python -m bench.static"
+    assert compile.differences(compile.OUTPUT) == [], "make it again: make static"
 
 
 def test_differences_are_told(tmp_path, monkeypatch):
-    row = static.row("linear", torch.bfloat16, "sm_90", REPORT)
+    row = ROW | {"spills": 0}
     path = tmp_path / "kernels.json"
 
-    def differences(launch, report, triton=TRITON):
-        path.write_text(static.dumps({"triton": triton, "kernels": [row]}))
+    def differences(launch, found, triton=TRITON):
+        path.write_text(compile.dumps({"triton": triton, "kernels": [row]}))
+        line = compile.launch_line(*LINE.values()) if launch == {} else f"linear {launch}"
         monkeypatch.setattr(
-            static,
+            compile,
             "compiled",
             lambda function, jobs, workers: [
-                (("linear", torch.bfloat16, "sm_90"), [launch])
-                if function is static.compiler.launches_of
-                else (("linear", torch.bfloat16, "sm_90"), [report])
+                (None, [line] if function is compile.launches_of else [found])
             ],
         )
-        return static.differences(path)
+        return compile.differences(path)
 
-    assert differences(("k", {}), REPORT) == []
-    assert static.main(["--check", "--output", str(path)]) == 0
-    gone, new = differences(("k", {"BLOCK": 2}), REPORT)
-    assert gone.startswith("no longer launched") and '{"BLOCK": 2}' in new
-    (changed,) = differences(("k", {}), replace(REPORT, registers=33))
+    assert differences({}, row) == []
+    assert compile.main(["--check", "--output", str(path)]) == 0
+    gone, new = differences({"BLOCK": 2}, row)
+    assert gone.startswith("no longer launched") and "BLOCK" in new
+    (changed,) = differences({}, row | {"registers": 33})
     assert '"registers": 33' in changed
-    assert static.main(["--check", "--output", str(path)]) == 1
-    assert "triton 0" in differences(("k", {}), REPORT, triton="0")[0]
+    assert compile.main(["--check", "--output", str(path)]) == 1
+    assert "triton 0" in differences({}, row, triton="0")[0]
 
 
 def test_written_as_it_is_read():
-    assert static.dumps(COMMITTED) == static.OUTPUT.read_text(encoding="utf-8")
+    assert compile.dumps(COMMITTED) == compile.OUTPUT.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -138,23 +146,27 @@ def test_written_as_it_is_read():
         ("sm_90", {"registers": 33}, 6, "registers"),
         ("sm_90", {"registers": 128}, 2, "registers"),
         ("sm_90", {"registers": 255}, 1, "registers"),
-        ("sm_90", {"num_warps": 1}, 32, "blocks"),
+        ("sm_90", {"warps": 1}, 32, "blocks"),
         ("sm_90", {"shared_bytes": 100 * 1024}, 2, "shared memory"),
         ("sm_80", {"shared_bytes": 100 * 1024}, 1, "shared memory"),
         ("sm_100", {"tensor_memory_columns": 256}, 2, "tensor memory"),
-        ("gfx942", {"num_warps": 4, "registers": 128}, 4, "registers"),
-        ("gfx942", {"num_warps": 4, "shared_bytes": 32 * 1024}, 2, "shared memory"),
+        ("gfx942", {"warps": 4, "registers": 128}, 4, "registers"),
+        ("gfx942", {"warps": 4, "shared_bytes": 32 * 1024}, 2, "shared memory"),
     ],
 )
 def test_occupancy(target, changes, blocks, limit):
-    assert static.occupancy(replace(REPORT, **changes), TARGETS[target]) == (blocks, limit)
+    found = occupancy(ROW | changes, TARGETS[target])
+    assert (found["blocks_per_sm"], found["limited_by"]) == (blocks, limit)
+    assert found["occupancy"] == round(
+        blocks * (ROW | changes)["warps"] / TARGETS[target].warps_sm, 3
+    )
 
 
 def test_floor_is_of_the_h200_in_bf16_alone():
-    row = static.row("c", torch.bfloat16, "sm_90", REPORT)
-    assert (row["floor_us"], row["floor_by"]) == (1.27, "flops")
-    row = static.row("c", torch.bfloat16, "sm_90", replace(REPORT, has_dot=False))
-    assert (row["floor_us"], row["floor_by"]) == (0.0, "bytes")
-    for dtype, target in ((torch.float32, "sm_90"), (torch.bfloat16, "sm_80")):
-        assert "floor_us" not in static.row("c", dtype, target, REPORT)
-    assert "bytes" not in static.row("c", torch.bfloat16, "sm_90", replace(REPORT, work=None))
+    work = Work(bytes=4300, flops=10**9)
+    found = compile.floor(ROW, work)
+    assert (found["floor_us"], found["floor_by"]) == (1.27, "flops")
+    found = compile.floor(ROW | {"dot": False}, work)
+    assert (found["floor_us"], found["floor_by"]) == (0.0, "bytes")
+    for changed in ({"dtype": "float32"}, {"target": "sm_80"}):
+        assert compile.floor(ROW | changed, work) == {"bytes": 4300, "flops": 10**9}

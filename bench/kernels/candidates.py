@@ -1,0 +1,185 @@
+"""What the tuner measures: ops at the shapes of real models, and the launches to try.
+
+Sizes: M tokens, N out_features, K in_features, R trained channels, P the wide side of slice_grad.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from bench.kernels.ops import CASES, Operands, Sizes
+from bench.methods import comparable
+from bench.steps.model_shapes import TABLE
+from s2kernels import kernels, reference
+
+Launch = dict[str, int]
+
+MODELS = ("llama-2-7b", "llama-2-13b", "llama-3-8b")
+# Budgets, the most usual one first: as many parameters as LoRA of a rank, or a share of all.
+BUDGETS: tuple[dict, ...] = ({"rank": 16}, {"share": 0.01}, {"rank": 32})
+SLICE_TOKENS = (512, 2048, 4096)
+# The most telling ones first: a budget may end anywhere. Those between powers of two show whether a
+# win at both ends holds where tiles fit less well.
+TOKENS = (4096, 512, 2048, 8192, 1024, 16384, 3072, 768, 6144, 1536, 12288)
+FUSED_RANK = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An op at one shape. sizes: (N, K) of the weight, for slice_grad (P, R)."""
+
+    op: str
+    sizes: tuple[int, int]
+    tokens: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        first, second = "PR" if self.op == "slice_grad" else "NK"
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = f"{first}={self.sizes[0]} {second}={self.sizes[1]}"
+        return f"{self.op} {dtype} {sizes} M={self.tokens}"
+
+    def operands(self, device: torch.device) -> tuple:
+        """Random arguments of the op: the first call of the catalogue."""
+        n, k = self.sizes
+        rank = k if self.op == "slice_grad" else min(FUSED_RANK, n, k)
+        case = CASES["slice_grad-in-256" if self.op == "slice_grad" else self.op]
+        sizes = Sizes("tuned", self.tokens, n, k, rank)
+        return next(case.calls(Operands(device, self.dtype), sizes))
+
+
+def _slice_grad_torch(dy: Tensor, x: Tensor, index: None, dim: str) -> Tensor:
+    """One GEMM of the BLAS with its sums in fp32, which torch offers on CUDA alone."""
+    if dy.is_cuda:
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return reference.slice_grad(dy, x, index, dim)
+
+
+def _swiglu_after_torch(dy: Tensor, weight: Tensor, *others: object) -> tuple:
+    return kernels.swiglu_bwd(reference.linear_dx(dy, weight), *others)
+
+
+# What runs otherwise, where that is not the reference: for SwiGLU the kernel of its own.
+_PEERS: dict[str, Callable] = {
+    "slice_grad": _slice_grad_torch,
+    "linear_dx_swiglu_bwd": _swiglu_after_torch,
+}
+# slice_grad first: it is Triton's anyway, torch having no sum into the gradient.
+OPS = (
+    *("slice_grad", "linear", "linear_dx", "linear_dx_swiglu_bwd"),
+    *("linear_plus_slice", "linear_dx_plus_slice"),
+)
+
+
+def peer(op: str) -> Callable:
+    """The op by torch: what Triton is compared with."""
+    return _PEERS.get(op) or getattr(reference, op)
+
+
+def problems(ops: list[str], toy: bool) -> list[Problem]:
+    """Those of `ops`: slice_grad, then the most telling numbers of tokens first."""
+    if toy:
+        return [Problem(op, (64, 48), tokens, torch.float16) for tokens in (32, 80) for op in ops]
+    slices = [(sizes, tokens) for sizes in slice_sizes() for tokens in SLICE_TOKENS]
+    first = [Problem("slice_grad", *each, torch.bfloat16) for each in slices if "slice_grad" in ops]
+    return first + [
+        Problem(op, sizes, tokens, torch.bfloat16)
+        for tokens in TOKENS
+        for op in ops
+        if op != "slice_grad"
+        for sizes in weight_sizes(op)
+    ]
+
+
+def slice_sizes() -> list[tuple[int, int]]:
+    """(P, R) of o_proj and down_proj that the budgets give in the models."""
+    found: dict[tuple[int, int], None] = {}
+    for given, model in product(BUDGETS, MODELS):
+        shape = TABLE[model]
+        budget = comparable(shape.config(1), **given)
+        found[shape.hidden, budget.heads * shape.head_dim] = None
+        found[shape.hidden, budget.channels] = None
+    return list(found)
+
+
+def weight_sizes(op: str) -> list[tuple[int, int]]:
+    """(N, K) of the models' linear layers, and of those that are joined for a dense product."""
+    return sorted(set(_weight_sizes(op)))
+
+
+def _weight_sizes(op: str) -> Iterator[tuple[int, int]]:
+    for model in MODELS:
+        linears = TABLE[model].linears()
+        if op == "linear_dx_swiglu_bwd":
+            yield linears["down_proj"]
+            continue
+        yield from linears.values()
+        if op in ("linear", "linear_dx"):
+            for first, second in (("gate_proj", "up_proj"), ("q_proj", "k_proj")):
+                yield linears[first][0] + linears[second][0], linears[first][1]
+
+
+_SHARED_BYTES = 227 * 1024  # of a block of sm_90 and sm_100; stages and a tile on its way out
+# (BLOCK_M, BLOCK_C, BLOCK_D, PROGRAMS, num_warps, num_stages) of the dense products. Of two
+# programs of one multiprocessor, one multiplies while the other stores.
+_DENSE = (
+    (128, 256, 64, 1, 8, 3),
+    (128, 256, 64, 1, 8, 4),
+    (256, 128, 64, 1, 8, 3),
+    (256, 128, 64, 1, 8, 4),
+    (128, 128, 64, 1, 8, 4),
+    (128, 128, 64, 1, 4, 4),
+    (128, 128, 64, 2, 4, 3),
+    (128, 128, 128, 1, 8, 3),
+    (64, 256, 64, 1, 4, 4),
+    (64, 128, 128, 1, 4, 4),
+    (64, 128, 64, 2, 4, 4),
+)
+# (BLOCK_M, BLOCK_P, largest BLOCK_R, num_warps, num_stages) of slice_grad.
+_SLICE_GRAD = (
+    (64, 128, 128, 8, 3),
+    (64, 128, 128, 8, 4),
+    (64, 128, 64, 4, 4),
+    (64, 256, 64, 8, 4),
+)
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def candidates(problem: Problem, toy: bool) -> list[Launch]:
+    """The launches to try; the empty one stands for the default beside the kernel."""
+    tried = _slice_grad(problem, toy) if problem.op == "slice_grad" else _dense(problem, toy)
+    return [{}, *tried]
+
+
+def programs(launches: list[Launch]) -> int:
+    """How many of them are compiled for themselves: SPLITS is an argument at run time."""
+    return len({tuple((k, v) for k, v in each.items() if k != "SPLITS") for each in launches})
+
+
+def _dense(problem: Problem, toy: bool) -> list[Launch]:
+    launches = []
+    for m, c, d, programs, warps, stages in ((16, 64, 16, 1, 4, 2),) if toy else _DENSE:
+        launch = dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, GROUP_M=8, PROGRAMS=programs)
+        options = dict(num_warps=warps, num_stages=stages)
+        if problem.op == "linear_dx_swiglu_bwd":
+            launches.append({**launch, **options})
+            continue
+        launches.append({**launch, "HALVES": True, **options})
+        if 2 * ((m + c) * d * stages + m * c) <= _SHARED_BYTES // programs:
+            launches.append({**launch, "HALVES": False, **options})
+    return launches
+
+
+def _slice_grad(problem: Problem, toy: bool) -> list[Launch]:
+    tiles = ((16, 16, 16, 4, 2),) if toy else _SLICE_GRAD
+    splits = [n for n in _SPLITS if n * 2 * tiles[0][0] <= problem.tokens]
+    return [
+        dict(
+            BLOCK_M=m, BLOCK_P=p, BLOCK_R=r, GROUP_P=8, SPLITS=n, num_warps=warps, num_stages=stages
+        )
+        for (m, p, r, warps, stages), n in product(tiles, splits)
+    ]

@@ -1,0 +1,314 @@
+"""What the compiler says of every kernel, for GPUs that are not there.
+
+    python -m bench.kernels.compile [--check] [--output bench/results/static/kernels.json]
+
+The launchers of `bench.kernels.ops` run on operands without content, with `JITFunction.run`
+replaced by a recorder, and every recorded launch is compiled as the JIT would for that GPU, same
+specialisation included: at the shapes of LLaMA-2-7B for sm_80, sm_90, sm_100 and gfx942 in bf16,
+and for sm_90 in fp32. A row of the table is a distinct launch: registers, spills, shared memory,
+occupancy, tensor-core and tensor-copy instructions, and of the whole call of the op the bytes, the
+FLOPs and the least time that they allow. The table depends on the kernels and on triton's version
+alone. --check asks every launcher again what it would launch, compiles a few of that, and compares.
+
+Launches are recorded and compiled in processes whose triton was imported without TRITON_INTERPRET:
+`start_worker` sees to that. Nothing here imports triton or the kernels at import time.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tqdm import tqdm
+
+from bench.kernels.chips import TARGETS, Target, occupancy
+from bench.measure import results
+from bench.steps.work import OPS, Work
+from s2kernels.files import replacing
+
+Job = tuple[str, str, torch.dtype, str]  # a key of ops.CASES, one of SIZES, dtype, target
+
+
+# (M, N, K) of LLaMA-2-7B's down_proj, and the same with no alignment left, which makes other code.
+SIZES = {"7b": (8192, 4096, 11008), "ragged": (8191, 4097, 11009)}
+RANK = 256
+OUTPUT = results.FOLDER / "static" / "kernels.json"
+SAMPLE = [
+    ("linear_dx", "7b", torch.bfloat16, "sm_90"),
+    ("slice_grad-in-64", "7b", torch.bfloat16, "sm_80"),
+    ("swiglu", "7b", torch.bfloat16, "gfx942"),
+]
+# Of an H200: an 8192³ GEMM of cuBLAS on random bf16 data, and a copy within the device's memory.
+CEILINGS = {"flops_per_second": 790e12, "bytes_per_second": 4.3e12}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch that a launcher asked for, with what the call of the op has to do."""
+
+    kernel: Any  # a JITFunction
+    arguments: tuple
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+    work: Work
+
+    def plain_options(self) -> dict[str, Any]:
+        """What JSON can say of them: numbers as they are, a dtype of triton by its name."""
+        return {
+            name: value if isinstance(value, int | str | None) else str(value)
+            for name, value in self.options.items()
+        }
+
+
+def jobs() -> list[Job]:
+    """Those of the table."""
+    from bench.kernels.ops import CASES
+
+    half = [(case, "7b", torch.bfloat16, target) for case in CASES for target in TARGETS]
+    return [*half, *((case, "7b", torch.float32, "sm_90") for case in CASES)]
+
+
+def start_worker() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    torch.set_num_threads(1)
+
+
+def rows_of(job: Job) -> list[dict]:
+    """A row for each distinct launch of a case."""
+    case, _, dtype, target = job
+    rows: dict[str, dict] = {}
+    for launch in recorded(job):
+        compiled = _compile(launch, TARGETS[target])
+        if compiled.hash not in rows:
+            rows[compiled.hash] = row(case, dtype, target, launch, compiled)
+    return list(rows.values())
+
+
+def launches_of(job: Job) -> list[str]:
+    """A line for every launch of a case, uncompiled."""
+    case, _, dtype, target = job
+    return [
+        launch_line(case, name_of(dtype), target, launch.kernel.__name__, launch.plain_options())
+        for launch in recorded(job)
+    ]
+
+
+def launch_line(case: str, dtype: str, target: str, kernel: str, launch: dict) -> str:
+    return " ".join([case, dtype, target, kernel, json.dumps(launch)])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def uncovered_kernels() -> set[str]:
+    """The kernels of the package that no case launches."""
+    import importlib
+    import pkgutil
+
+    from triton.runtime.jit import JITFunction
+
+    from bench.kernels.ops import CASES
+    from s2kernels import kernels
+
+    defined = {
+        name
+        for module in pkgutil.iter_modules(kernels.__path__, "s2kernels.kernels.")
+        for name, value in vars(importlib.import_module(module.name)).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+    return defined - {
+        launch.kernel.__name__
+        for case in CASES
+        for target in TARGETS
+        for launch in recorded((case, "7b", torch.bfloat16, target))
+    }
+
+
+def recorded(job: Job) -> list[Recorded]:
+    """What the launchers would run on that chip."""
+    from triton.runtime.jit import JITFunction
+
+    from bench.kernels.ops import CASES, Operands, Sizes
+    from s2kernels import kernels
+    from s2kernels.kernels import target as hardware
+
+    name, sizes, dtype, target = job
+    case, launches = CASES[name], []
+    operands = Operands(torch.device("meta"), dtype, random=False)
+
+    def record(self, *args, grid, warmup, **options):
+        launches.append(Recorded(self, args, options, tuple(grid), work))
+
+    chip = hardware.Chip("none", target, TARGETS[target].num_sms)
+    with patch.object(JITFunction, "run", record), patch.object(hardware, "WITHOUT_GPU", chip):
+        for arguments in case.calls(operands, case.at(Sizes(sizes, *SIZES[sizes], RANK))):
+            work = OPS[case.op](*arguments)
+            (case.launch or getattr(kernels, case.op))(*arguments)
+    return launches
+
+
+def _compile(launch: Recorded, chip: Target):
+    """What JITFunction.run does between the launch and the driver."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    gpu = GPUTarget(chip.backend, chip.arch, chip.warp_size)
+    backend = make_backend(gpu)
+    kernel, options = launch.kernel, {**launch.options, "debug": False}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, extra = binder(*launch.arguments, **options)
+    parsed, signature, constexprs, attrs = kernel._pack_args(
+        backend, options, bound, specialization, extra
+    )
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=gpu, options=parsed.__dict__)
+
+
+def row(case: str, dtype: torch.dtype, target: str, launch: Recorded, compiled: Any) -> dict:
+    """The launch in the table. Spills count registers or bytes put in local memory."""
+    chip = TARGETS[target]
+    if chip.backend == "cuda":
+        assembly = compiled.asm["ptx"]
+        registers, spills = _cubin_resources(compiled.asm["cubin"])
+    else:
+        assembly = compiled.asm["amdgcn"]
+        registers, *spilled = (
+            int(re.search(rf"\.{field}:\s*(\d+)", assembly)[1])
+            for field in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        )
+        spills = sum(spilled)
+    copies = chip.copy_instruction
+    found = {
+        "case": case,
+        "dtype": name_of(dtype),
+        "target": target,
+        "kernel": compiled.metadata.name,
+        "launch": launch.plain_options(),
+        "grid": list(launch.grid),
+        "registers": registers,
+        "spills": spills,
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_memory_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "warps": compiled.metadata.num_warps,
+        "dot": "tt.dot" in compiled.asm["ttir"],
+        "matrix_instruction": re.search(chip.matrix_instruction, assembly) is not None,
+        # One brace group holds the accumulator; a second one, the first operand in registers.
+        "register_wgmma": re.search(r"wgmma\.mma_async[^;{]*\{[^;{]*\{", assembly) is not None,
+        "tensor_copy": copies is not None and re.search(copies, assembly) is not None,
+    }
+    return found | occupancy(found, chip) | floor(found, launch.work)
+
+
+def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack and local memory), both 0 without spills."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (
+        int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL")
+    )
+    return registers, stack + local
+
+
+def floor(row: dict, work: Work) -> dict:
+    """Bytes, FLOPs and, for an H200 in bf16, the least time they allow and what sets it."""
+    needed = {"bytes": work.bytes, "flops": work.flops}
+    if (row["target"], row["dtype"]) != ("sm_90", "bfloat16"):
+        return needed
+    seconds = {
+        "bytes": work.bytes / CEILINGS["bytes_per_second"],
+        "flops": work.flops / CEILINGS["flops_per_second"] if row["dot"] else 0.0,
+    }
+    bound = max(seconds, key=seconds.__getitem__)
+    return needed | {"floor_us": round(seconds[bound] * 1e6, 2), "floor_by": bound}
+
+
+def compiled(function: Callable, jobs: list[Job], workers: int) -> Iterator[tuple[Job, list]]:
+    """(job, function of it), one after another, from processes whose triton compiles."""
+    # Fresh ones: in this one triton may be interpreting.
+    with ProcessPoolExecutor(
+        max_workers=workers, mp_context=get_context("spawn"), initializer=start_worker
+    ) as pool:
+        futures = [pool.submit(function, job) for job in jobs]
+        progress = tqdm(futures, unit="case", disable=None)
+        for job, future in zip(jobs, progress, strict=True):
+            yield job, future.result()
+
+
+def rows(jobs: list[Job], workers: int = 2) -> list[dict]:
+    """One for each distinct launch of each job, in the order of the jobs."""
+    return [row for _, found in compiled(rows_of, jobs, workers) for row in found]
+
+
+def differences(path: Path) -> list[str]:
+    """What `path` says of the launches and of SAMPLE and is no longer so, in words."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if document["triton"] != version("triton"):
+        return [f"made with triton {document['triton']}, but this is {version('triton')}"]
+    listed = {
+        launch_line(*(row[name] for name in ("case", "dtype", "target", "kernel", "launch")))
+        for row in document["kernels"]
+    }
+    now = {line for _, lines in compiled(launches_of, jobs(), workers=1) for line in lines}
+    rows_listed = {json.dumps(row) for row in document["kernels"]}
+    rows_now = [json.dumps(row) for row in rows(SAMPLE, workers=1)]
+    return [
+        *(f"no longer launched: {line}" for line in sorted(listed - now)),
+        *(f"not in the file: {line}" for line in sorted(now - listed)),
+        *(f"not in the file: {row}" for row in rows_now if row not in rows_listed),
+    ]
+
+
+def dumps(document: dict) -> str:
+    """JSON with a line for each kernel: what changes shows as the line it is."""
+    head = {name: value for name, value in document.items() if name != "kernels"}
+    lines = ",\n".join(f"  {json.dumps(kernel)}" for kernel in document["kernels"])
+    return json.dumps(head, indent=1)[:-2] + f',\n "kernels": [\n{lines}\n ]\n}}\n'
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels.compile", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--check", action="store_true", help="compile a sample and compare it")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args(argv)
+    if args.check:
+        differing = differences(args.output)
+        print("\n".join(differing) or "launches and sample are as the file says")
+        return 1 if differing else 0
+
+    document = {
+        "triton": version("triton"),
+        "sizes": dict(zip("mnk", SIZES["7b"], strict=True)),
+        "ceilings": CEILINGS,
+        "kernels": rows(jobs()),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(args.output.parent) as folder:
+        (folder / args.output.name).write_text(dumps(document), encoding="utf-8")
+    print(f"{len(document['kernels'])} launches in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Times of short kernels: many launches in one lap, on operands that are in no cache.
+
+On a GPU the launches of a lap are captured in a CUDA graph once and replayed, so that what the host
+needs for a launch is not measured. The launches use sets of operands in turn, OPERAND_BYTES in all,
+so that no launch finds its operands in the L2 cache.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bench.measure import timing
+from bench.measure.memory import tensors_in, total_bytes
+
+LAP_SECONDS = 2e-3  # of one lap on a GPU
+OPERAND_BYTES = 2**28  # several times the L2 cache
+MAX_SETS = 16
+
+
+def operand_sets(make: Callable[[], tuple], device: torch.device) -> list[tuple]:
+    """The arguments that `make` makes, and so many more sets of them as OPERAND_BYTES allow."""
+    first = make()
+    if device.type == "cpu":
+        return [first]
+    nbytes = max(1, total_bytes(tensors_in(first)))
+    number = max(1, min(MAX_SETS, OPERAND_BYTES // nbytes))
+    return [first, *(make() for _ in range(number - 1))]
+
+
+def launches_in_a_lap(run: Callable, sets: Sequence[tuple], device: torch.device) -> int:
+    """So many that a lap of `run` takes LAP_SECONDS on a GPU; one on a CPU."""
+    if device.type == "cpu":
+        return 1
+    run(*sets[0])
+    (once,) = timing.laps([lambda: run(*sets[-1])], device)
+    return max(len(sets), round(LAP_SECONDS / max(once, 1e-6)))
+
+
+def lap(
+    run: Callable, sets: Sequence[tuple], count: int, device: torch.device, waits: bool = False
+) -> Callable[[], object]:
+    """Calls `run` `count` times, on one set of operands after another; a graph on a GPU.
+
+    waits: whether `run` waits for the device, which no graph can hold: the host then calls it.
+    """
+
+    def plain() -> None:
+        for number in range(count):
+            run(*sets[number % len(sets)])
+
+    plain()  # compiles, and warms up
+    if device.type == "cpu" or waits:
+        return plain
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plain()
+    return graph.replay
+
+
+def interleaved(
+    laps: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each lap by name, one a round. The first round warms up and is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in laps}
+    for round_ in range(rounds + 1):
+        names = timing.order(list(laps), round_)
+        times = timing.laps([laps[name] for name in names], device)
+        for name, value in zip(names, times, strict=True):
+            if round_ > 0:
+                seconds[name].append(value)
+    return seconds
+
+
+def ceilings(device: torch.device) -> dict:
+    """What the machine can do at most, on random data: medians.
+
+    {"gemm_flops": FLOP/s of a large square product by dtype, "copy_bytes_per_second": bytes read
+    and written by a large copy}. fp32 products as the steps run them: TF32 only if torch is set so.
+    """
+    size = {"cpu": 1024, "cuda": 8192}[device.type]
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        product = _median(lambda x=x, weight=weight: torch.mm(x, weight), device)
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / product
+    nbytes = {"cpu": 2**28, "cuda": 2**31}[device.type]  # several times the last cache
+    source = torch.randn(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * nbytes / _median(lambda: target.copy_(source), device)
+    return {"gemm_flops": rates, "copy_bytes_per_second": copied}
+
+
+def _median(action: Callable[[], Tensor], device: torch.device, rounds: int = 10) -> float:
+    timing.laps([action] * 2, device)
+    return timing.quartiles(timing.laps([action] * rounds, device))["median"]

@@ -1,0 +1,305 @@
+"""The one catalogue of the ops: what each of them is called with.
+
+A `Case` lists calls of an op of `s2kernels.kernels` at some `Sizes`, as tuples of its arguments.
+`bench_ops` times the first call, on random operands. `compile` compiles what all calls launch, on
+operands without content, for chips that are not there. `tune` takes the first call at the shapes of
+`candidates` and looks for the fastest launch. `bench.steps.work` has the bytes and FLOPs of a call.
+
+Sizes: M tokens, N out_features, K in_features, R trained channels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from s2kernels import kernels
+from s2kernels.plan import TilePlan, index_dtype
+
+
+@dataclass(frozen=True)
+class Sizes:
+    name: str
+    m: int
+    n: int
+    k: int
+    r: int
+
+    def __str__(self) -> str:
+        return f"{self.name} M={self.m}"
+
+
+@dataclass
+class Operands:
+    """Makes operands on `device` in `dtype`: random ones, or without content for a compiler."""
+
+    device: torch.device
+    dtype: torch.dtype
+    random: bool = True
+    layers: int = 32  # that a kernel which serves a whole model gets at once
+    experts: int = 8
+    _drawn: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def host(self) -> "Operands":
+        """The same, but of tensors that have an address: a launcher puts it into a table."""
+        if self.device.type != "meta":
+            return self
+        return replace(self, device=torch.device("cpu"), layers=2)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        make = torch.randn if self.random else torch.empty
+        return make(*shape, device=self.device, dtype=dtype or self.dtype)
+
+    def fp32(self, *shape: int) -> Tensor:
+        return self(*shape, dtype=torch.float32)
+
+    def index(self, r: int, size: int) -> Tensor:
+        """R of so many channels, int32, in order."""
+        if self.device.type == "meta":
+            return torch.empty(r, dtype=torch.int32, device="meta")
+        return torch.randperm(size)[:r].sort().values.to(self.device, torch.int32)
+
+    def entries(self, n: int, k: int) -> Tensor:
+        """Positions in a weight (N, K), sorted: about as many as LoRA of rank 16 has parameters.
+
+        A little fewer, for those that are drawn twice: a permutation of all takes seconds.
+        """
+        if (n, k) not in self._drawn:
+            drawn = torch.randint(n * k, (16 * (n + k),), device=self.device).unique()
+            self._drawn[n, k] = drawn.to(index_dtype((n, k)))
+        return self._drawn[n, k]
+
+
+Arguments = tuple
+Calls = Iterator[Arguments]
+
+
+def _linear(o: Operands, s: Sizes) -> Calls:
+    x, weight = o(s.m, s.k), o(s.n, s.k)
+    yield x, weight
+    yield x, weight, o(s.n)
+    yield x[:1], weight  # one token is no tensor to Triton, but the number 1
+
+
+def _linear_dx(o: Operands, s: Sizes) -> Calls:
+    yield o(s.m, s.n), o(s.n, s.k)
+
+
+def _linear_plus_slice(o: Operands, s: Sizes) -> Calls:
+    yield o(s.m, s.k), o(s.n, s.k), None, o(s.m, s.r), o.fp32(s.n, s.r)
+    yield o(s.m, s.k), o(s.n, s.k), o(s.n), o(s.m, s.r), o.fp32(s.n, s.r)
+
+
+def _linear_dx_plus_slice(o: Operands, s: Sizes) -> Calls:
+    yield o(s.m, s.n), o(s.n, s.k), o(s.m, s.r), o.fp32(s.r, s.k)
+
+
+def _linear_dx_swiglu_bwd(o: Operands, s: Sizes) -> Calls:
+    dy, weight, gate, up = o(s.m, s.n), o(s.n, s.k), o(s.m, s.k), o(s.m, s.k)
+    yield dy, weight, gate, up, slice(0, s.r)
+    yield dy[:1], weight, gate[:1], up[:1], slice(0, s.r)
+
+
+def _slice_grad(dim: str, o: Operands, s: Sizes) -> Calls:
+    dy, x, compact = o(s.m, s.n), o(s.m, s.k), o(s.m, s.r)
+    yield *((dy, compact) if dim == "in" else (compact, x)), None, dim
+    yield dy, x, o.index(s.r, s.k if dim == "in" else s.n), dim
+    # Few tokens: no split, and the sum goes straight into the gradient.
+    yield dy[:64], x[:64], slice(256, 256 + s.r), dim, _delta(o, s, dim)
+
+
+def _slice_grad_each(dim: str, o: Operands, s: Sizes) -> Calls:
+    """Of experts with as many tokens each."""
+    dy, x, compact = o(s.m, s.n), o(s.m, s.k), o(s.m, s.r)
+    ends = torch.arange(1, o.experts + 1, dtype=torch.int32) * (s.m // o.experts)
+    offsets = ends.to(o.device)
+    grads = _delta(o, s, dim).expand(o.experts, -1, -1).contiguous()
+    yield *((dy, compact) if dim == "in" else (compact, x)), offsets, None, dim, grads
+    index = o.index(s.r, s.k if dim == "in" else s.n).expand(o.experts, -1).contiguous()
+    yield dy, x, offsets, index, dim, grads
+
+
+def _delta(o: Operands, s: Sizes, dim: str) -> Tensor:
+    return o.fp32(s.n, s.r) if dim == "in" else o.fp32(s.r, s.k)
+
+
+def _swiglu(o: Operands, s: Sizes) -> Calls:
+    yield o(s.m, s.k), o(s.m, s.k)
+
+
+def _swiglu_bwd(o: Operands, s: Sizes) -> Calls:
+    operands = o(s.m, s.k), o(s.m, s.k), o(s.m, s.k)
+    for index in (o.index(s.r, s.k), slice(0, s.r), None):
+        yield *operands, index
+
+
+def _slice_linear_(dim: str, o: Operands, s: Sizes) -> Calls:
+    y, x, delta = o(s.m, s.n), o(s.m, s.k), _delta(o, s, dim)
+    for index in (o.index(s.r, s.k if dim == "in" else s.n), slice(0, s.r)):
+        yield y, x, delta, index, dim
+
+
+def _slice_linear_dx_(dim: str, o: Operands, s: Sizes) -> Calls:
+    for y, x, delta, index, _ in _slice_linear_(dim, o, s):
+        yield x, y, delta, index, dim
+
+
+def _slice_write(o: Operands, s: Sizes) -> Calls:
+    """All layers of a model by one call, as a forward does it."""
+    o = o.host
+    index = o.index(s.r, s.k)
+    weights = [o(s.n, s.k) for _ in range(o.layers)]
+    bases, deltas = ([make(s.n, s.r) for _ in weights] for make in (o, o.fp32))
+    yield weights, bases, deltas, [index] * o.layers, ["in"] * o.layers
+    run = [slice(0, s.r)] * 2  # both dimensions, and the base alone
+    base, delta = [o(s.n, s.r), o(s.r, s.k)], [o.fp32(s.n, s.r), o.fp32(s.r, s.k)]
+    yield weights[:2], base, delta, run, ["in", "out"]
+    yield weights[:2], base, [None, None], run, ["in", "out"]
+
+
+def _sparse_write(o: Operands, s: Sizes) -> Calls:
+    """All layers of a model by one call."""
+    o = o.host
+    entries = o.entries(s.n, s.k)
+    weights = [o(s.n, s.k) for _ in range(o.layers)]
+    bases, deltas = ([make(len(entries)) for _ in weights] for make in (o, o.fp32))
+    yield weights, bases, deltas, [entries] * o.layers
+    yield [weights[0].t()], bases[:1], None, [entries.long()]
+
+
+def _sparse_grad(o: Operands, s: Sizes) -> Calls:
+    dy, x = o(s.m, s.n), o(s.m, s.k)
+    if o.random:
+        entries = o.entries(s.n, s.k)
+        yield dy, x, entries, kernels.tile_plan(entries, (s.n, s.k))
+        return
+
+    def ints(count: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    k = s.n * s.k // 100
+    for tiles, grad in ((1376, None), (1376, o.fp32(k)), (100, None)):
+        held = ints(tiles), ints(tiles + 1), ints(k), ints(k, torch.int16)
+        yield dy, x, ints(k), TilePlan((s.n, s.k), *held), grad
+
+
+def _growth_candidates(o: Operands, s: Sizes) -> Calls:
+    yield o(s.m, s.n), o(s.m, s.k), 16 * (s.n + s.k)
+
+
+def _statistics(o: Operands, s: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    return o.fp32(s.n).abs(), o.fp32(s.k).abs(), o.entries(s.n, s.k)
+
+
+def _sm3_update(o: Operands, s: Sizes) -> Calls:
+    row, col, entries = _statistics(o.host, s)
+    yield row, col, entries, o.host.fp32(len(entries))
+
+
+def _sm3_growth(o: Operands, s: Sizes) -> Calls:
+    row, col, entries = _statistics(o.host, s)
+    yield row, col, entries, len(entries)
+
+
+def _adamw_values_(o: Operands, s: Sizes) -> Calls:
+    flat = [o.fp32(s.n * s.r) for _ in range(3)]
+    yield *flat, o.fp32(3), 1e-8
+
+
+def _launch_candidates(dy: Tensor, x: Tensor, k: int) -> None:
+    from s2kernels.kernels.sparse_growth import candidate_passes
+
+    _launch_passes(*candidate_passes(dy, x))
+
+
+def _launch_products(row: Tensor, col: Tensor, index: Tensor, k: int) -> None:
+    from s2kernels.kernels.sparse_growth import product_passes
+
+    _launch_passes(*product_passes(row, col, index))
+
+
+def _launch_passes(look: Callable, programs: int) -> None:
+    """All passes that a launcher may make: which ones depends on what those before them count."""
+    from s2kernels.kernels.score_search import BINS, Bounds, Buffers
+
+    counts = torch.empty((programs, BINS), dtype=torch.int32)
+    found = torch.empty((), dtype=torch.int64)
+    keys, positions = torch.empty(100, dtype=torch.int32), torch.empty(100, dtype=torch.int64)
+    for rows in (False, True):
+        look(Buffers(counts), Bounds(0, 20, 2048), COLLECT=False, ROWS=rows)
+    look(Buffers(None, keys, positions, found), Bounds(capacity=100), COLLECT=True, ROWS=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """op: its name in `s2kernels.kernels`. rank: R, where it is not that of the sizes.
+
+    launch: what a compiler sees in the place of the op, where launches depend on contents.
+    measured: whether `bench_ops` times it; by_tokens: whether the number of tokens matters to it.
+    waits: the implementations that wait for the device in a call, to look at what it found.
+    """
+
+    op: str
+    calls: Callable[[Operands, Sizes], Calls]
+    rank: int | None = None
+    launch: Callable | None = None
+    measured: bool = True
+    by_tokens: bool = True
+    waits: tuple[str, ...] = ()
+
+    def at(self, sizes: Sizes) -> Sizes:
+        return sizes if self.rank is None else replace(sizes, r=self.rank)
+
+
+# Each of the blocks that a slice of R channels can get; a single channel is no tensor to Triton.
+_WIDTHS = (1, 16, 32, 64, 256)
+
+
+def _sliced() -> Iterator[tuple[str, Case]]:
+    """The ops whose code depends on R and on the dimension of the slice."""
+    for op, calls, scattering in (
+        ("slice_grad", _slice_grad, ("in", "out")),
+        ("slice_grad_each", _slice_grad_each, ("in",)),  # the same code but for strides
+        ("slice_linear_", _slice_linear_, ("out",)),
+        ("slice_linear_dx_", _slice_linear_dx_, ("in",)),
+    ):
+        for dim in ("in", "out"):
+            smallest = 1 if op.startswith("slice_grad") else 16
+            widths = [r for r in _WIDTHS if r >= smallest] if dim in scattering else [256]
+            for r in widths:
+                measured = dim == "in" and r == 256
+                waits = ("torch",) if op == "slice_grad_each" else ()
+                case = Case(op, partial(calls, dim), r, measured=measured, waits=waits)
+                yield f"{op}-{dim}-{r}", case
+
+
+CASES: dict[str, Case] = {
+    "linear": Case("linear", _linear),
+    "linear_dx": Case("linear_dx", _linear_dx),
+    "linear_plus_slice": Case("linear_plus_slice", _linear_plus_slice, measured=False),
+    "linear_dx_plus_slice": Case("linear_dx_plus_slice", _linear_dx_plus_slice, measured=False),
+    "linear_dx_swiglu_bwd": Case("linear_dx_swiglu_bwd", _linear_dx_swiglu_bwd, measured=False),
+    **dict(_sliced()),
+    "swiglu": Case("swiglu", _swiglu),
+    "swiglu_bwd": Case("swiglu_bwd", _swiglu_bwd),
+    "slice_write": Case("slice_write", _slice_write, by_tokens=False),
+    "sparse_write": Case("sparse_write", _sparse_write, by_tokens=False),
+    "sparse_grad": Case("sparse_grad", _sparse_grad, waits=("torch",)),
+    "growth_candidates": Case(
+        "growth_candidates",
+        _growth_candidates,
+        launch=_launch_candidates,
+        waits=("torch", "triton"),
+    ),
+    "sm3_update": Case("sm3_update", _sm3_update, by_tokens=False),
+    "adamw_values_": Case("adamw_values_", _adamw_values_, measured=False, by_tokens=False),
+    "sm3_growth": Case(
+        *("sm3_growth", _sm3_growth),
+        launch=_launch_products,
+        by_tokens=False,
+        waits=("torch", "triton"),
+    ),
+}

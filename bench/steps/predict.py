@@ -1,0 +1,316 @@
+"""What a training step should cost on a GPU: FLOPs, bytes, memory and time, predicted.
+
+    python -m bench.predict [--model llama-2-7b ...] [--tokens 4096] [--gpu H200 A100]
+
+Nothing is measured, and no GPU is needed. The real code of transformers, PEFT and the methods runs
+on models of two depths. `bench.steps.counting` runs it without computing anything and counts what
+it would do. The counts are then continued to the whole depth: a step of n layers is a fixed part
+and n - 1 equal parts, so a straight line through two depths is exact. The bytes alive are continued
+for each phase of the step, and the peak is the highest of them. (LISA's peak may be a little off:
+it depends on which layers were drawn.)
+
+Time: every operator takes the longer of two times, its FLOPs at the rate of a large matrix product
+and its bytes at the rate of a large copy. Operators run one after another. The prediction knows
+nothing of caches, idle multiprocessors, launches or Python, so with few tokens a step is slower
+than this. It also leaves out what happens only every so many steps: GaLore's SVD, and the gradients
+that SpIEL watches and the entries that it replaces.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from bench.measure import memory, results
+from bench.methods import METHODS, Budget, Method, Options, Unavailable, adapters, comparable
+from bench.methods.spiel import SpIEL
+from bench.steps.counting import DryRun, dry_run
+from bench.steps.model_shapes import TABLE, Shape
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """FLOP/s of a large matrix product by dtype, and bytes/s read and written by a large copy."""
+
+    name: str
+    flops: dict[str, float]
+    bytes: float
+
+    def seconds(self, flops: int, nbytes: int, dtype: str) -> float:
+        rate = self.flops.get(dtype, self.flops["bfloat16"])
+        return max(flops / rate, nbytes / self.bytes)
+
+
+def _ceilings(name: str, half: float, single: float, copied: float) -> Ceilings:
+    rates = {"bfloat16": half, "float16": half, "float32": single}
+    return Ceilings(name, {key: value * 1e12 for key, value in rates.items()}, copied * 1e12)
+
+
+# H200 in bf16: measured on one, for an 8192³ product of random numbers and for a copy. Its
+# fp32 and the A100 (80 GB) are the peaks of the data sheets, which real kernels do not reach.
+GPUS = {
+    ceilings.name: ceilings
+    for ceilings in (_ceilings("H200", 790, 67, 4.3), _ceilings("A100", 312, 19.5, 2.04))
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step of a method at full depth.
+
+    trained    numbers that it trains
+    kernels    (FLOPs, bytes, dtype) -> how often; a continued count may be negative
+    saved      bytes that autograd keeps for the backward; unseen: others that the forward leaves
+    peaks      phase of the step -> the most bytes alive, weights included
+    """
+
+    trained: int
+    kernels: Counter[tuple[int, int, str]]
+    saved: int
+    unseen: int
+    peaks: dict[str, int]
+
+    @property
+    def flops(self) -> int:
+        """Of matrix products and of attention at or below the diagonal."""
+        return sum(flops * times for (flops, _, _), times in self.kernels.items())
+
+    @property
+    def bytes(self) -> int:
+        return sum(nbytes * times for (_, nbytes, _), times in self.kernels.items())
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        return sum(ceilings.seconds(*kernel) * times for kernel, times in self.kernels.items())
+
+
+def predict(
+    shape: Shape,
+    batch: int,
+    length: int,
+    dtype: str,
+    method: str,
+    budget: Budget,
+    options: Options = Options(),  # noqa: B008  (frozen)
+    device: str = "cuda",
+) -> Prediction:
+    """A step of `method` on a batch (batch, length) of a model of `shape` in `dtype`.
+
+    device: "cuda" for the kernels that run on a GPU, "cpu" for plain torch, with which what is
+    saved is to the byte what a step on a CPU saves.
+
+    Raises ValueError for a method or dtype that is not known, Unavailable as the method does.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
+    few = max(2, budget.lisa_layers) if method == "lisa" else 2
+    step = (batch, length, dtype, method, budget, options, device)
+    if shape.layers <= few + 1:
+        return counted(shape, *step)
+    low, high = (counted(shape.cut(n, shape.vocab), *step) for n in (few, few + 1))
+    times = shape.layers - few
+
+    def line(at_low: int, at_high: int) -> int:
+        return at_low + times * (at_high - at_low)
+
+    kernels = low.kernels.keys() | high.kernels.keys()
+    return Prediction(
+        trained=line(low.trained, high.trained),
+        kernels=Counter({k: line(low.kernels[k], high.kernels[k]) for k in kernels}),
+        saved=line(low.saved, high.saved),
+        unseen=line(low.unseen, high.unseen),
+        peaks={
+            phase: line(peak, high.peaks[phase])
+            for phase, peak in low.peaks.items()
+            if phase in high.peaks
+        },
+    )
+
+
+def counted(
+    shape: Shape,
+    batch: int,
+    length: int,
+    dtype: str,
+    name: str,
+    budget: Budget,
+    options: Options,
+    device: str,
+) -> Prediction:
+    """A step as `predict` takes it, run in a model of all the layers of `shape`.
+
+    It is the second step: in the first one the states of the optimizer are made.
+    """
+    with dry_run(device) as run, patch.object(adapters, "random_mask", _first_entries):
+        method = METHODS[name](_model(shape, length, dtype), budget, 1e-3, options)
+        tokens = torch.zeros(batch, length, dtype=torch.int64)
+        _mark_layers(method, run)
+        if isinstance(method, SpIEL):  # past the steps in which it watches gradients
+            method.tuner.resume(method.config.accumulation_steps + 1, {}, {})
+        method.step(tokens)
+        run.forget()
+        method.zero_grad()
+        run.phase = "forward"
+        losses: list[Tensor] = []
+
+        def forward() -> Tensor:
+            losses.append(method.loss(tokens))
+            return losses[0]
+
+        kept = memory.kept_by(forward, method.model)
+        run.phase = "head"
+        losses.pop().backward()
+        run.phase = "optimizer"
+        method.update()
+        return Prediction(
+            trained=method.trained_parameters(),
+            kernels=sum(run.kernels.values(), Counter()),
+            saved=kept.saved,
+            unseen=kept.unseen,
+            peaks=run.peaks,
+        )
+
+
+def _model(shape: Shape, length: int, dtype: str) -> nn.Module:
+    """A frozen model on the CPU. Its numbers are never made."""
+    config = shape.config(length)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.requires_grad_(False).to_empty(device="cpu")
+    for parameter in model.parameters():  # a dry run computes with the small ones
+        parameter.data.zero_()
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.train()
+
+
+def _mark_layers(method: Method, run: DryRun) -> None:
+    """Makes the backward set the phase of `run`: the last layer, the first, or one between them."""
+    layers = method.base.model.layers
+    for number, layer in enumerate(layers):
+        phase = {0: "first layer", len(layers) - 1: "last layer"}.get(number, "layers")
+
+        def mark(layer, args, output, phase=phase):
+            if output.requires_grad:
+                output.register_hook(lambda dy: setattr(run, "phase", phase))
+
+        layer.register_forward_hook(mark)
+
+
+class _FirstEntries(Tensor):
+    """A mask of the first `count` entries. It can only say where it is 1."""
+
+    shape_of_weight: tuple[int, int]
+    count: int
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        mask = args[0]
+        if func is torch.where:
+            positions = torch.arange(mask.count)
+            columns = mask.shape_of_weight[1]
+            return positions // columns, positions % columns
+        return mask
+
+
+def _first_entries(layer: nn.Linear, r: int, random_seed: int, **others: object) -> Tensor:
+    """A mask for SHiRA, with as many entries as `random_mask`: their places change no cost."""
+    mask = torch.empty(0).as_subclass(_FirstEntries)
+    mask.shape_of_weight = tuple(layer.weight.shape)
+    mask.count = min(r * sum(layer.weight.shape), layer.weight.numel())
+    return mask
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    ceilings = [GPUS[name] for name in args.gpu]
+    if args.ceiling is not None:
+        half, copied = args.ceiling
+        ceilings.append(_ceilings(f"{half:g} TFLOP/s", half, half, copied))
+    rows = []
+    for name in args.model:
+        shape = TABLE[name]
+        budget = comparable(shape.config(args.tokens), rank=args.rank)
+        rows += _rows(shape, budget, ceilings, args)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    for name in args.model:
+        print(f"{name}, {args.sequences} x {args.tokens} tokens, {args.dtype}: predictions")
+        print(_table([row for row in rows if row["model"] == name]))
+    for each in ceilings:
+        print(
+            f"{each.name}: {each.flops[args.dtype] / 1e12:g} TFLOP/s, {each.bytes / 1e12:g} TB/s. "
+            f"ms: predicted, not measured; x: over the frozen floor"
+        )
+    return 0
+
+
+def _rows(
+    shape: Shape, budget: Budget, ceilings: list[Ceilings], args: argparse.Namespace
+) -> list[dict]:
+    rows = []
+    for name in args.methods:
+        try:
+            step = predict(shape, args.sequences, args.tokens, args.dtype, name, budget)
+        except Unavailable as reason:
+            print(f"{name}: {reason}", file=sys.stderr)
+            continue
+        row = {"model": shape.name, "method": name, "trained": step.trained, "flops": step.flops}
+        row |= {"bytes": step.bytes, "saved": step.saved, "peak": step.peak}
+        rows.append(row | {"seconds": {each.name: step.seconds(each) for each in ceilings}})
+    return rows
+
+
+def _table(rows: list[dict]) -> str:
+    gpus = list(rows[0]["seconds"]) if rows else []
+    head = ["method", "trained M", "TFLOP", "moved GB", "saved GiB", "peak GiB"]
+    lines = [[*head, *(cell for gpu in gpus for cell in (f"{gpu} ms", "x"))]]
+    floor = next((row["seconds"] for row in rows if row["method"] == "frozen"), None)
+    for row in rows:
+        line = [row["method"], f"{row['trained'] / 1e6:.2f}", f"{row['flops'] / 1e12:.2f}"]
+        line += [f"{row['bytes'] / 1e9:.1f}", f"{row['saved'] / 2**30:.2f}"]
+        line.append(f"{row['peak'] / 2**30:.2f}")
+        for gpu, seconds in row["seconds"].items():
+            line += [f"{seconds * 1e3:.1f}", f"{seconds / floor[gpu]:.3f}" if floor else "-"]
+        lines.append(line)
+    return results.table(lines)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.predict", description=__doc__.partition("\n")[0]
+    )
+    models = [name for name, shape in TABLE.items() if shape.hidden >= 1024]
+    add = parser.add_argument
+    add("--model", nargs="+", choices=list(TABLE), default=["llama-2-7b"], metavar="MODEL")
+    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    add("--tokens", type=_positive, default=4096, help="of a sequence (default 4096)")
+    add("--sequences", type=_positive, default=1, help="of a batch (default 1)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the model (default bfloat16)")
+    add("--rank", type=_positive, default=16, help="of LoRA, and as much of the rest (default 16)")
+    add("--gpu", nargs="*", choices=list(GPUS), default=list(GPUS), help="whose rates to take")
+    add("--ceiling", nargs=2, type=float, metavar=("TFLOPS", "TBS"), help="rates of another one")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    parser.epilog = f"models: {', '.join(models)}; methods: {', '.join(METHODS)}"
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

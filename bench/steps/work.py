@@ -1,0 +1,270 @@
+"""Bytes and FLOPs of every op of `s2kernels.reference`, by its arguments, and of torch operators.
+
+They are what any program for the same result has to move and to multiply: every operand is read
+once and every result written once, whatever a cache would make of it. A multiplication and an
+addition are two FLOPs. The sizes are those of the reference: M tokens, weight (N, K), R channels.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2kernels.reference import Index
+
+SECTOR = 32  # bytes that a GPU reads or writes at least, of a weight with scattered entries
+
+
+@dataclass(frozen=True)
+class Work:
+    bytes: int
+    flops: int
+
+
+def size(x: Tensor) -> int:
+    """Bytes of x; of an expanded tensor, those that are there."""
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Work:
+    (m, k), n = x.shape, len(weight)
+    biases = 0 if bias is None else size(bias)
+    return Work(_numbers(x, m * k + n * k + m * n) + biases, 2 * m * n * k)
+
+
+def linear_dx(dy: Tensor, weight: Tensor) -> Work:
+    (m, n), k = dy.shape, weight.shape[1]
+    return Work(_numbers(dy, m * k + n * k + m * n), 2 * m * n * k)
+
+
+def slice_grad(
+    dy: Tensor, x: Tensor, index: Index | None, dim: str, out: Tensor | None = None
+) -> Work:
+    narrow, wide = (x, dy) if dim == "in" else (dy, x)
+    (m, p), r = wide.shape, count(narrow, index)
+    result = 4 * p * r if out is None else 2 * size(out)  # read and written
+    return Work(_numbers(x, m * (p + r)) + result, 2 * m * p * r)
+
+
+def slice_grad_each(
+    dy: Tensor, x: Tensor, offsets: Tensor, index: Index | None, dim: str, out: Tensor
+) -> Work:
+    (m, p), r = (dy.shape, out.shape[2]) if dim == "in" else (x.shape, out.shape[1])
+    return Work(_numbers(x, m * (p + r)) + 2 * size(out), 2 * m * p * r)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Work:
+    return Work(3 * size(gate), 5 * gate.numel())
+
+
+def swiglu_bwd(
+    dh: Tensor, gate: Tensor, up: Tensor, index: Index | None = None, out: object = None
+) -> Work:
+    m, k = dh.shape
+    r = 0 if index is None else count(gate, index)
+    moved = 5 * k + r if k else 3 * r  # with no dh, the slice of h is all that is made
+    return Work(_numbers(gate, m * moved), m * (12 * k + 5 * r))
+
+
+def linear_dx_swiglu_bwd(
+    dy: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    index: Index | None = None,
+    out: object = None,
+) -> Work:
+    (m, n), k = dy.shape, weight.shape[1]
+    r = 0 if index is None else count(gate, index)
+    moved = _numbers(dy, m * n + n * k + 4 * m * k + m * r)
+    return Work(moved, 2 * m * n * k + m * (12 * k + 5 * r))
+
+
+def slice_write(
+    weights: Sequence[Tensor],
+    base_slices: Sequence[Tensor],
+    deltas: Sequence[Tensor | None],
+    indices: Sequence[Index],
+    dims: Sequence[str],
+) -> Work:
+    """Scattered columns are written by the sector, which is read before where others stay."""
+    moved = sum(size(base) for base in base_slices) + _sizes(deltas)
+    for weight, base, index, dim in zip(weights, base_slices, indices, dims, strict=True):
+        if isinstance(index, slice) or dim == "out":
+            moved += size(base)
+        else:
+            moved += len(weight) * sectors(index, weight.element_size())
+    return Work(moved, sum(base.numel() for base in base_slices))
+
+
+def sectors(index: Tensor, itemsize: int) -> int:
+    """Bytes of a row that are read or written where its columns at `index` are overwritten."""
+    per_sector = SECTOR // itemsize
+    _, filled = (index.long() // per_sector).unique(return_counts=True)
+    return SECTOR * (len(filled) + int((filled < per_sector).sum()))
+
+
+def slice_linear_(y: Tensor, x: Tensor, delta: Tensor, index: Index | None, dim: str) -> Work:
+    m, (c, d) = len(x), delta.shape  # in: R channels of x into (M, c); out: x (M, d) into R of y
+    return Work(_numbers(x, m * (d + 2 * c)) + size(delta), 2 * m * c * d)
+
+
+def slice_linear_dx_(dx: Tensor, dy: Tensor, delta: Tensor, index: Index, dim: str) -> Work:
+    m, (d, c) = len(dy), delta.shape  # in: dy (M, d) into R of dx; out: R channels into (M, c)
+    return Work(_numbers(dy, m * (d + 2 * c)) + size(delta), 2 * m * c * d)
+
+
+def linear_plus_slice(
+    x: Tensor, weight: Tensor, bias: Tensor | None, x_slice: Tensor, delta: Tensor
+) -> Work:
+    return _plus(linear(x, weight, bias), x_slice, delta, len(weight))
+
+
+def linear_dx_plus_slice(dy: Tensor, weight: Tensor, dy_slice: Tensor, delta: Tensor) -> Work:
+    return _plus(linear_dx(dy, weight), dy_slice, delta, weight.shape[1])
+
+
+def sparse_write(
+    weights: Sequence[Tensor],
+    base: Sequence[Tensor],
+    delta: Sequence[Tensor] | None,
+    index: Sequence[Tensor],
+) -> Work:
+    """A sector of the weight is read and written for each entry."""
+    entries = sum(each.numel() for each in index)
+    moved = _sizes(base) + _sizes(delta or ()) + _sizes(index) + 2 * SECTOR * entries
+    return Work(moved, entries)
+
+
+def sparse_grad(
+    dy: Tensor, x: Tensor, index: Tensor, plan: object = None, grad: Tensor | None = None
+) -> Work:
+    """Of all N K sums, which is what tensor cores compute; the entries need a share of them."""
+    (m, n), k = dy.shape, x.shape[1]
+    return Work(_numbers(x, m * (n + k)) + 12 * index.numel(), 2 * m * n * k)
+
+
+def growth_candidates(dy: Tensor, x: Tensor, k: int) -> Work:
+    (m, n), columns = dy.shape, x.shape[1]
+    return Work(_numbers(x, m * (n + columns)) + 4 * k, 2 * m * n * columns)
+
+
+def sm3_update(row: Tensor, col: Tensor, index: Tensor, grad: Tensor) -> Work:
+    return Work(8 * index.numel() + size(index) + 2 * _sizes((row, col)), 4 * index.numel())
+
+
+def sm3_growth(row: Tensor, col: Tensor, index: Tensor, k: int) -> Work:
+    return Work(_sizes((row, col)) + size(index) + 4 * k, len(row) * len(col))
+
+
+def adamw_values_(
+    values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, coefficients: Tensor, eps: float
+) -> Work:
+    return Work(2 * size(values) + size(exp_avg) + size(exp_avg_sq), 8 * values.numel())
+
+
+OPS: dict[str, Callable[..., Work]] = {
+    op.__name__: op
+    for op in (
+        *(linear, linear_dx, linear_plus_slice, linear_dx_plus_slice, linear_dx_swiglu_bwd),
+        *(slice_grad, slice_grad_each, slice_write, slice_linear_, slice_linear_dx_),
+        *(swiglu, swiglu_bwd),
+        *(sparse_write, sparse_grad, growth_candidates, sm3_update, sm3_growth, adamw_values_),
+    )
+}
+# Ops without a matrix product. Their FLOPs are not counted in a step.
+POINTWISE = {"swiglu", "swiglu_bwd", "slice_write", "sparse_write", "sm3_update", "sm3_growth"}
+POINTWISE |= {"adamw_values_"}
+
+
+def count(x: Tensor, index: Index | None) -> int:
+    """How many columns of x `index` names; None for all."""
+    if index is None:
+        return x.shape[1]
+    return index.stop - index.start if isinstance(index, slice) else index.shape[-1]
+
+
+def _numbers(like: Tensor, count: int) -> int:
+    return count * like.element_size()
+
+
+def _sizes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(size(tensor) for tensor in tensors if tensor is not None)
+
+
+def _plus(dense: Work, part: Tensor, delta: Tensor, width: int) -> Work:
+    m, r = part.shape
+    return Work(dense.bytes + size(part) + size(delta), dense.flops + 2 * m * r * width)
+
+
+# The operators of torch
+
+aten = torch.ops.aten
+
+
+def _added_gemm_flops(c, a, b, *args, **kwargs) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+def _attention_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
+    """Two products, at or below the diagonal."""
+    return 2 * _product(q)
+
+
+def _attention_backward_flops(dy, q, *args, out_val=None, **kwargs) -> int:
+    """Five products: the scores are made anew."""
+    return 5 * _product(q)
+
+
+def _product(q: tuple[int, ...]) -> int:
+    batch, heads, length, head_dim = q
+    return batch * heads * length * (length + 1) * head_dim
+
+
+# They take shapes. Torch has none for addmm_, and those for attention count the masked half, too.
+FORMULAS = {
+    aten.addmm_: _added_gemm_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+# They only take memory or describe it in another way.
+_IDLE = {
+    *(aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided),
+    *(aten._unsafe_view, aten.lift_fresh, aten.resize_, aten.set_, aten._local_scalar_dense),
+}
+# They write to their first argument and do not read it.
+_OVERWRITING = {aten.copy_, aten.zero_, aten.fill_, aten.normal_, aten.uniform_}
+_LOOKING_UP = {aten.index_select, aten.index, aten.gather, aten.embedding, aten.take}
+
+
+def moved(func, args, kwargs, tensors: list[Tensor], results: list[Tensor]) -> int:
+    """Bytes that an operator reads and writes: its operands and its results, once each."""
+    op = func.overloadpacket
+    if op in _IDLE:
+        return 0
+    if op in _LOOKING_UP:  # the table is read where it is looked at
+        return sum(map(size, tensors[1:])) + 2 * sum(map(size, results))
+    if op is aten.embedding_dense_backward:  # zeros, and the rows that are there added
+        return 2 * size(tensors[0]) + size(tensors[1]) + size(results[0])
+    if op is aten.nll_loss_forward:  # a number of every row
+        return tensors[1].numel() * (tensors[0].itemsize + tensors[1].itemsize)
+    if op is aten.nll_loss_backward:
+        return size(results[0]) + size(tensors[2])
+    if op in (aten.index_put_, aten.index_add_, aten.index_copy_):  # rows of the values' size
+        return sum(map(size, tensors[1:])) + 2 * size(tensors[-1])
+    if op is aten._fused_adamw_:  # parameter and two averages are read and written
+        parameters, gradients, *_ = args
+        return sum(map(size, gradients)) + 6 * sum(map(size, parameters))
+    nbytes = sum({id(x): _nbytes(x) for x in tensors}.values()) + sum(map(_nbytes, results))
+    written = [*tensors[:1]] if op in _OVERWRITING or kwargs.get("beta") == 0 else []
+    written += [x for name in ("out", "grad_input") if (x := kwargs.get(name)) is not None]
+    return nbytes - sum(map(size, written))
+
+
+def _nbytes(x: Tensor) -> int:
+    if x.layout is torch.sparse_coo:
+        return size(x._indices()) + size(x._values())
+    return size(x)

@@ -1,0 +1,97 @@
+"""The ops that are measured, how often each is called, and the file that they go into."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench.kernels import bench_ops
+from bench.kernels.ops import CASES, Operands, Sizes
+from bench.measure import machine
+from bench.steps.work import OPS
+from s2kernels import reference
+
+CPU = torch.device("cpu")
+
+
+def ops(folder, which: str, *arguments: str) -> tuple[str, list[dict]]:
+    """What pytest says of the ops `which`, and the entries that `folder` then has."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "bench/kernels/bench_ops.py",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+        ]
+        + ["-k", which, "--results", str(folder), *arguments],
+        cwd=machine.ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    document = json.loads((folder / "cpu" / "ops.json").read_text())
+    assert document["machine_info"]["ceilings"]["copy_bytes_per_second"] > 0
+    return done.stdout, document["benchmarks"]
+
+
+def test_ops_are_written_one_by_one_and_not_measured_twice(tmp_path):
+    said, entries = ops(tmp_path, "slice_write")
+    (entry,) = entries
+    assert "1 passed" in said and entry["stats"]["median"] > 0
+    assert entry["group"].startswith("slice_write ")
+    # What is known already is left out, and the rest comes too late.
+    said, entries = ops(tmp_path, "slice_write or swiglu_bwd", "--budget-s", "0")
+    assert "1 skipped" in said and "passed" not in said and entries == [entry]
+
+
+def test_entries_are_drawn_once_and_without_a_permutation(monkeypatch):
+    monkeypatch.setattr(torch, "randperm", None)
+    operands = Operands(CPU, torch.float32)
+    entries = operands.entries(1000, 3000)
+    assert entries is operands.entries(1000, 3000) and entries.dtype == torch.int32
+    assert torch.equal(entries, entries.unique()) and 0 <= entries[0] and entries[-1] < 3_000_000
+    assert 0.95 * 64_000 < len(entries) <= 64_000
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_call_of_the_catalogue_runs(name):
+    """By the reference; what it returns and writes is within the bytes that the op moves."""
+    case, operands = CASES[name], Operands(CPU, torch.float32, layers=2, experts=2)
+    for arguments in case.calls(operands, case.at(Sizes("tiny", 66, 520, 540, 9))):
+        needed = OPS[case.op](*arguments)
+        found = getattr(reference, case.op)(*arguments)
+        results = found if isinstance(found, tuple) else (found,)
+        written = sum(x.numel() * x.element_size() for x in results if x is not None)
+        if case.op not in ("slice_linear_", "slice_linear_dx_"):  # which write to a part of it
+            assert written <= needed.bytes
+        assert needed.flops > 0
+
+
+@pytest.mark.parametrize("seconds, rounds", [(1e-3, 20), (0.1, 20), (0.5, 6), (9.0, 3)])
+def test_slow_ops_run_less_often(seconds, rounds):
+    assert bench_ops.rounds(seconds) == rounds
+
+
+def test_ops_without_tokens_run_once_a_layer():
+    listed = bench_ops.cases(bench_ops.CUDA_SIZES)
+    assert len(listed) == 11 * 8 + 4 * 2
+    assert {name for name, *_ in listed} == {
+        *(name for name in OPS if not name.startswith("linear_")),
+        *("linear_dx", "dense_grad"),
+    }
+    assert {sizes.m for _, case, sizes in listed if not case.by_tokens} == {512}
+
+
+def test_a_lap_counts_as_its_launches(monkeypatch):
+    monkeypatch.setattr(bench_ops.time, "perf_counter", iter((10.0, 30.0)).__next__)
+    clock = bench_ops.LaunchClock()
+    clock.launches = 40
+    first = clock()
+    assert clock() - first == 0.5
