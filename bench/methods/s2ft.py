@@ -39,7 +39,7 @@ class S2FTInplace(Method):
         )
         peft = get_peft_model(model, config)
         if self.options.compile:  # else its first forward permutes, which must not be traced
-            peft.base_model.keeper.engage()
+            peft.base_model.keeper.prepare()
         return peft
 
 

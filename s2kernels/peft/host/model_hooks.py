@@ -104,10 +104,14 @@ class ModelForward:
         self._before = vars(model).get("forward")
         self.__signature__ = inspect.signature(model.forward)
 
-    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         keeper, failed = self.keeper, True
         if keeper is None:
+            return self._forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            if not keeper.is_prepared:
+                torch.compiler.disable(keeper.prepare)()
+            keeper.write()
             return self._forward(*args, **kwargs)
         keeper.begin()
         try:

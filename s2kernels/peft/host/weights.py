@@ -150,11 +150,20 @@ class WeightKeeper:
             if not self.forwards.here:
                 if self.rows is not None:
                     self.restore()
-                elif self._writes is None or not self._premises.hold():
-                    self._prepare()
-                for entries in self._writes or ():
-                    self._launch(entries)
+                elif not (self.is_prepared and self._premises.hold()):
+                    self.prepare()
+                self.write()
             self.forwards.enter()
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it is decided what a forward writes."""
+        return self._writes is not None
+
+    def write(self) -> None:
+        """Write what was decided, as it is now."""
+        for entries in self._writes or ():
+            self._launch(entries)
 
     def end(self, failed: bool) -> None:
         """It ends. One that has failed leaves W0 behind, unless other threads are inside one."""
@@ -175,8 +184,10 @@ class WeightKeeper:
             for entries in self._by_device(self._taken(wanted)):
                 self._launch(entries)
 
-    def _prepare(self) -> None:
-        """Decide what a forward writes, now and until something changes."""
+    def prepare(self) -> None:
+        """Decide what a forward writes until something changes, and arrange the weights for it. A
+        forward does so by itself; torch.compile cannot trace it.
+        """
         self._notice_changes()
         for layer in self.layers:
             layer.refresh()
@@ -292,11 +303,6 @@ class WeightKeeper:
         finally:
             if self.arrangement.moved:
                 self._locate()
-
-    def engage(self) -> None:
-        """Bring the weights into the working basis now, rather than in the next forward."""
-        with self.forwards.alone():
-            self._engage()
 
     def _locate(self) -> None:
         for layer in self.layers:
