@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bench.measure import machine
 from s2kernels.autograd import s2_delta, s2_linear
+from s2kernels.reference import slice_write
 
 COSINE, LOSS = 0.99, 0.01
 
@@ -107,8 +108,8 @@ class Sliced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.parts:
-            options = dict(dim=self.dim, base_slice=self.base_slice)
-            return s2_linear(x, self.weight, self.delta, self.index, **options)
+            slice_write([self.weight], [self.base_slice], [self.delta], [self.index], [self.dim])
+            return s2_linear(x, self.weight, self.delta, self.index, dim=self.dim)
         y = Frozen.apply(x.reshape(-1, x.shape[-1]), self.rest, self.parts)
         y = y.view(*x.shape[:-1], -1)
         return s2_delta(y, x, self.base_slice + self.delta, self.index, dim=self.dim)

@@ -283,16 +283,34 @@ def _with_global(function: Any, name: str, value: Any) -> FunctionType:
 def _replace(
     modules: list[Any], make: Callable[[Any], Callable], undo: list[Callable[[], None]]
 ) -> str | None:
-    """Give each module a forward of its own, unless one has been given such by somebody else."""
+    """Give each module a forward of its own, unless one has been given such by somebody else.
+
+    A forward with an attribute `inner` wraps another, by default (None) that of the class: the new
+    one goes inside, as in a model whose weights an adapter is written into.
+    """
     if not modules:
         return "the model has no such module"
     for module in modules:
-        if "forward" in vars(module):
+        outer = vars(module).get("forward")
+        if outer is not None and getattr(outer, "inner", outer) is not None:
             return f"the forward of a {type(module).__name__} has been replaced already"
     for module in modules:
-        module.forward = make(module)
-        undo.append(partial(delattr, module, "forward"))
+        forward = make(module)
+        if "forward" in vars(module):
+            module.forward.inner = forward
+        else:
+            module.forward = forward
+        undo.append(partial(_put_back, module, forward))
     return None
+
+
+def _put_back(module: Any, forward: Callable) -> None:
+    """Undo the replacement by `forward`, which something else may have wrapped since."""
+    outer = vars(module).get("forward")
+    if outer is forward:
+        del module.forward
+    elif getattr(outer, "inner", None) is forward:
+        outer.inner = None  # type: ignore[union-attr]
 
 
 def _is_own(module: nn.Module) -> bool:

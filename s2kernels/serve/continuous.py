@@ -21,8 +21,9 @@ from transformers.generation.continuous_batching.model_runner import (
 )
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
+from s2kernels.serve.layers import GroupedLayers
 from s2kernels.serve.scheduling import CHILD, AdapterScheduling, Requests
-from s2kernels.serve.serving import Serving
+from s2kernels.serve.store import AdapterStore
 
 TESTED = "5.23"
 
@@ -38,7 +39,7 @@ _SEAMS: dict[Callable[..., Any], tuple[str, ...]] = {
 
 
 class AdapterManager(ContinuousBatchingManager):
-    """A manager of transformers for the model of `serving`, from `Serving.continuous_batching`.
+    """A manager of transformers whose requests have adapters, from `Serving.continuous_batching`.
 
     Everything of a manager is there; `add_request` takes an adapter, too. Prompts that begin alike
     share cached keys within one adapter and never across. Forks and requests that the cache has no
@@ -51,12 +52,13 @@ class AdapterManager(ContinuousBatchingManager):
 
     def __init__(
         self,
-        serving: Serving,
+        model: Any,
+        store: AdapterStore,
+        layers: GroupedLayers,
         generation_config: GenerationConfig | None,
         continuous_batching_config: ContinuousBatchingConfig | None,
     ) -> None:
         check_transformers()
-        model = serving.model
         if getattr(model, "_device_mesh", None) is not None:
             raise ValueError("the model must be on one device, got one that is sharded")
         # Copies: transformers completes both in place.
@@ -73,11 +75,9 @@ class AdapterManager(ContinuousBatchingManager):
             )
         batching.scheduler_type = self._scheduler_type
         super().__init__(model, generation, batching)
-        self._serving = serving
+        self._store = store
         vocabulary = model.config.get_text_config().vocab_size
-        self._requests = Requests(
-            serving.store, serving.layers, vocabulary, self._fail, self.forget_handler
-        )
+        self._requests = Requests(store, layers, vocabulary, self._fail, self.forget_handler)
         self.output_router = _Router(self._requests)
         kind = type(f"Adapter{base.__name__}", (AdapterScheduling, base), {})
         make: Any = partial(kind, self._requests)
@@ -120,7 +120,7 @@ class AdapterManager(ContinuousBatchingManager):
                 f"input_ids and max_new_tokens must be at most {room} tokens together, for which "
                 f"the cache has room; got {len(input_ids)} and {max_new_tokens}"
             )
-        content = None if adapter is None else self._serving.store.adapter(adapter)
+        content = None if adapter is None else self._store.adapter(adapter)
         request_id = request_id or f"req_{uuid.uuid4().hex}"
         self._requests.add(request_id, content)
         added = super().add_request(input_ids, request_id, max_new_tokens, *args, **options)

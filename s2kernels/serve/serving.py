@@ -108,7 +108,10 @@ class Serving:
             ) from error
 
         with self._session(continuous=True):
-            manager = AdapterManager(self, generation_config, continuous_batching_config)
+            manager = AdapterManager(
+                *(self.model, self.store, self.layers),
+                *(generation_config, continuous_batching_config),
+            )
             try:
                 manager.warmup()
                 manager.start()

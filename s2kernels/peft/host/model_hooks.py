@@ -94,14 +94,15 @@ class _AfterStateDict:
 class ModelForward:
     """The forward of a model whose weights are written to: that of its class, between `begin` and
     `end` of its keeper. What replaces it later can call it for as long as it likes.
+
+    inner: a forward in the place of that of the class; None for that.
     """
 
     def __init__(self, keeper: WeightKeeper) -> None:
         model = keeper.model
         self.keeper: WeightKeeper | None = keeper
         self.model = model
-        # one that somebody has set before; None for that of the class
-        self._before = vars(model).get("forward")
+        self.inner = vars(model).get("forward")
         self.__signature__ = inspect.signature(model.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,14 +123,14 @@ class ModelForward:
             keeper.end(failed)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._before is not None:
-            return self._before(*args, **kwargs)
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)
 
     def put_back(self) -> None:
         """Undo the replacement."""
         self.keeper = None
-        if self._before is None:
+        if self.inner is None:
             del self.model.forward
         else:
-            self.model.forward = self._before  # type: ignore[method-assign]
+            self.model.forward = self.inner  # type: ignore[method-assign]
