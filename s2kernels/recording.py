@@ -103,7 +103,7 @@ class Premises:
         # the keepers of the weights that S2FT writes to
         keepers = {id(m.keeper): m.keeper for m in self._adapters if "keeper" in vars(m)}
         self._keepers: list[Any] = list(keepers.values())
-        self._held = [keeper.copy_of_held() for keeper in self._keepers]
+        self._held = [dict(keeper.held_by_layer) for keeper in self._keepers]
         self._state = list(self._state_now())
 
     def hold(self) -> bool:
@@ -123,7 +123,8 @@ class Premises:
         not done, and they are still in there.
         """
         for keeper, held in zip(self._keepers, self._held, strict=True):
-            keeper.put_back_held(held)
+            keeper.held_by_layer = held
+            keeper.changed()
 
     def _has_moments(self) -> bool:
         state = self._optimizer.state
@@ -150,7 +151,8 @@ class Premises:
             yield len(own["merged_adapters"])
             yield dict(own.get("scaling", ()))  # of LoRA
         for keeper in self._keepers:
-            yield keeper.snapshot()
+            yield keeper.changes
+            yield [(id(layer), id(held)) for layer, held in keeper.held_by_layer.items()]
 
 
 def _all_same(now: Iterator[Any], then: list[Any]) -> bool:

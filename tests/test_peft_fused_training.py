@@ -237,7 +237,7 @@ def test_fsdp2(alone, calls):
             full = {name: grad.full_tensor() for name, grad in grads.items()}
             assert_close((loss, full), want)
         assert taken(calls) == (4, 4)
-        assert model.base_model.keeper._sharded
+        assert model.base_model.keeper.obstacles.sharded
 
 
 def test_ddp(alone, calls):

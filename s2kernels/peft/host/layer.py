@@ -122,7 +122,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if reason := self.obstacle():
             return reason
         weight = self.weight
-        return not_plain(weight) or self.keeper.not_inplace(weight)
+        return not_plain(weight) or self.keeper.obstacles.of(weight)
 
     def written_adapter(self) -> str | None:
         """The adapter whose values belong in the weight now; None where there is none.

@@ -15,16 +15,15 @@ is inside a forward of the model.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from s2kernels.coupling import not_plain
 from s2kernels.peft.host.forwards import Forwards
+from s2kernels.peft.host.obstacles import Obstacles
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.written_layer import Arrangement, Held, WrittenLayer
 
@@ -45,11 +44,12 @@ class WeightKeeper:
     ) -> None:
         self.model, self._launch, self.arrangement = model, launch, arrangement
         self.forwards = Forwards()
+        self.obstacles = Obstacles(model)
         self.hooks: Any = None  # those on the model while it is attached
         self.layers: list[Any] = []  # each is a WrittenLayer
         self.attached = False
         self.changes = 0
-        self._held: dict[WrittenLayer, Held] = {}
+        self.held_by_layer: dict[WrittenLayer, Held] = {}  # of those that hold an adapter
         self._merged: dict[WrittenLayer, list[Held]] = {}
         self._weights: dict[WrittenLayer, Tensor] = {}  # when they were last looked at
         self._forget()
@@ -58,15 +58,12 @@ class WeightKeeper:
         """What was found out about these very tensors, which a copy does not have."""
         # held while a weight is read that another thread must not restore meanwhile
         self.lock = self.forwards.lock
-        self._num_owners: dict[int, int] | None = None
-        self._sharded = False
         # of a forward: what it writes, by device, and what that was prepared from
         self._writes: list[list[tuple]] | None = None
         self._premises = Premises()
 
     def __getstate__(self) -> dict:
-        found_out = ("lock", "_num_owners", "_writes", "_premises")
-        return self.__dict__ | dict.fromkeys(found_out)
+        return self.__dict__ | dict.fromkeys(("lock", "_writes", "_premises"))
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -77,21 +74,12 @@ class WeightKeeper:
         self.changes += 1
         self._writes = None
 
-    @property
-    def rows(self) -> list[str] | None:
-        """Of a mixed batch: the adapter of each row, while its forward runs in this thread."""
-        return self.forwards.rows
-
-    def mixed(self, rows: list[str] | None) -> AbstractContextManager[None]:
-        """Forwards of this thread within are those of a mixed batch with these `rows`."""
-        return self.forwards.mixed(rows)
-
     # Its life
 
     def attach(self, layers: Iterable[Any]) -> None:
         """Take charge of `layers`: all layers of this tuner in the model."""
         self.layers = list(layers)
-        self.inspect()
+        self.obstacles.look()
         self._weights = {layer: layer.weight for layer in self.layers}
         self.attached = True
         self.changed()
@@ -104,32 +92,15 @@ class WeightKeeper:
         self.attached = False
         self.changed()
 
-    def inspect(self) -> None:
-        """Look for what forbids writing into weights."""
-        self._num_owners = {}
-        for _, value in self.model.named_parameters(remove_duplicate=False):
-            self._num_owners[id(value)] = self._num_owners.get(id(value), 0) + 1
-        self._sharded = any(isinstance(module, FSDPModule) for module in self.model.modules())
-
-    def not_inplace(self, weight: Tensor) -> str | None:
-        """Why nothing can be written into this weight, as far as the rest of the model decides."""
-        if self._num_owners is None:
-            self.inspect()
-        assert self._num_owners is not None
-        if self._sharded:
-            return "FSDP gathers the weights anew for each forward and backward"
-        owners = self._num_owners.get(id(weight), 1)
-        return f"the weight is shared by {owners} modules" if owners > 1 else None
-
     # First verb: an adapter is written
 
     def held(self, layer: WrittenLayer) -> Held | None:
         """What the layer's weight holds: an adapter, or None for W0."""
-        return self._held.get(layer)
+        return self.held_by_layer.get(layer)
 
     def written(self, layer: WrittenLayer) -> str | None:
         """The adapter that the layer's weight holds; None for W0."""
-        held = self._held.get(layer)
+        held = self.held_by_layer.get(layer)
         return None if held is None else held.adapter
 
     def are_ready(self, adapters: dict[Any, str | None]) -> bool:
@@ -137,7 +108,7 @@ class WeightKeeper:
         None whether the weight holds W0.
         """
         for layer, adapter in adapters.items():
-            held = self._held.get(layer)
+            held = self.held_by_layer.get(layer)
             if (None if held is None else held.adapter) != adapter:
                 return False
             if held is not None and not self.forwards.here:
@@ -148,7 +119,7 @@ class WeightKeeper:
         """A forward of the model begins in this thread: write what it needs."""
         with self.lock:
             if not self.forwards.here:
-                if self.rows is not None:
+                if self.forwards.rows is not None:
                     self.restore()
                 elif not (self.is_prepared and self._premises.hold()):
                     self.prepare()
@@ -181,8 +152,7 @@ class WeightKeeper:
         wanted = [(layer, adapter) for layer, adapter in adapters.items() if adapter is not None]
         if wanted:
             self._engage()
-            for entries in self._by_device(self._taken(wanted)):
-                self._launch(entries)
+            self._launch_all(self._taken(wanted))
 
     def prepare(self) -> None:
         """Decide what a forward writes until something changes, and arrange the weights for it. A
@@ -209,17 +179,21 @@ class WeightKeeper:
         self.restore([*others, *moved])
         entries: list[tuple] = []
         for layer, name in wanted:
-            if layer not in self._held:
-                self._held[layer] = layer.take(name)
-            held = self._held[layer]
+            if layer not in self.held_by_layer:
+                self.held_by_layer[layer] = layer.take(name)
+            held = self.held_by_layer[layer]
             held.delta = layer.deltas[name]
             entries += layer.entries(held, held.delta)
         return entries
 
     def _is_moved(self, layer: WrittenLayer) -> bool:
         """Whether an adapter is written in a weight that is not the layer's any more."""
-        held = self._held.get(layer)
+        held = self.held_by_layer.get(layer)
         return held is not None and held.weight is not layer.weight
+
+    def _launch_all(self, entries: Iterable[tuple]) -> None:
+        for on_device in self._by_device(entries):
+            self._launch(on_device)
 
     def _by_device(self, entries: Iterable[tuple]) -> list[list[tuple]]:
         devices: dict[torch.device, list[tuple]] = {}
@@ -233,8 +207,8 @@ class WeightKeeper:
 
         Raises RuntimeError for weights that were sharded while they held what was trained.
         """
-        self.inspect()
-        held = self._held or (self.arrangement is not None and self.arrangement.moved)
+        self.obstacles.look()
+        held = self.held_by_layer or (self.arrangement is not None and self.arrangement.moved)
         if held and any(isinstance(layer.weight, DTensor) for layer in self.layers):
             raise RuntimeError(
                 "the model was sharded after its first forward, while the weights held what was "
@@ -249,7 +223,7 @@ class WeightKeeper:
         if before is None or before is now:
             return
         self._weights[layer] = now
-        if not self._sharded and not (not_plain(before) or not_plain(now)):
+        if not self.obstacles.sharded and not (not_plain(before) or not_plain(now)):
             layer.refresh(loaded=True)
 
     # Second verb: restore
@@ -257,16 +231,15 @@ class WeightKeeper:
     def restore(self, layers: Iterable[Any] | None = None) -> None:
         """Put W0 back into the weights of these layers, by default of all."""
         with self.lock:
-            found = [layer for layer in (self.layers if layers is None else layers)]
-            found = [layer for layer in found if layer in self._held]
+            asked = self.layers if layers is None else layers
+            found = [layer for layer in asked if layer in self.held_by_layer]
             if not found:
                 return
             with self.forwards.alone():
-                pairs = [layer.entries(self._held[layer], None) for layer in found]
-                for entries in self._by_device(entry for each in pairs for entry in each):
-                    self._launch(entries)
+                pairs = [layer.entries(self.held_by_layer[layer], None) for layer in found]
+                self._launch_all(entry for each in pairs for entry in each)
                 for layer in found:
-                    del self._held[layer]
+                    del self.held_by_layer[layer]
                 self._writes = None
 
     def release(self) -> None:
@@ -299,7 +272,7 @@ class WeightKeeper:
         if self.arrangement is None or self.arrangement.engaged or self._merged:
             return
         try:
-            self.arrangement.engage(self.layers, self.not_inplace(self.layers[0].weight))
+            self.arrangement.engage(self.layers, self.obstacles.of(self.layers[0].weight))
         finally:
             if self.arrangement.moved:
                 self._locate()
@@ -316,8 +289,7 @@ class WeightKeeper:
         with self.forwards.alone():
             self.release()
             held = layer.take(adapter)
-            for entries in self._by_device(layer.entries(held, held.delta)):
-                self._launch(entries)
+            self._launch_all(layer.entries(held, held.delta))
             self._merged.setdefault(layer, []).append(held)
             self.changed()
 
@@ -332,8 +304,7 @@ class WeightKeeper:
             held = self._merged[layer].pop()
             if not self._merged[layer]:
                 del self._merged[layer]
-            for entries in self._by_device(layer.entries(held, None)):
-                self._launch(entries)
+            self._launch_all(layer.entries(held, None))
             self.changed()
 
     # Weights that move, or are laid out otherwise
@@ -345,7 +316,7 @@ class WeightKeeper:
 
     def moved(self, layer: WrittenLayer, before: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
         """The layer's weight, which was `before`, was moved or cast by fn."""
-        held = self._held.get(layer)
+        held = self.held_by_layer.get(layer)
         for each in [*([held] if held is not None else []), *self._merged.get(layer, [])]:
             each.base = fn(each.base)
             if isinstance(each.where, Tensor):
@@ -361,19 +332,3 @@ class WeightKeeper:
         for layer in self.layers:
             self.notice_weight(layer)
             layer.renew_fingerprints()
-
-    # What a recording of a step relies on
-
-    def snapshot(self) -> tuple:
-        """What decides a forward and what the weights hold, comparable by `==`."""
-        engaged = self.arrangement is not None and self.arrangement.engaged
-        return self.changes, engaged, tuple((id(k), id(v)) for k, v in self._held.items())
-
-    def copy_of_held(self) -> dict[Any, Held]:
-        """What is written, for `put_back_held`."""
-        return dict(self._held)
-
-    def put_back_held(self, held: dict[Any, Held]) -> None:
-        """Make `held` true again, after launches that were recorded rather than done."""
-        self._held = dict(held)
-        self._writes = None

@@ -132,6 +132,6 @@ def arrangement_of(keeper: WeightKeeper) -> ArrangedWeights:
 
 def join(keeper: WeightKeeper, first: Tensor, second: Tensor) -> None:
     """Lay two frozen weights one after the other, where both are this model's alone to move."""
-    if all(keeper.not_inplace(weight) is None for weight in (first, second)):
+    if all(keeper.obstacles.of(weight) is None for weight in (first, second)):
         assert isinstance(first, nn.Parameter) and isinstance(second, nn.Parameter)
         arrangement_of(keeper).join(first, second)

@@ -168,7 +168,7 @@ class S2FTExpertTensor(S2FTLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        call, names = self.call_now(), self.keeper.rows
+        call, names = self.call_now(), self.keeper.forwards.rows
         if names is not None and not self.disable_adapters and self._present(sorted(set(names))):
             raise ValueError(
                 f"adapter_names: {self.name} is a tensor of experts, which a mixed batch cannot "
@@ -240,7 +240,7 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
         """Whether there is something that the wrapped module does not do: gradients of slices that
         are in its parameters, or slices that are not.
         """
-        if self.keeper.rows is not None:
+        if self.keeper.forwards.rows is not None:
             return False
         calls = [(layer, layer.call_now()) for layer in self.tensors]
         if any(call.added for _, call in calls):

@@ -122,7 +122,7 @@ class FusedMLP:
                 call = self._call = self._prepare()
         if (
             call.weights is None
-            or keeper.rows is not None
+            or keeper.forwards.rows is not None
             or not weights_match_input(call.weights[0], x)
         ):
             return type(self.module).forward(self.module, x)

@@ -84,7 +84,7 @@ class SharedInput:
         call = self._prepared()
         if (
             call.runs is None
-            or self.keeper.rows is not None
+            or self.keeper.forwards.rows is not None
             or not weights_match_input(call.weights[0], x)
         ):
             return None

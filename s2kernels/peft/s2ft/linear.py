@@ -102,7 +102,7 @@ class S2FTLinear(S2FTLayer):
             return self._compute(x, self.prepare(), *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        call, rows = self.prepared(), keeper.rows
+        call, rows = self.prepared(), keeper.forwards.rows
         if rows is not None and not self.disable_adapters:
             return self._forward_mixed(x, rows, *args, **kwargs)
         if keeper.are_ready({self: call.written}):

@@ -65,7 +65,7 @@ class S2FTModel(AdapterModel):
         else:
             self.keeper = WeightKeeper(model, launch_slice_write, ArrangedWeights(model))
         self.keeper.release()
-        self.keeper.inspect()
+        self.keeper.obstacles.look()
         self.arrangement = arrangement_of(self.keeper)
         self.arrangement.structures = found
 
@@ -99,7 +99,7 @@ class S2FTModel(AdapterModel):
 
     def _attach(self) -> None:
         layers = self._layers_of(self.model)
-        why_not = self.keeper.not_inplace(layers[0].weight) if layers else None
+        why_not = self.keeper.obstacles.of(layers[0].weight) if layers else None
         self.arrangement.plan(layers, why_not)
         self._take_charge(
             layers,
@@ -246,7 +246,7 @@ class S2FTModel(AdapterModel):
                     give = partial(_give_adapter_names, adapter_names=names)
                     hooks.append(module.register_forward_pre_hook(give, with_kwargs=True))
         try:
-            with self.keeper.mixed(names):
+            with self.keeper.forwards.mixed(names):
                 yield
         finally:
             for hook in hooks:

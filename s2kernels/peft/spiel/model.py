@@ -48,7 +48,7 @@ class SpIELModel(AdapterModel):
         else:
             self.keeper = WeightKeeper(model, launch_sparse_write)
         self.keeper.release()
-        self.keeper.inspect()
+        self.keeper.obstacles.look()
         self._counts = budgets(model, config)
         with self._adding(model, adapter_name, existing):
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -1,0 +1,34 @@
+"""What in the rest of a model forbids writing into a weight."""
+
+from collections import Counter
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+
+class Obstacles:
+    """Weights that modules share, and FSDP2, as they were at the last `look`. A copy looks anew."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._num_owners: Counter[int] | None = None
+        self.sharded = False
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_num_owners": None}  # a copy has other parameters
+
+    def look(self) -> None:
+        """Look at the model as it is now."""
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        self._num_owners = Counter(id(value) for _, value in parameters)
+        self.sharded = any(isinstance(module, FSDPModule) for module in self._model.modules())
+
+    def of(self, weight: Tensor) -> str | None:
+        """Why nothing can be written into this weight; None if it can."""
+        if self._num_owners is None:
+            self.look()
+        assert self._num_owners is not None
+        if self.sharded:
+            return "FSDP gathers the weights anew for each forward and backward"
+        owners = self._num_owners.get(id(weight), 1)
+        return f"the weight is shared by {owners} modules" if owners > 1 else None
