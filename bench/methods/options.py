@@ -50,7 +50,11 @@ class Options:
         """
         model.set_attn_implementation("sdpa")
         ops = ["rms_norm", "rope", "cross_entropy"] if self.liger else []
-        done = use_fast_ops(model, ops + ["attention"] if self.attention == "cudnn" else ops)
+        if self.attention == "cudnn":
+            ops.append("attention")
+        if not ops:  # nor is torch asked which attention it takes: tensors may be without content
+            return
+        done = use_fast_ops(model, ops)
         if done.off:
             done.undo()
             raise Unavailable("; ".join(f"{op}: {reason}" for op, reason in done.off.items()))
