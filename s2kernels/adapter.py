@@ -4,7 +4,7 @@ An adapter is one trained `Slice` per module, in the original basis; modules go 
 the base model, and so do the tensors of experts. On disk it is a folder as PEFT writes and reads
 them:
 
-    adapter_config.json        the configuration; peft_type is "S2FT"
+    adapter_config.json        the configuration; peft_type is "S2FT"; see `s2kernels.digests`
     adapter_model.safetensors  for each module, after "base_model.model.":
         NAME.s2ft_delta        floating, (N, R) for dim="in", (R, K) for dim="out"
         NAME.s2ft_index        int32 (R,)
@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from s2kernels.autograd.checks import DIMS, check_choice, check_floating, check_shape
 from s2kernels.autograd.experts import check_positions
+from s2kernels.digests import are_digests, check_digests, check_modules, digests, read_tensors
 from s2kernels.files import replacing
 
 CONFIG_NAME = "adapter_config.json"
@@ -269,27 +269,39 @@ def check_fingerprint(name: str, expected: Tensor, base_slice: Tensor, dim: str)
 def read_files(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors, on CPU, of the PEFT adapter in the folder `path`.
 
-    Raises ValueError if one of the two files is missing or damaged.
+    Raises ValueError, which names the file, if one of the two is missing or damaged; with the
+    tensors' names where they are not those that were saved, of which the configuration has digests.
     """
     for name in (CONFIG_NAME, TENSORS_NAME):
         if not Path(path, name).is_file():
             raise ValueError(f"{path} holds no adapter: there is no {name}")
     try:
         config = json.loads(Path(path, CONFIG_NAME).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{Path(path, CONFIG_NAME)} is damaged: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{Path(path, CONFIG_NAME)} is damaged: it holds no JSON object")
-    try:
-        return config, load_file(Path(path, TENSORS_NAME))
-    except SafetensorError as error:
-        raise ValueError(f"{Path(path, TENSORS_NAME)} is damaged: {error}") from None
+    tensors = read_tensors(Path(path, TENSORS_NAME))
+    if (expected := config.get("digests")) is not None:
+        try:
+            if not are_digests(expected):
+                raise ValueError("digests must be texts by the names of tensors")
+            check_modules(expected, config.get("modules_to_save"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{Path(path, CONFIG_NAME)} is damaged: {error}") from None
+        check_digests(Path(path, TENSORS_NAME), expected, tensors)
+    return config, tensors
 
 
 def write_files(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write the two files of a PEFT adapter into the folder `path`; see `replacing`."""
-    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets become lists
+    """Write the two files of a PEFT adapter into the folder `path`; see `replacing`.
+
+    The configuration of S2FT gets the digests of the tensors.
+    """
     dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    if config.get("peft_type") == "S2FT":
+        config = {**config, "digests": digests(dense, config.get("modules_to_save"))}
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets become lists
     with replacing(path) as folder:
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         save_file(dense, folder / TENSORS_NAME, metadata={"format": "pt"})

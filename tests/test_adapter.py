@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from saved_adapters import without_digests
 from tiny_models import tiny_model
 
 import s2kernels.files
@@ -82,7 +83,9 @@ def test_what_is_written_is_read_bit_for_bit(dtype, tmp_path):
 
     assert_equal(read_adapter(tmp_path), slices)
     assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG_NAME, TENSORS_NAME]
-    assert json.loads((tmp_path / CONFIG_NAME).read_text()) == {
+    saved = json.loads((tmp_path / CONFIG_NAME).read_text())
+    assert saved.pop("digests").keys() == load_file(tmp_path / TENSORS_NAME).keys()
+    assert saved == {
         "peft_type": "S2FT",
         "task_type": "CAUSAL_LM",
         "exclude_modules": ["a", "b"],
@@ -148,6 +151,7 @@ def corrupt_tensors(**changes):
             else:
                 tensors[KEY + field] = value
         save_file(tensors, path / TENSORS_NAME)
+        without_digests(path)
 
     return corrupt
 
@@ -208,6 +212,7 @@ DAMAGES = {
 def test_a_damaged_adapter_is_refused(damage, tmp_path):
     corrupt, message = DAMAGES[damage]
     write_adapter(tmp_path, adapter(), {})
+    without_digests(tmp_path)
     corrupt(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
         read_adapter(tmp_path)

@@ -1,10 +1,14 @@
 """What the configurations of both methods share: their type, which modules are meant, the card."""
 
+import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 
+from s2kernels.adapter import TENSORS_NAME
+from s2kernels.digests import are_digests, check_modules, digests, read_tensors
 from s2kernels.peft.host.model_card import CardText, write_card
 
 
@@ -24,7 +28,8 @@ class AdapterConfig(PeftConfig):
     for another adapter, as in `model.add_adapter("ref", model.peft_config["default"])`, the new one
     starts as a copy of the adapter that it belongs to: TRL's trainers so make their reference.
 
-    Raises ValueError for layers_to_transform and layers_pattern where they would decide nothing.
+    Raises ValueError for layers_to_transform and layers_pattern where they would decide nothing,
+    and for digests that are none.
     """
 
     target_modules: list[str] | set[str] | str | None = None
@@ -43,6 +48,15 @@ class AdapterConfig(PeftConfig):
         default=None,
         metadata={"help": "Further modules that are trained and saved whole, such as a head."},
     )
+    digests: dict[str, str] | None = field(
+        default=None,
+        repr=False,
+        metadata={
+            "help": "Not to be given: of a saved adapter, the digest of each of its tensors. The "
+            "first tensors that are loaded must have them; then, or once it is saved, it is None. "
+            "Set it to None to load others."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,14 +71,39 @@ class AdapterConfig(PeftConfig):
                         f"{name} does not go with target_modules given as a regular expression, "
                         f"got {name}={getattr(self, name)!r}"
                     )
+        if self.digests is not None:
+            if not are_digests(self.digests):
+                raise ValueError(
+                    f"digests must be texts by the names of tensors, got {self.digests!r:.100}"
+                )
+            check_modules(self.digests, self.modules_to_save)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern needs layers_to_transform, got {self.layers_pattern!r} alone"
             )
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict:
+        """The fields in a file. Raises ValueError, which names it, for one that is damaged."""
+        try:
+            return super().from_json_file(path_json_file, **kwargs)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path_json_file} is damaged: {error}") from None
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes adapter_config.json, and into README.md how the adapter is loaded."""
-        super().save_pretrained(save_directory, **kwargs)
+        """Writes adapter_config.json, and into README.md how the adapter is loaded.
+
+        Where PEFT calls it to save an adapter, the file has the digests of the tensors that PEFT
+        has just written; else the tensors may be still to come, and it has none.
+        """
+        saved = copy.copy(self)
+        tensors = Path(save_directory, TENSORS_NAME)
+        # PEFT alone gives this argument, and after it has written the tensors
+        complete = "auto_mapping_dict" in kwargs and tensors.is_file()
+        saved.digests = None
+        if complete:
+            saved.digests = digests(read_tensors(tensors), self.modules_to_save)
+        super(AdapterConfig, saved).save_pretrained(save_directory, **kwargs)
         write_card(save_directory, self.base_model_name_or_path, self.card_text())
 
     def card_text(self) -> CardText:

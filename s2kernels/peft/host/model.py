@@ -7,9 +7,10 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from s2kernels.peft.host.layer import AdapterLayer
+from s2kernels.peft.host.loaded_tensors import check_tensors
 from s2kernels.peft.host.model_hooks import ModelHooks
 from s2kernels.peft.host.weights import WeightKeeper
 
@@ -99,6 +100,26 @@ class AdapterModel(BaseTuner):
             if existing:
                 self._attach()
             raise
+
+    # Tensors on their way out and in
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        config.digests = None  # what is loaded from now on is not what the configuration came with
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Raises ValueError for tensors of the method that the model has no place for, and, where
+        the configuration came from a file with digests, for others than those that were saved.
+        """
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_tensors(cls.prefix, model, config, adapter_name, state_dict, loaded)
+        return loaded
 
     def _attach(self) -> None:
         """Have the keeper take charge of all layers."""
