@@ -87,10 +87,10 @@ def merge(args: Namespace) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from s2kernels.cli.models import load_model, with_adapter
+    from s2kernels.cli.models import load_base, with_adapter
     from s2kernels.files import replacing
 
-    model = load_model(base, "auto")
+    model = load_base(base, "auto", args.adapter)
     if args.dtype != "auto":
         # Merged in a dtype that holds all values of both, and converted after that. An fp32
         # checkpoint in fp16 would not be recognised as the base of the adapter either.
@@ -136,14 +136,14 @@ def compare(base: Path, adapter: Path, lora: Path) -> tuple[float, float]:
     """
     import torch
 
-    from s2kernels.cli.models import load_model, with_adapter
+    from s2kernels.cli.models import load_base, with_adapter
 
     # A LoRA is added to the output of the base layer. So is ours here: W0 + delta, written into the
     # weight, is the same to rounding, and that of a whole forward is not what is asked for.
     added = dict(mode="additive", layout="gather")
     logits = []
     for path, fields in ((adapter, added), (lora, {})):
-        model = load_model(base, torch.float32)
+        model = load_base(base, torch.float32, path)
         num = model.get_input_embeddings().num_embeddings
         ids = torch.randint(num, (2, 32), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
