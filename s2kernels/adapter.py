@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -296,7 +297,8 @@ def read_files(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def write_files(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write the two files of a PEFT adapter into the folder `path`; see `replacing`.
 
-    The configuration of S2FT gets the digests of the tensors.
+    The configuration of S2FT gets the digests of the tensors. Raises OSError where the files cannot
+    be written, as on a full disk.
     """
     dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     if config.get("peft_type") == "S2FT":
@@ -304,7 +306,10 @@ def write_files(path: str | Path, config: Mapping[str, Any], tensors: Mapping[st
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets become lists
     with replacing(path) as folder:
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        save_file(dense, folder / TENSORS_NAME, metadata={"format": "pt"})
+        try:
+            save_file(dense, folder / TENSORS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{Path(path, TENSORS_NAME)} cannot be written: {error}") from error
 
 
 def _to_slice(fields: Mapping[str, Tensor]) -> Slice:

@@ -115,6 +115,14 @@ def test_every_kind_of_file_is_read(kind, tmp_path):
         ('{"instruction": "a", "output": ""}', ":1: 'output' must be a text that is not empty"),
         ('{"instruction": "a", "output": "b", "input": 1}', ":1: 'input' must be a text"),
         ('"a"', ":1: an object wanted, got a str"),
+        ('{"text": "a"}\n{"text": "b \\ud83d"}', ":2: 'text' holds half a surrogate pair"),
+        (r'{"instruction": "a", "output": "\udc00"}', ":1: 'output' holds half a surrogate pair"),
+        (
+            '[\n{"instruction": "a", "input": "\\ud800", "output": "b"}]',
+            ":2: 'input' holds half a surrogate pair",
+        ),
+        ('{"text": "a"}\n' + "[" * 100_000, ":2: not JSON: nested too deep"),
+        ('[{"text": "a"},\n' + "[" * 100_000, ":2: not JSON: nested too deep"),
         ('[\n{"text": "a"},\n{"text" "b"}]', ":3: not JSON"),
         ('[\n{"text": "a"},\n{"prompt": "b"}\n]', ":3: fields"),
         ('[{"text": "a"}\n{"text": "b"}]', ":2: not JSON"),
@@ -131,6 +139,30 @@ def test_faults_of_a_file_are_named_with_their_line(text, message, tmp_path):
     with pytest.raises(ValueError) as error:
         examples.read_records(path)
     assert str(error.value).startswith(str(path)) and message in str(error.value)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(r'{"text": "\ud83d\ude00"}')
+    assert examples.read_records(path) == [{"text": "\U0001f600"}]
+
+
+@pytest.mark.parametrize(
+    "units", ["[0, 0.5]", "[1.0]", "[true, 2]", "[[0, 1], [2, 3]]", '["1"]', "[4294967297]", "3"]
+)
+def test_a_selection_that_is_not_whole_numbers_is_refused(units, tmp_path):
+    path = tmp_path / "chosen.json"
+    path.write_text(f'{{"units": {{"layers.0.mlp": {units}}}}}')
+    with pytest.raises(ValueError, match=r"chosen\.json.*layers\.0\.mlp.*list of whole numbers"):
+        finetune.read_selection(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"units": []}', "{}", "[]", "{"])
+def test_what_is_no_selection_is_refused(text, tmp_path):
+    path = tmp_path / "chosen.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="chosen.json is no selection"):
+        finetune.read_selection(path)
 
 
 @pytest.mark.parametrize("extra", ["", "some context"])
@@ -495,6 +527,14 @@ def test_mistakes_are_told_in_one_line(base, data, trained, tmp_path, capsys):
         (["finetune", "--config", shrink, *args[3:], data], "259 tokens"),
         (["finetune", "--config", "{", *args[3:], data], "not JSON"),
         (["finetune", "--config", "{}", *args[3:], data], "'model_type' wanted"),
+        (
+            ["finetune", "--config", '{"model_type": "llamaz"}', *args[3:], data],
+            "--config: transformers knows no model type 'llamaz'",
+        ),
+        (
+            ["finetune", "--config", '{"model_type": "t5"}', *args[3:], data],
+            "--config: transformers has no causal language model of type 't5'",
+        ),
         (["inspect", tmp_path], "no adapter_config.json"),
         (["inspect", lora], "holds no adapter of S2FT or SpIEL: its type is 'LORA'"),
         (["merge", lora, "--output", new], "holds no adapter of S2FT or SpIEL"),

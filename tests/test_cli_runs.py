@@ -4,8 +4,12 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
+from safetensors import SafetensorError
 from tiny_models import tiny_model
+from transformers import PreTrainedModel
 
+import s2kernels.adapter
 from s2kernels import cli
 from s2kernels.adapter import read_adapter
 from s2kernels.cli import finetune, runs
@@ -142,3 +146,56 @@ def test_a_selection_is_not_said_to_be_a_draw(argv, tmp_path):
     argv[argv.index("--max-steps") + 1] = "2"
     cli.main([*argv, "--resume"])
     assert {name: part.index.tolist() for name, part in read_adapter(output).items()} == want
+
+
+FULL = {
+    "safetensors": SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    ),
+    "file": OSError(28, "No space left on device"),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_a_full_disk_is_told_in_one_line(kind, argv, tmp_path, capsys, monkeypatch):
+    def full(*args, **options):
+        raise FULL[kind]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune._Trainer, "train", full)
+        code, line = stopped(capsys, *argv, "--output", tmp_path / "run")
+    assert code == 2 and "finetune: error: " in line and "no space left on the disk" in line
+
+    base = tiny_model("llama", torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    get_peft_model(base, S2FTConfig(heads=1, channels=1)).save_pretrained(tmp_path / "adapter")
+    files = [tmp_path / "adapter", "--base", tmp_path / "base", "--output", tmp_path / "merged"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        code, line = stopped(capsys, "merge", *files)
+    assert code == 2 and "merge: error: " in line and "no space left on the disk" in line.lower()
+    with monkeypatch.context() as patch:
+        patch.setattr(s2kernels.adapter, "save_file", full)
+        code, line = stopped(capsys, "export-lora", *files)
+    assert code == 2 and "no space left on the disk" in line
+
+
+def test_another_fault_of_the_training_keeps_its_traceback(argv, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("some fault")
+
+    monkeypatch.setattr(finetune._Trainer, "train", fail)
+    with pytest.raises(RuntimeError, match="some fault"):
+        cli.main([*argv, "--output", str(tmp_path / "run")])
+
+
+def test_a_run_does_not_go_on_from_a_damaged_checkpoint(argv, tmp_path, capsys):
+    output = tmp_path / "run"
+    cli.main([*argv, "--output", str(output)])
+    checkpoint = output / "checkpoint-1"
+    data = bytearray((checkpoint / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (checkpoint / "adapter_model.safetensors").write_bytes(data)
+    code, line = stopped(capsys, *argv, "--output", output, "--resume", "--max-steps", "2")
+    assert code == 2 and "checkpoint-1/adapter_model.safetensors is damaged" in line

@@ -1,10 +1,12 @@
 """The command line: s2kernels finetune | generate | serve | inspect | merge | export-lora | select.
 
 What a user gives is looked at before anything long begins. What does not fit is told in one line on
-stderr, with exit code 2; an exception out of the training itself keeps its traceback.
+stderr, with exit code 2, as is a full disk; another exception out of the training itself keeps its
+traceback.
 """
 
 import argparse
+import errno
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,10 +78,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         extra = "serve" if error.name in ("starlette", "uvicorn") else "peft"
         args.parser.error(f"{error.name} is missing: pip install -e '.[{extra}]' in the clone")
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        _stop_if_full(args, error)
+        if not isinstance(error, (ValueError, OSError)):
+            raise
         args.parser.error(str(error))
     if work is not None:
-        work()
+        try:
+            work()
+        except Exception as error:
+            _stop_if_full(args, error)
+            raise
+
+
+def _stop_if_full(args: argparse.Namespace, error: BaseException) -> None:
+    """Stop where a file could not be written; safetensors and torch say so in their own ways."""
+    text = str(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "(os error 28)" in text or "unexpected pos" in text:
+        args.parser.error(f"there is no space left on the disk: {text}")
 
 
 def _budget(text: str) -> int | float:

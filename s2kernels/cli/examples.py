@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _FIELDS = ("instruction", "input", "output", "text")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON may hold one, UTF-8 cannot
 IGNORED = -100  # a label that transformers leaves out of the loss
 
 # Those of Stanford Alpaca, so that a model tuned here answers to the prompts of its many kin.
@@ -65,6 +66,8 @@ def _parse_lines(text: str) -> Iterator[tuple[int, Any]]:
                 yield position, json.loads(line)
             except json.JSONDecodeError as error:
                 raise json.JSONDecodeError(error.msg, text, position + error.pos) from None
+            except RecursionError:
+                raise json.JSONDecodeError("nested too deep", text, position) from None
         position += len(line) + 1
 
 
@@ -79,7 +82,10 @@ def _parse_list(text: str) -> Iterator[tuple[int, Any]]:
     position = skip(skip(0) + 1)
     more = text[position : position + 1] != "]"
     while more:
-        record, end = decoder.raw_decode(text, position)
+        try:
+            record, end = decoder.raw_decode(text, position)
+        except RecursionError:
+            raise json.JSONDecodeError("nested too deep", text, position) from None
         yield position, record
         position = skip(end)
         more = text[position : position + 1] == ","
@@ -103,6 +109,9 @@ def _fault(record: Any) -> str | None:
             return f"{name!r} must be a text that is not empty, got {record[name]!r}"
     if not isinstance(record.get("input") or "", str):
         return f"'input' must be a text, got {record['input']!r}"
+    for name in _FIELDS:
+        if isinstance(record.get(name), str) and _HALF_PAIR.search(record[name]):
+            return f"{name!r} holds half a surrogate pair, such as \\ud800, which is no character"
     return None
 
 

@@ -188,6 +188,8 @@ def prepare(args: Namespace) -> Job:
             largest=not args.smallest,
             scope=args.scope,
         )
+    # the Trainer would load one that is damaged
+    before = {} if checkpoint is None else read_files(checkpoint)[0]
     config = S2FTConfig(
         task_type="CAUSAL_LM",
         target_modules=args.targets,
@@ -199,7 +201,7 @@ def prepare(args: Namespace) -> Job:
     if args.selection is not None:
         config.indices = indices_of(model, config, read_selection(args.selection))
     elif checkpoint is not None:
-        config.indices = read_files(checkpoint)[0].get("indices")  # as they were chosen at first
+        config.indices = before.get("indices")  # as they were chosen at first
     elif args.strategy != "random":
         _to_device(model, args.device)
         sample = calibration_set(encoded[0], args.calibration_share, args.seed)
@@ -264,10 +266,18 @@ def check_packing(model: Any, rows: list[Example]) -> None:
 def read_selection(path: Path) -> dict[str, torch.Tensor]:
     """The units in a file of `s2kernels select`, by structure; ValueError for another file."""
     try:
-        units = json.loads(path.read_text("utf-8"))["units"]
-        return {name: torch.tensor(chosen, dtype=torch.int32) for name, chosen in units.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        units = json.loads(path.read_text("utf-8"))["units"].items()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no selection of s2kernels select: {error!r}") from None
+    for name, chosen in units:
+        if not isinstance(chosen, list) or not all(
+            type(unit) is int and 0 <= unit < 2**31 for unit in chosen
+        ):
+            raise ValueError(
+                f"{path}: units of {name} must be a list of whole numbers of 32 bits, got "
+                f"{chosen!r:.100}"
+            )
+    return {name: torch.tensor(chosen, dtype=torch.int32) for name, chosen in units}
 
 
 def split(records: list, share: float, seed: int) -> tuple[list, list]:
