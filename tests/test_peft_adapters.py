@@ -1,5 +1,7 @@
 """The life of an adapter, and of several: switched, mixed in a batch, summed, merged, deleted."""
 
+import copy
+
 import pytest
 import torch
 from model_states import assert_same, base_state
@@ -99,7 +101,7 @@ def test_an_adapter_of_anothers_own_configuration_starts_as_its_copy(mode, model
         layer.s2ft_fingerprint["default"].zero_()
     want = model(ids).logits.detach()
     model.add_adapter("ref", model.peft_config["default"])
-    model.add_adapter("fresh", own)
+    model.add_adapter("fresh", copy.copy(own))
     assert not any("ref" in name for name, p in model.named_parameters() if p.requires_grad)
     for layer in layers:
         assert torch.equal(layer.s2ft_fingerprint["ref"], layer.s2ft_fingerprint["default"])

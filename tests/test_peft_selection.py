@@ -1,6 +1,6 @@
 """Which channels an adapter trains: every strategy, scope and budget, through the PEFT host."""
 
-import copy
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -80,14 +80,14 @@ def test_a_configuration_serves_several_models(fields):
     of its fields.
     """
     reused = config(target_modules=None, **fields)
-    before = copy.deepcopy(vars(reused))
+    before = asdict(reused)
     for changes in (dict(seed=3), dict(seed=4, channels=7, heads=3)):
         vars(reused).update(changes)
         for model_type in ("llama", "gpt2"):
             found = trained(get_peft_model(tiny_model(model_type), reused))
             fresh = config(target_modules=None, **fields | changes)
             assert found == trained(get_peft_model(tiny_model(model_type), fresh))
-    assert vars(reused) == before | changes
+    assert asdict(reused) == before | changes
 
 
 @pytest.mark.parametrize("strategy", ("random", "weight"))

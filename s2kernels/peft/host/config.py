@@ -1,7 +1,7 @@
 """What the configurations of both methods share: their type, which modules are meant, the card."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ class MethodType(str):
 class AdapterConfig(PeftConfig):
     """The fields that choose modules. Each method says itself what `target_modules` may name.
 
-    `get_peft_model` and its kin leave it as it was: what the model makes of it, such as the names
-    of the targets, is in a copy, `model.peft_config[adapter_name]`. Where that very object is given
-    for another adapter, as in `model.add_adapter("ref", model.peft_config["default"])`, the new one
-    starts as a copy of the adapter that it belongs to: TRL's trainers so make their reference.
+    `get_peft_model` and its kin leave the fields as they are, so that one object serves several
+    models. What a model makes of them, such as the names of the targets, is in `resolved`, and in
+    what is saved. Where the very same object is given for another adapter of a model, as in
+    `model.add_adapter("ref", model.peft_config["default"])`, the new one starts as a copy of the
+    adapter that has it already: TRL's trainers so make their reference.
 
     Raises ValueError for layers_to_transform and layers_pattern where they would decide nothing,
     and for digests that are none.
@@ -60,6 +61,9 @@ class AdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # by field, what it was and what the model made of it: the one that was last saved, or that
+        # an adapter was last added to
+        self.resolved: dict[str, tuple[Any, Any]] = {}
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -89,6 +93,19 @@ class AdapterConfig(PeftConfig):
             return super().from_json_file(path_json_file, **kwargs)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path_json_file} is damaged: {error}") from None
+
+    def differences(self, other: "AdapterConfig") -> dict[str, tuple[Any, Any]]:
+        """The fields in which `other` differs, with a copy of what is here and what is there."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return {name: (copy.copy(mine), its) for name, (mine, its) in pairs.items() if mine != its}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, those in `resolved` as the model has them unless they were set since then."""
+        saved = super().to_dict()
+        for name, (given, resolved) in self.resolved.items():
+            if saved[name] == given:
+                saved[name] = resolved
+        return saved
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes adapter_config.json, and into README.md how the adapter is loaded.

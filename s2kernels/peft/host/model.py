@@ -12,29 +12,70 @@ from torch import Tensor, nn
 from s2kernels.peft.host.layer import AdapterLayer
 from s2kernels.peft.host.loaded_tensors import check_tensors
 from s2kernels.peft.host.model_hooks import ModelHooks
+from s2kernels.peft.host.targets import name_all_linear
 from s2kernels.peft.host.weights import WeightKeeper
 
 
 class AdapterModel(BaseTuner):
-    """Adapters in a model. Whoever inherits finds or makes `keeper` in `inject_adapter`."""
+    """Adapters in a model, whose layers share `keeper`."""
 
     tuner_layer_cls: type[AdapterLayer]
     keeper: WeightKeeper
     _template: str | None = None  # while an adapter is added: the one that it starts as a copy of
 
-    def _own_config(self, adapter_name: str) -> Any:
-        """The adapter's configuration, from now on a copy: what the model makes of it is noted
-        there, and the caller's can be used for another model.
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter. If anything fails, the model is as it was before.
 
-        So it is another adapter's only where somebody has taken it out of `peft_config`. The new
-        adapter then starts as a copy of that one.
+        Its configuration stays the caller's object, with the fields that the caller set: see
+        `AdapterConfig`. Where it is another adapter's, too, the new one starts as a copy of that.
+
+        Raises ValueError for what the configuration asks for and the model does not admit, and for
+        weights that are offloaded or partitioned; TypeError for a target of a wrong kind.
         """
-        given = self.peft_config[adapter_name]
+        self._check_is_whole(model)
+        given: Any = self.peft_config[adapter_name]
         others = (name for name, config in self.peft_config.items() if config is given)
         self._template = next((name for name in others if name != adapter_name), None)
-        config = copy.copy(given)
-        self.peft_config[adapter_name] = config
-        return config
+        config = self.peft_config[adapter_name] = copy.copy(given)
+        try:
+            existing = self._existing_layers(model)
+            self.keeper = existing[0].keeper if existing else self._new_keeper(model)
+            self.keeper.release()
+            self.keeper.obstacles.look()
+            name_all_linear(model, config)
+            self._prepare_adding(model, config, kwargs)
+            with self._adding(model, adapter_name, existing):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._check_added(config, adapter_name)
+        finally:
+            self.peft_config[adapter_name] = given
+        given.resolved = self.keeper.resolved[adapter_name] = given.differences(config)
+
+    def _new_keeper(self, model: nn.Module) -> WeightKeeper:
+        """The keeper of a model that has no layers of this tuner yet."""
+        raise NotImplementedError
+
+    def _prepare_adding(self, model: nn.Module, config: Any, options: dict[str, Any]) -> None:
+        """What each method does before PEFT looks for targets, with its `options`. `config` is the
+        tuner's own for as long as the adapter is added.
+        """
+
+    def _check_added(self, config: Any, adapter_name: str) -> None:
+        """Raises ValueError for an adapter whose layers are not what its configuration says."""
+
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override] # PEFT names its arguments
+        cls, model: nn.Module, config: Any, adapter_name: str, **options: Any
+    ) -> dict[str, Any]:
+        """PEFT's; what is saved of the configuration is then what this very model made of it."""
+        layers = (module for module in model.modules() if isinstance(module, cls.tuner_layer_cls))
+        if (layer := next(layers, None)) is not None:
+            config.resolved = layer.keeper.resolved.get(adapter_name, {})
+        return super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, **options
+        )
 
     def _copy_template(self, model: nn.Module, adapter_name: str) -> None:
         """Have the adapter start as a copy, if it is to be one: what it trains whole, too.

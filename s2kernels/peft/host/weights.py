@@ -49,6 +49,8 @@ class WeightKeeper:
         self.layers: list[Any] = []  # each is a WrittenLayer
         self.attached = False
         self.changes = 0
+        # by adapter, what this model made of its configuration: see `AdapterConfig.resolved`
+        self.resolved: dict[str, dict[str, tuple[Any, Any]]] = {}
         self.held_by_layer: dict[WrittenLayer, Held] = {}  # of those that hold an adapter
         self._merged: dict[WrittenLayer, list[Held]] = {}
         self._weights: dict[WrittenLayer, Tensor] = {}  # when they were last looked at

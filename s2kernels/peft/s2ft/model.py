@@ -41,31 +41,19 @@ class S2FTModel(AdapterModel):
     tuner_layer_cls = S2FTLayer
     target_module_mapping = {model_type: in_projections(model_type) for model_type in TABLE}
 
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Add an adapter. If anything fails, the model is as it was before.
+    def _new_keeper(self, model: nn.Module) -> WeightKeeper:
+        return WeightKeeper(model, launch_slice_write, ArrangedWeights(model))
 
-        Raises ValueError for a model type that the coupling table lacks (layout="gather" does
-        without it), a budget or a layout that the model does not admit, a budget of no target, and
-        weights that are offloaded or partitioned; TypeError for a target that is not a linear
-        layer.
+    def _prepare_adding(self, model: nn.Module, config: Any, options: dict[str, Any]) -> None:
+        """Raises ValueError for a model type that the coupling table lacks (layout="gather" does
+        without it), and a selection that needs calibration data.
         """
-        self._check_is_whole(model)
-        config = self._own_config(adapter_name)
         try:
             found = structures(model)
         except ValueError:
             if config.layout != "gather":
                 raise
             found = {}
-        existing = self._existing_layers(model)
-        if existing:
-            self.keeper = existing[0].keeper
-        else:
-            self.keeper = WeightKeeper(model, launch_slice_write, ArrangedWeights(model))
-        self.keeper.release()
-        self.keeper.obstacles.look()
         self.arrangement = arrangement_of(self.keeper)
         self.arrangement.structures = found
 
@@ -77,25 +65,27 @@ class S2FTModel(AdapterModel):
                 )
             config.indices = select_indices(model, config, progress=False).indices
 
-        state = kwargs.get("state_dict")
+        state = options.get("state_dict")
         # PEFT looks for modules alone: those of the experts stand in for their tensors
         self._expert_targets = tensors_to_train(config, found, state)
         if state is not None:
             marks = {f"{name}.{self.prefix}experts": None for name in self._expert_targets}
-            kwargs["state_dict"] = {**state, **marks}
-        with self._adding(model, adapter_name, existing):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            layers = self._layers_of(self.model)
-            trained = {layer.name for layer in layers if adapter_name in layer.modes}
-            # PEFT shortens many names until they match no other *module*, and tensors are none.
-            if tensors_to_train(config, found, None) != self._expert_targets:
-                config.target_modules = trained
-            if config.indices is None:
-                check_budget_pattern(config, trained)
-            elif lost := sorted(set(config.indices) - trained):
-                raise ValueError(
-                    f"indices names what is not a target of the adapter: {', '.join(lost)}"
-                )
+            options["state_dict"] = {**state, **marks}
+
+    def _check_added(self, config: Any, adapter_name: str) -> None:
+        """Raises ValueError for a budget, or indices, of what is no target."""
+        trained = {
+            layer.name for layer in self._layers_of(self.model) if adapter_name in layer.modes
+        }
+        # PEFT shortens many names until they match no other *module*, and tensors are none.
+        if tensors_to_train(config, self.arrangement.structures, None) != self._expert_targets:
+            config.target_modules = trained
+        if config.indices is None:
+            check_budget_pattern(config, trained)
+        elif lost := sorted(set(config.indices) - trained):
+            raise ValueError(
+                f"indices names what is not a target of the adapter: {', '.join(lost)}"
+            )
 
     def _attach(self) -> None:
         layers = self._layers_of(self.model)

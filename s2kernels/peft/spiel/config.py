@@ -42,7 +42,7 @@ class SpIELConfig(AdapterConfig):
         default=None,
         metadata={
             "help": "Entries trained, in the place of density; a layer's part is rounded down, but "
-            "to 1 at least. In model.peft_config it is what density comes to."
+            "to 1 at least. What is saved with an adapter has what density comes to."
         },
     )
     selection: str = field(

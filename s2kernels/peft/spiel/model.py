@@ -5,11 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from s2kernels.peft.host.model import AdapterModel
@@ -31,27 +27,11 @@ class SpIELModel(AdapterModel):
     tuner_layer_cls = SpIELLinear
     target_module_mapping: dict = {}  # the default is all linear layers of any model
 
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Add an adapter. If anything fails, the model is as it was before.
+    def _new_keeper(self, model: nn.Module) -> WeightKeeper:
+        return WeightKeeper(model, launch_sparse_write)
 
-        Raises ValueError for a budget that the targets do not admit, a mode that a base weight does
-        not, weights that are offloaded or partitioned; TypeError for a target that is no linear
-        layer.
-        """
-        self._check_is_whole(model)
-        config = self._own_config(adapter_name)
-        existing = self._existing_layers(model)
-        if existing:
-            self.keeper = existing[0].keeper
-        else:
-            self.keeper = WeightKeeper(model, launch_sparse_write)
-        self.keeper.release()
-        self.keeper.obstacles.look()
+    def _prepare_adding(self, model: nn.Module, config: Any, options: dict[str, Any]) -> None:
         self._counts = budgets(model, config)
-        with self._adding(model, adapter_name, existing):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _attach(self) -> None:
         super()._attach()
@@ -116,12 +96,11 @@ def budgets(model: nn.Module, config: SpIELConfig) -> dict[str, int]:
     Raises TypeError for a target that is not a linear layer; ValueError for a budget above what the
     targets have.
     """
-    expanded: Any = _maybe_include_all_linear_layers(config, model)
     layers = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     inside = tuple(f"{name}." for name in layers)
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if not name or name.startswith(inside) or not check_target_module_exists(expanded, name):
+        if not name or name.startswith(inside) or not check_target_module_exists(config, name):
             continue
         base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if type(base) is not nn.Linear and not (isinstance(base, nn.Linear) and is_quantized(base)):

@@ -1,0 +1,176 @@
+"""What PEFT promises of every method, held by both of ours: configurations, heads, injection."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_models import tiny_model, token_ids
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from s2kernels.peft import S2FTConfig, SpIELConfig
+from s2kernels.peft.host.layer import AdapterLayer
+
+CONFIGS = (S2FTConfig, SpIELConfig)
+EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS)
+IDS = token_ids(batch=3)
+SIZES = dict(vocab_size=48, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+BERT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+BERT |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def made(auto, model_type, **fields):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = auto.from_config(AutoConfig.for_model(model_type, **SIZES, **fields))
+    return model.eval()
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
+
+
+def deltas(model, name="default"):
+    return [layer.deltas[name] for layer in layers(model) if name in layer.modes]
+
+
+def randomized(model, name="default", seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for delta in deltas(model, name):
+            noise = torch.randn(delta.shape, generator=generator, dtype=torch.float64)
+            delta.copy_(0.3 * noise)
+    return model
+
+
+def names(model):
+    return [name for name, _ in model.named_modules()]
+
+
+# Configurations
+
+
+@EVERY_CONFIG
+@pytest.mark.parametrize(
+    "fields", ({}, dict(target_modules="all-linear"), dict(target_modules=["o_proj", "up_proj"]))
+)
+def test_the_configuration_stays_the_callers_object_as_it_was(config, fields, tmp_path):
+    given = config(**fields)
+    before = copy.deepcopy(given)
+    model = randomized(get_peft_model(tiny_model("llama"), given))
+    assert model.peft_config["default"] is given
+    assert model.base_model.model.peft_config["default"] is given
+    assert given == before
+    want = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert torch.equal(loaded(IDS).logits, want)
+    assert isinstance(loaded.peft_config["default"].target_modules, set)
+
+
+@EVERY_CONFIG
+def test_each_model_saves_what_it_made_of_a_shared_configuration(config, tmp_path):
+    shared = (
+        config(target_modules="all-linear", layout="gather") if config is S2FTConfig else config()
+    )
+    bases = dict(small=tiny_model("llama"), other=tiny_model("opt", ffn_dim=80))
+    models = {name: randomized(get_peft_model(base, shared)) for name, base in bases.items()}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    for name, model in models.items():
+        fresh = tiny_model("llama") if name == "small" else tiny_model("opt", ffn_dim=80)
+        loaded = PeftModel.from_pretrained(fresh, tmp_path / name)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+# Tasks
+
+
+def t5():
+    sizes = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0)
+    return made(AutoModelForSeq2SeqLM, "t5", **sizes, decoder_start_token_id=0)
+
+
+def bart():
+    ffn = dict(encoder_ffn_dim=64, decoder_ffn_dim=64, dropout=0.0, max_position_embeddings=64)
+    heads = dict(encoder_attention_heads=4, decoder_attention_heads=4)
+    depth = dict(encoder_layers=2, decoder_layers=2)
+    sizes = dict(d_model=32, decoder_start_token_id=2, forced_eos_token_id=None)
+    return made(AutoModelForSeq2SeqLM, "bart", **sizes, **ffn, **heads, **depth)
+
+
+def labels_of(task):
+    if task == "SEQ_CLS":
+        return dict(labels=torch.tensor([0, 1, 1]))
+    if task == "QUESTION_ANS":
+        return dict(start_positions=torch.tensor([1, 2, 3]), end_positions=torch.tensor([4, 4, 5]))
+    return dict(labels=IDS % 2)
+
+
+TASKS = {
+    "SEQ_CLS": (AutoModelForSequenceClassification, "classifier"),
+    "TOKEN_CLS": (AutoModelForTokenClassification, "classifier"),
+    "QUESTION_ANS": (AutoModelForQuestionAnswering, "qa_outputs"),
+}
+
+
+@EVERY_CONFIG
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("given_name", (False, True))
+def test_heads_are_trained_saved_and_loaded_whole(config, task, given_name, tmp_path):
+    auto, head = TASKS[task]
+    whole = dict(modules_to_save=["pooler"]) if given_name and task == "SEQ_CLS" else {}
+    given = config(task_type=task, **whole)
+    model = get_peft_model(made(auto, "bert", **BERT), given)
+    assert model.peft_config["default"] is given
+    assert head in given.modules_to_save
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        model(IDS, **labels_of(task)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name for name, value in model.state_dict().items() if (value != before[name]).any()}
+    assert any(f"{head}.modules_to_save.default" in name for name in changed)
+    assert any("_delta.default" in name for name in changed)
+    assert all(".default" in name for name in changed)
+    want = model(IDS, **labels_of(task)).loss
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(made(auto, "bert", **BERT), tmp_path)
+    torch.testing.assert_close(loaded(IDS, **labels_of(task)).loss, want)
+    model.add_adapter("second", config(task_type=task))
+    model.set_adapter("second")
+    fresh = made(auto, "bert", **BERT)(IDS, **labels_of(task)).loss
+    torch.testing.assert_close(model(IDS, **labels_of(task)).loss, fresh)
+
+
+@EVERY_CONFIG
+@pytest.mark.parametrize("base", (t5, bart))
+def test_encoder_decoders_are_trained_saved_and_loaded(config, base, tmp_path):
+    fields = dict(layout="gather") if config is S2FTConfig else {}
+    given = config(task_type="SEQ_2_SEQ_LM", target_modules="all-linear", **fields)
+    model = randomized(get_peft_model(base(), given))
+    plain = base()(input_ids=IDS, labels=IDS).loss
+    loss = model(input_ids=IDS, labels=IDS).loss
+    assert (loss - plain).abs() > 1e-3
+    loss.backward()
+    assert all(delta.grad.abs().sum() > 0 for delta in deltas(model))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(loaded(input_ids=IDS, labels=IDS).loss, loss)
+
+
+@EVERY_CONFIG
+def test_feature_extraction(config, tmp_path):
+    model = get_peft_model(made(AutoModel, "bert", **BERT), config(task_type="FEATURE_EXTRACTION"))
+    want = randomized(model)(IDS).last_hidden_state
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(made(AutoModel, "bert", **BERT), tmp_path)
+    torch.testing.assert_close(loaded(IDS).last_hidden_state, want)
