@@ -174,3 +174,57 @@ def test_feature_extraction(config, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(made(AutoModel, "bert", **BERT), tmp_path)
     torch.testing.assert_close(loaded(IDS).last_hidden_state, want)
+
+
+# Targets
+
+
+def deep(num=4):
+    return tiny_model("llama", num_hidden_layers=num)
+
+
+@EVERY_CONFIG
+@pytest.mark.parametrize("num", (2, 4))
+@pytest.mark.parametrize("chosen", ([0], 1, [0, 1]))
+@pytest.mark.parametrize("pattern", (None, "layers", ["blocks", "layers"]))
+def test_layers_to_transform_chooses_among_all_linear_layers(
+    config, num, chosen, pattern, tmp_path
+):
+    """Also where PEFT shortens the names of the targets, from 20 of them on."""
+    budget = dict(num_tunable_weights=1000) if config is SpIELConfig else {}
+    fields = dict(layers_to_transform=chosen, layers_pattern=pattern, **budget)
+    given = config(target_modules="all-linear", **fields)
+    model = randomized(get_peft_model(deep(num), given))
+    wanted = {f"model.layers.{i}" for i in ([chosen] if isinstance(chosen, int) else chosen)}
+    found = [layer.name for layer in layers(model)]
+    assert {".".join(name.split(".")[:3]) for name in found} == wanted
+    assert len(found) == 7 * len(wanted)
+    if config is SpIELConfig:
+        assert 1000 - len(found) <= sum(map(len, deltas(model))) <= 1000
+    assert given.layers_to_transform == chosen
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(deep(num), tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    again = get_peft_model(deep(num), config.from_pretrained(tmp_path))
+    assert [layer.name for layer in layers(again)] == found
+
+
+@EVERY_CONFIG
+def test_layers_to_transform_of_many_full_names(config, tmp_path):
+    """PEFT takes full names as they are, and shortened ones, from 20 on, only in these layers."""
+    full = [name for name in names(deep()) if name.endswith("_proj")]
+    assert len(full) >= 20
+    model = get_peft_model(deep(), config(target_modules=full, layers_to_transform=[1]))
+    assert {layer.name.split(".")[2] for layer in layers(model)} == {"1"}
+    randomized(model).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(deep(), tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@EVERY_CONFIG
+def test_layers_to_transform_that_are_not_there(config):
+    model = deep(2)
+    before = names(model)
+    with pytest.raises(ValueError, match=r"layers_to_transform=\[7\] names no layer"):
+        get_peft_model(model, config(target_modules="all-linear", layers_to_transform=[7]))
+    assert names(model) == before

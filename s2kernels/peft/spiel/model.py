@@ -31,7 +31,7 @@ class SpIELModel(AdapterModel):
         return WeightKeeper(model, launch_sparse_write)
 
     def _prepare_adding(self, model: nn.Module, config: Any, options: dict[str, Any]) -> None:
-        self._counts = budgets(model, config)
+        self._counts: dict[str, int] = {}
 
     def _attach(self) -> None:
         super()._attach()
@@ -62,6 +62,8 @@ class SpIELModel(AdapterModel):
         parameter_name: str | None = None,
     ) -> None:
         config: SpIELConfig = peft_config
+        if not self._counts:  # before PEFT has replaced anything, and after it shortened the names
+            self._counts = budgets(self.keeper.model, config)
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         shape = base.out_features, base.in_features
         index = random_entries(config.seed, current_key, shape, self._counts[current_key])
