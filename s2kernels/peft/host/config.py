@@ -18,6 +18,9 @@ class MethodType(str):
     value = property(str.__str__)
     name = property(str.__str__)
 
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # PEFT takes the method's name from this
+
 
 @dataclass
 class AdapterConfig(PeftConfig):
