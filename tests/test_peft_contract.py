@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_model_status, get_peft_model
 from tiny_models import tiny_model, token_ids
 from transformers import (
     AutoConfig,
@@ -228,3 +228,37 @@ def test_layers_to_transform_that_are_not_there(config):
     with pytest.raises(ValueError, match=r"layers_to_transform=\[7\] names no layer"):
         get_peft_model(model, config(target_modules="all-linear", layers_to_transform=[7]))
     assert names(model) == before
+
+
+# Ways in
+
+
+@EVERY_CONFIG
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("how", ("from_pretrained", "load_adapter", "transformers"))
+def test_low_cpu_mem_usage_loads_deltas_bit_for_bit(config, dtype, how, tmp_path):
+    model = randomized(get_peft_model(tiny_model("llama", dtype), config(task_type="CAUSAL_LM")))
+    model.save_pretrained(tmp_path)
+    want, base = deltas(model), tiny_model("llama", dtype)
+    if how == "from_pretrained":
+        loaded, name = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True), "default"
+    elif how == "load_adapter":
+        loaded, name = get_peft_model(base, config(seed=9)), "second"
+        loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+        loaded.set_adapter("second")
+    else:
+        loaded, name = base, "default"
+        loaded.load_adapter(tmp_path, low_cpu_mem_usage=True)
+    for got, delta in zip(deltas(loaded, name), want, strict=True):
+        assert got.dtype == delta.dtype == torch.float32
+        assert torch.equal(got, delta) and not torch.equal(delta, delta.to(dtype).float())
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@EVERY_CONFIG
+def test_the_status_names_the_method(config):
+    model = get_peft_model(tiny_model("llama"), config())
+    method = config.__name__.removesuffix("Config").upper()
+    assert get_model_status(model).peft_types == {"default": method}
+    assert model.peft_config["default"].peft_type == method
+    assert config().to_dict()["peft_type"] == method

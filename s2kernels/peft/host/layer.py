@@ -296,6 +296,22 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.keeper.moved(self, before, fn)
         return self
 
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """PEFT's, which would also cast the delta to the dtype of the weight."""
+        to = self.weight.device if device is None else torch.device(device)
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            tensors = getattr(self, name)
+            if not isinstance(tensors, (nn.ParameterDict, BufferDict)):
+                continue
+            tensor = tensors[adapter_name] if adapter_name in tensors else None
+            if tensor is None or tensor.is_meta or tensor.device == to:
+                continue
+            moved = tensor.detach().to(to)
+            is_delta = isinstance(tensor, nn.Parameter)
+            tensors[adapter_name] = nn.Parameter(moved, tensor.requires_grad) if is_delta else moved
+
     # Merging
 
     def merged_values(self, adapter: str) -> Tensor:
