@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_model_status, get_peft_model
 from tiny_models import tiny_model, token_ids
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -262,3 +263,80 @@ def test_the_status_names_the_method(config):
     assert get_model_status(model).peft_types == {"default": method}
     assert model.peft_config["default"].peft_type == method
     assert config().to_dict()["peft_type"] == method
+
+
+# Mixed batches
+
+
+def of_rows(model, chosen, call):
+    """What `call` gives for each row alone, with its own adapter."""
+    rows = []
+    for row, name in enumerate(chosen):
+        if name == "__base__":
+            with model.disable_adapter():
+                rows.append(call(IDS[row : row + 1]))
+        else:
+            model.set_adapter(name)
+            rows.append(call(IDS[row : row + 1]))
+    return rows
+
+
+@pytest.mark.parametrize("beams", (1, 2, 3))
+@pytest.mark.parametrize("base", (t5, bart))
+def test_a_mixed_batch_of_an_encoder_decoder(base, beams):
+    """Beam search repeats the rows of the decoder alone."""
+    fields = dict(layout="gather", target_modules="all-linear", channels=16)
+    model = get_peft_model(base().double(), S2FTConfig(**fields)).eval()
+    model.add_adapter("second", S2FTConfig(**fields, seed=9))
+    randomized(randomized(model), "second", seed=8)
+    chosen = ["second", "__base__", "default"]
+    options = dict(max_new_tokens=6, do_sample=False, num_beams=beams, num_return_sequences=beams)
+    options |= dict(return_dict_in_generate=True, output_scores=True, length_penalty=0.0)
+
+    def call(ids, **kwargs):
+        out = model.generate(input_ids=ids, **options, **kwargs)
+        return out.sequences, out.scores[0]
+
+    alone = of_rows(model, chosen, call)
+    sequences, scores = call(IDS, adapter_names=chosen)
+    for row, (want, want_scores) in enumerate(alone):
+        here = slice(row * beams, row * beams + beams)
+        length = min(want.shape[1], sequences.shape[1])
+        assert torch.equal(sequences[here, :length], want[:, :length])
+        torch.testing.assert_close(scores[here], want_scores)
+    assert len({tuple(map(float, want_scores[0])) for _, want_scores in alone}) == 3
+
+
+@pytest.mark.parametrize("beams", (1, 2))
+def test_a_mixed_batch_of_flattened_rows(beams):
+    """OPT joins the tokens of all rows in front of its FFN."""
+    targets = dict(target_modules=["fc1", "fc2", "out_proj"])
+    model = get_peft_model(tiny_model("opt"), S2FTConfig(**targets)).eval()
+    model.add_adapter("second", S2FTConfig(**targets, seed=9))
+    randomized(randomized(model), "second", seed=8)
+    chosen = ["second", "__base__", "default"]
+    alone = of_rows(model, chosen, lambda ids: model(input_ids=ids).logits)
+    mixed = model(input_ids=IDS, adapter_names=chosen).logits
+    torch.testing.assert_close(mixed, torch.cat(alone))
+    options = dict(max_new_tokens=4, do_sample=False, num_beams=beams)
+    together = model.generate(input_ids=IDS, adapter_names=chosen, **options)
+    for row, want in enumerate(of_rows(model, chosen, lambda ids: model.generate(ids, **options))):
+        assert torch.equal(together[row : row + 1, : want.shape[1]], want)
+
+
+def test_rows_that_nobody_can_tell_apart_are_refused():
+    """Tokens that a mixture has routed are no rows of the batch, however many they are."""
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = type("Config", (), {"model_type": "unheard_of"})()
+            self.expert = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return self.expert(x.flatten(0, 1)[[0, 5, 2, 1, 3, 4]])
+
+    fields = dict(target_modules=["expert"], layout="gather", channels=5)
+    model = get_peft_model(Routed(), S2FTConfig(**fields)).eval()
+    with pytest.raises(ValueError, match="each of the 6 rows of the batch, got 3"):
+        model(torch.randn(3, 2, 12), adapter_names=["default"] * 3)

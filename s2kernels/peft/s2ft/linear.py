@@ -14,6 +14,7 @@ from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.layer import S2FTLayer
+from s2kernels.peft.s2ft.mixed import Rows
 from s2kernels.reference import Index, take
 
 
@@ -104,7 +105,7 @@ class S2FTLinear(S2FTLayer):
             self.unmerge()
         call, rows = self.prepared(), keeper.forwards.rows
         if rows is not None and not self.disable_adapters:
-            return self._forward_mixed(x, rows, *args, **kwargs)
+            return self._forward_mixed(x, rows, *args, **kwargs)  # type: ignore[arg-type]
         if keeper.are_ready({self: call.written}):
             return self._compute(x, call, *args, **kwargs)
         with keeper.lock:
@@ -127,22 +128,19 @@ class S2FTLinear(S2FTLayer):
         self.keep_w0_for_backward_of(y)
         return y
 
-    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
-        """Row i of the batch through adapter_names[i]; "__base__", or an adapter that this layer
-        lacks, leaves the row as the base layer has it.
+    def _forward_mixed(self, x: Tensor, rows: Rows, *args, **kwargs) -> Tensor:
+        """Each row of the batch through its own adapter; an adapter that this layer lacks leaves
+        the row as the base layer has it.
         """
         if self.merged:
             raise ValueError("adapter_names does not go with merged adapters: call unmerge_adapter")
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                f"adapter_names must name an adapter for each of the {len(x)} rows of the batch, "
-                f"got {len(adapter_names)}"
-            )
+        # in the FFNs of the coupling table, which are no experts, tokens are only ever joined
+        adapter_names = rows.of(x, joined=self.structure is not None)
         self.keeper.restore([self])
         y = self._forward_base(x, *args, **kwargs)
         for name in self._present(sorted(set(adapter_names))):
-            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            index = torch.tensor(rows, device=x.device)
+            chosen = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+            index = torch.tensor(chosen, device=x.device)
             delta, where = self.s2ft_delta[name], self.positions[name]
             part = delta_linear(y[index], x[index], delta, where, self.dim)
             y = y.index_copy(0, index, part)

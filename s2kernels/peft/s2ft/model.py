@@ -3,13 +3,11 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, resolve_quantization_backend
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from s2kernels.adapter import combine
@@ -24,6 +22,7 @@ from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp
 from s2kernels.peft.s2ft.fused_qkv import Projection, fuse_qkv
 from s2kernels.peft.s2ft.layer import S2FTLayer, launch_slice_write
 from s2kernels.peft.s2ft.linear import S2FTLinear, features
+from s2kernels.peft.s2ft.mixed import Rows, hook_whole_modules
 from s2kernels.peft.s2ft.selection import (
     check_budget_pattern,
     drawn_index,
@@ -228,13 +227,8 @@ class S2FTModel(AdapterModel):
                     f"adapter_names must be among {sorted(self.peft_config)} or '__base__', got "
                     f"{sorted(unknown)}"
                 )
-            names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
-        hooks = []
-        if names is not None:  # modules_to_save go by their rows, too
-            for module in self.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    give = partial(_give_adapter_names, adapter_names=names)
-                    hooks.append(module.register_forward_pre_hook(give, with_kwargs=True))
+            names = Rows(names, kwargs.get("num_beams") or 1)
+        hooks = [] if names is None else hook_whole_modules(self, names)
         try:
             with self.keeper.forwards.mixed(names):
                 yield
@@ -299,9 +293,3 @@ def _given_index(config: S2FTConfig, key: str) -> torch.Tensor:
             f"indices[{key!r}] must be a list of whole numbers, of experts as many for each: "
             f"{error}"
         ) from None
-
-
-def _give_adapter_names(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple, dict[str, Any]]:
-    return args, kwargs | {"adapter_names": adapter_names}
