@@ -65,18 +65,6 @@ class AdapterModel(BaseTuner):
     def _check_added(self, config: Any, adapter_name: str) -> None:
         """Raises ValueError for an adapter whose layers are not what its configuration says."""
 
-    @classmethod
-    def _get_adapter_state_dict(  # type: ignore[override] # PEFT names its arguments
-        cls, model: nn.Module, config: Any, adapter_name: str, **options: Any
-    ) -> dict[str, Any]:
-        """PEFT's; what is saved of the configuration is then what this very model made of it."""
-        layers = (module for module in model.modules() if isinstance(module, cls.tuner_layer_cls))
-        if (layer := next(layers, None)) is not None:
-            config.resolved = layer.keeper.resolved.get(adapter_name, {})
-        return super()._get_adapter_state_dict(
-            model=model, config=config, adapter_name=adapter_name, **options
-        )
-
     def _copy_template(self, model: nn.Module, adapter_name: str) -> None:
         """Have the adapter start as a copy, if it is to be one: what it trains whole, too.
 
@@ -145,11 +133,19 @@ class AdapterModel(BaseTuner):
     # Tensors on their way out and in
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any
+    def _get_adapter_state_dict(  # type: ignore[override] # PEFT names its arguments
+        cls, model: nn.Module, config: Any, adapter_name: str, **options: Any
     ) -> dict[str, Tensor]:
-        config.digests = None  # what is loaded from now on is not what the configuration came with
-        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        """PEFT's; what is saved of the configuration is then what this very model made of it, and
+        what is loaded from now on is not what the configuration came with.
+        """
+        config.digests = None
+        layers = (module for module in model.modules() if isinstance(module, cls.tuner_layer_cls))
+        if (layer := next(layers, None)) is not None:
+            config.resolved = layer.keeper.resolved.get(adapter_name, {})
+        return super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, **options
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
