@@ -1,10 +1,11 @@
 """Writing every slice of a model in one launch, against plain torch, bit for bit."""
 
 import importlib
+import inspect
 
 import pytest
 import torch
-from layouts import LAYOUTS, contiguous, make_index
+from layouts import LAYOUTS, contiguous, every_other_column, make_index
 
 from s2kernels import kernels, reference
 
@@ -59,6 +60,25 @@ def launches(monkeypatch):
     return grids
 
 
+@pytest.fixture
+def widths(device, monkeypatch):
+    """For every tile whether it was written with wide accesses, in the order of the launch."""
+    if device.type != "cpu":
+        pytest.skip("compiled code is looked at in test_compile.py")
+    found, write_tile = [], module._write_tile
+    names = list(inspect.signature(write_tile.fn).parameters)
+    # A wide tile is written at once, another one in two parts.
+    num_rows = {launch["BLOCK_ROWS"] for launch in module.LAUNCH.values()}
+
+    def spy(*args):
+        part = dict(zip(names, args, strict=True))["offs_r"].shape[0].value
+        found.append("wide" if part in num_rows else "half")
+        return write_tile(*args)
+
+    monkeypatch.setattr(module, "_write_tile", spy)
+    return lambda: " ".join(found).replace("half half", "narrow").split()
+
+
 @pytest.mark.parametrize("kinds", [("run",), ("any",), ("run", "any")])
 def test_slice_write(kinds, dtype, device, launches):
     _check(*_slices(dtype, device, kinds=kinds))
@@ -71,16 +91,94 @@ def test_layouts(layout, shape, dtype, device):
     _check(*_slices(dtype, device, [shape], layout))
 
 
-@pytest.mark.parametrize("kinds", [("run",), ("run", "any")])
-def test_wide_accesses(kinds, dtype, device, monkeypatch):
-    """Where everything is a multiple of 16, the kernel is told so, and still right."""
-    told = []
-    table = module._table
-    monkeypatch.setattr(module, "_table", lambda *args: told.append(table(*args)) or told[-1])
-    _check(*_slices(dtype, device, [(64, 128, 32), (32, 64, 16)], kinds=kinds))
-    ((*_, has_index, aligned),) = told
-    assert aligned
-    assert has_index == ("any" in kinds)
+def _one(dtype, device, shape=(70, 176), R=80, dim="in", layout=contiguous, delta=True):
+    """Weight, base slice and delta of one slice."""
+    N, K = shape
+    slice_shape = (N, R) if dim == "in" else (R, K)
+    weight, base = (layout(torch.randn(s, device=device).to(dtype)) for s in (shape, slice_shape))
+    return weight, base, torch.randn(slice_shape, device=device) if delta else None
+
+
+def _together(*slices):
+    """Arguments of slice_write from (weight, base, delta, index, dim) of each slice."""
+    return [list(column) for column in zip(*slices, strict=True)]
+
+
+def _runs(firsts, length, device):
+    within = torch.arange(length, dtype=torch.int32)
+    return (torch.tensor(firsts, dtype=torch.int32)[:, None] + within).flatten().to(device)
+
+
+def test_one_slice_does_not_narrow_the_others(dtype, device, launches, widths):
+    """An index, odd strides and odd sizes of one slice leave the accesses of the others wide."""
+    rows = torch.tensor([30, 3, 0, 21, 7], dtype=torch.int32, device=device)
+    shape, R = (31, 128), 48  # one tile for columns, two for rows
+    cases = {
+        "a run": ("wide", slice(16, 64), {}),
+        "a run that is not aligned": ("narrow", slice(3, 51), {}),
+        "scattered columns": ("narrow", make_index("any", 128, R, device), {}),
+        "aligned runs": ("wide", _runs([80, 0, 32], 16, device), {}),
+        "not whole runs": ("narrow", slice(0, 47), dict(R=47)),
+        "a run of rows": ("wide wide", slice(2, 7), dict(R=5, dim="out", delta=False)),
+        "odd strides": ("narrow", slice(16, 64), dict(layout=every_other_column)),
+        "any rows": ("wide wide", rows, dict(R=5, dim="out")),
+        "odd rows": ("narrow narrow", rows, dict(shape=(31, 127), R=5, dim="out")),
+    }
+    slices = [
+        (*_one(dtype, device, **dict(shape=shape, R=R) | fields), index, fields.get("dim", "in"))
+        for _, index, fields in cases.values()
+    ]
+    _check(*_together(*slices))
+    assert len(launches) == 1
+    assert widths() == " ".join(want for want, *_ in cases.values()).split()
+
+
+# Of 176 columns. Of the 80 in the index one tile has 64 and the next one the rest.
+INDICES = {
+    "aligned runs of 16": ([112, 0, 48, 160, 96], ["wide", "wide"]),
+    "aligned runs of 8": ([168, 0, 48, 104, 96, 8, 16, 32, 72, 64], ["wide", "wide"]),
+    "one of them is not aligned": (
+        [168, 0, 49, 104, 96, 8, 16, 32, 72, 64],
+        ["narrow", "wide"],
+    ),
+    "between the multiples of 8": (range(4, 164, 16), ["narrow", "narrow"]),
+}
+
+
+@pytest.mark.parametrize("delta", (True, False), ids=("write", "restore"))
+@pytest.mark.parametrize("case", INDICES.values(), ids=INDICES)
+def test_runs_within_an_index(case, delta, dtype, device, widths):
+    firsts, want = case
+    index = _runs(firsts, 80 // len(firsts), device)
+    _check(*_together((*_one(dtype, device, delta=delta), index, "in")))
+    assert widths() == 3 * want  # 70 rows are three tiles
+
+
+@pytest.mark.parametrize("change", ("swapped", "reversed", "broken off", "only in one tile"))
+def test_an_index_that_is_almost_one_of_runs(change, dtype, device, widths):
+    index = _runs([0, 16, 48, 64, 96, 112, 128, 32, 80, 160], 8, "cpu")
+    if change == "swapped":
+        index[9], index[10] = index[10].clone(), index[9].clone()
+    elif change == "reversed":
+        index[16:24] = index[16:24].flip(0)
+    elif change == "broken off":  # the run goes on elsewhere
+        index[25:32] += 8
+    else:
+        index[64:] = torch.arange(159, 143, -1)
+        index[:64] = torch.arange(64)
+    assert index.unique().numel() == 80
+    _check(*_together((*_one(dtype, device), index.to(device), "in")))
+    want = ["narrow", "wide"] if change != "only in one tile" else ["wide", "narrow"]
+    assert widths() == 3 * want
+
+
+@pytest.mark.parametrize("shape", ((67, 176), (64, 175), (3, 8)))
+def test_runs_at_odd_sizes(shape, dtype, device, widths):
+    """Runs in rows that are not aligned themselves are not written as runs."""
+    K = shape[1]
+    index = _runs(range(0, K // 8 * 8, 16), 8, device)
+    _check(*_together((*_one(dtype, device, shape, len(index)), index, "in")))
+    assert set(widths()) == ({"narrow"} if K % 8 else {"wide"})
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)

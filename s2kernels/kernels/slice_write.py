@@ -9,6 +9,10 @@ once, to the weight's dtype. Without a delta the base slice is copied bit for bi
 A model has tens to hundreds of slices, each too small to fill a GPU, so one launch covers them
 all: a table on the device says where every slice lies, and a map says which slice a tile is of.
 The launch writes raw memory: neither autograd nor the version counters of the weights see it.
+
+Every tile decides for itself how wide its accesses are. They are of 16 bytes where the table says
+that the columns of the slice lie side by side and aligned in memory, and where an index of columns
+consists of aligned runs in that tile. Everywhere else they are of one element.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,6 +33,9 @@ LAUNCH = {
     "float32": dict(BLOCK_ROWS=32, BLOCK_COLS=64, num_warps=4),
 }
 
+# Neighbours that are accessed together, if their first one lies at a multiple of as many: 16 bytes
+# in half precision.
+RUN = tl.constexpr(8)
 
 # Lists that collect tables: see `keeping_tables`.
 _keepers: list[list[Tensor]] = []
@@ -56,6 +63,31 @@ class _Place(NamedTuple):
     stride_dr: int
     stride_dc: int
     first_tile: int = 0
+    is_aligned: int = 0
+
+
+# fmt: off
+@triton.jit
+def _write_tile(
+    weight_ptr, base_ptr, delta_ptr, row_index, rows, offs_r, offs_c, weight_c, mask_c,
+    stride_wr, stride_wc, stride_br, stride_bc, stride_dr, stride_dc, has_delta,
+):
+    # fmt: on
+    mask_r, weight_r = offs_r < rows, offs_r
+    if row_index != 0:
+        row_index_ptr = row_index.to(tl.pointer_type(tl.int32))
+        weight_r = tl.load(row_index_ptr + offs_r, mask=mask_r, other=0).to(tl.int64)
+    mask = mask_r[:, None] & mask_c[None, :]
+    weight_ptrs = weight_ptr + weight_r[:, None] * stride_wr + weight_c[None, :] * stride_wc
+    base_ptrs = base_ptr + offs_r[:, None] * stride_br + offs_c[None, :] * stride_bc
+    dtype = weight_ptr.dtype.element_ty
+    base = tl.load(base_ptrs, mask=mask)
+    if has_delta:
+        delta_ptrs = delta_ptr + offs_r[:, None] * stride_dr + offs_c[None, :] * stride_dc
+        total = base.to(tl.float32) + tl.load(delta_ptrs, mask=mask).to(tl.float32)
+        tl.store(weight_ptrs, total.to(dtype), mask=mask)
+    else:
+        tl.store(weight_ptrs, base.to(dtype), mask=mask)
 
 
 # fmt: off
@@ -63,8 +95,7 @@ class _Place(NamedTuple):
 def _slice_write_kernel(
     table_ptr, slice_of_tile_ptr,
     WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr, DELTA_DTYPE: tl.constexpr,
-    NUM_FIELDS: tl.constexpr, HAS_INDEX: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    NUM_FIELDS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):
     # fmt: on
     tile = tl.program_id(0)
@@ -73,46 +104,52 @@ def _slice_write_kernel(
     base_ptr = tl.load(entry + 1).to(tl.pointer_type(BASE_DTYPE))
     delta_address = tl.load(entry + 2)
     delta_ptr = delta_address.to(tl.pointer_type(DELTA_DTYPE))
+    has_delta = delta_address != 0
+    row_index, column_index = tl.load(entry + 3), tl.load(entry + 4)
     rows, cols = tl.load(entry + 5), tl.load(entry + 6)
     stride_wr, stride_wc = tl.load(entry + 7), tl.load(entry + 8)
     stride_br, stride_bc = tl.load(entry + 9), tl.load(entry + 10)
     stride_dr, stride_dc = tl.load(entry + 11), tl.load(entry + 12)
     tile -= tl.load(entry + 13)
-    if ALIGNED:
-        # What the compiler cannot know of numbers read from memory, and needs for wide accesses.
-        weight_ptr = tl.multiple_of(weight_ptr, 16)
-        base_ptr = tl.multiple_of(base_ptr, 16)
-        delta_ptr = tl.multiple_of(delta_ptr, 16)
-        cols = tl.multiple_of(cols, 16)
-        stride_wr = tl.multiple_of(stride_wr, 16)
-        stride_br = tl.multiple_of(stride_br, 16)
-        stride_dr = tl.multiple_of(stride_dr, 16)
-        stride_wc, stride_bc, stride_dc = 1, 1, 1
+    is_wide = tl.load(entry + 14) != 0
 
     tiles_c = tl.cdiv(cols, BLOCK_COLS)
-    offs_r = (tile // tiles_c) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_r = (tile // tiles_c) * BLOCK_ROWS
     offs_c = (tile % tiles_c) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    mask_r, mask_c = offs_r < rows, offs_c < cols
-    mask = mask_r[:, None] & mask_c[None, :]
-    weight_r, weight_c = offs_r, offs_c
-    if HAS_INDEX:
-        row_index, column_index = tl.load(entry + 3), tl.load(entry + 4)
-        if row_index != 0:
-            row_index_ptr = row_index.to(tl.pointer_type(tl.int32))
-            weight_r = tl.load(row_index_ptr + offs_r, mask=mask_r, other=0).to(tl.int64)
-        if column_index != 0:
-            column_index_ptr = column_index.to(tl.pointer_type(tl.int32))
-            weight_c = tl.load(column_index_ptr + offs_c, mask=mask_c, other=0).to(tl.int64)
+    mask_c, weight_c = offs_c < cols, offs_c
+    first_c = offs_c  # where the run of a column begins, or any column of it
+    if column_index != 0:
+        column_index_ptr = column_index.to(tl.pointer_type(tl.int32))
+        weight_c = tl.load(column_index_ptr + offs_c, mask=mask_c, other=0).to(tl.int64)
+        if is_wide:
+            first_ptrs = column_index_ptr + offs_c // RUN * RUN
+            first_c = tl.load(first_ptrs, mask=mask_c, other=0).to(tl.int64)
+            in_run = (first_c % RUN == 0) & (weight_c == first_c + offs_c % RUN)
+            is_wide = tl.min((in_run | ~mask_c).to(tl.int32), 0) != 0
 
-    base_ptrs = base_ptr + offs_r[:, None] * stride_br + offs_c[None, :] * stride_bc
-    weight_ptrs = weight_ptr + weight_r[:, None] * stride_wr + weight_c[None, :] * stride_wc
-    base = tl.load(base_ptrs, mask=mask)
-    if delta_address == 0:
-        tl.store(weight_ptrs, base.to(WEIGHT_DTYPE), mask=mask)
+    # fmt: off
+    if is_wide:
+        # What the compiler cannot know of numbers read from memory, and needs for wide accesses.
+        _write_tile(
+            tl.multiple_of(weight_ptr, 16), tl.multiple_of(base_ptr, 16),
+            tl.multiple_of(delta_ptr, 16), row_index, rows,
+            first_r + tl.arange(0, BLOCK_ROWS), offs_c,
+            tl.max_contiguous(tl.multiple_of(first_c // RUN * RUN + offs_c % RUN, RUN), RUN),
+            offs_c < tl.multiple_of(cols, RUN),
+            tl.multiple_of(stride_wr, RUN), 1, tl.multiple_of(stride_br, RUN), 1,
+            tl.multiple_of(stride_dr, RUN), 1, has_delta,
+        )
     else:
-        delta_ptrs = delta_ptr + offs_r[:, None] * stride_dr + offs_c[None, :] * stride_dc
-        total = base.to(tl.float32) + tl.load(delta_ptrs, mask=mask).to(tl.float32)
-        tl.store(weight_ptrs, total.to(WEIGHT_DTYPE), mask=mask)
+        # In parts: the compiler gives all accesses of one shape the layout of the widest of them,
+        # which would scatter these.
+        NUM_ROWS: tl.constexpr = BLOCK_ROWS // 2
+        for part in range(2):
+            _write_tile(
+                weight_ptr, base_ptr, delta_ptr, row_index, rows,
+                first_r + part * NUM_ROWS + tl.arange(0, NUM_ROWS), offs_c, weight_c, mask_c,
+                stride_wr, stride_wc, stride_br, stride_bc, stride_dr, stride_dc, has_delta,
+            )
+    # fmt: on
 
 
 def slice_write(
@@ -141,7 +178,7 @@ def slice_write(
     for (device, *dtypes), places in groups.items():
         # All three dtypes are asked about, so that one which the kernel does not take is refused.
         launch, *_ = [launch_parameters(LAUNCH, dtype) for dtype in dtypes]
-        table, slice_of_tile, has_index, aligned = _table(
+        table, slice_of_tile = _table(
             tuple(places), launch["BLOCK_ROWS"], launch["BLOCK_COLS"], device
         )
         for kept in _keepers:
@@ -152,8 +189,6 @@ def slice_write(
                 slice_of_tile,
                 *(getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes),
                 NUM_FIELDS=len(_Place._fields),
-                HAS_INDEX=has_index,
-                ALIGNED=aligned,
                 **launch,
             )
 
@@ -202,27 +237,33 @@ def _place(
 @lru_cache(maxsize=1024)
 def _table(
     places: tuple[_Place, ...], block_rows: int, block_cols: int, device: torch.device
-) -> tuple[Tensor, Tensor, bool, bool]:
-    """The device's copy of `places` and the slice of every tile; has_index, aligned.
+) -> tuple[Tensor, Tensor]:
+    """The device's copy of `places`, complete, and the slice of every tile.
 
     The key is the whole content of the table, so a cached one cannot be stale, and a training
     loop, which writes the same tensors at every step, copies nothing to the device.
     """
     tiles = [triton.cdiv(p.rows, block_rows) * triton.cdiv(p.cols, block_cols) for p in places]
     starts = [0, *accumulate(tiles)]
-    rows = [p._replace(first_tile=start) for p, start in zip(places, starts, strict=False)]
+    rows = [
+        p._replace(first_tile=start, is_aligned=_is_aligned(p))
+        for p, start in zip(places, starts, strict=False)
+    ]
     # Explicitly on the CPU first: a default device that is set may be another, or meta.
     table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     slice_of_tile = torch.arange(len(places), dtype=torch.int32, device="cpu").repeat_interleave(
         torch.tensor(tiles, device="cpu")
     )
-    has_index = any(p.row_index or p.column_index for p in places)
-    aligned = all(
+    return table.to(device), slice_of_tile.to(device)
+
+
+def _is_aligned(place: _Place) -> bool:
+    """Whether RUN columns from a multiple of RUN on can be read and written together, in every row
+    of the slice; those of the weight if an index has them side by side.
+    """
+    p = place
+    return (
         p.stride_wc == p.stride_bc == p.stride_dc == 1
-        and all(
-            number % 16 == 0
-            for number in (p.weight, p.base, p.delta, p.cols, p.stride_wr, p.stride_br, p.stride_dr)
-        )
-        for p in places
+        and all(address % 16 == 0 for address in (p.weight, p.base, p.delta))
+        and all(n % RUN.value == 0 for n in (p.cols, p.stride_wr, p.stride_br, p.stride_dr))
     )
-    return table.to(device), slice_of_tile.to(device), has_index, aligned
