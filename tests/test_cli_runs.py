@@ -52,10 +52,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
     code, line = stopped(capsys, *argv, "--resume")
     assert code == 2 and line.endswith(f"there is no checkpoint in {tmp_path}: leave it out")
 
-    cli.main([*argv, "--heads", "3"])
-    assert json.loads((tmp_path / "options.json").read_text())["heads"] == 3
-    part = read_adapter(tmp_path)["model.layers.0.self_attn.o_proj"]
-    assert len(part.index) == 3 * 4
+    cli.main([*argv, "--heads", "3", "--granularity", "8"])
+    options = json.loads((tmp_path / "options.json").read_text())
+    assert (options["heads"], options["granularity"]) == (3, 8)
+    parts = read_adapter(tmp_path)
+    assert len(parts["model.layers.0.self_attn.o_proj"].index) == 3 * 4
+    channels = parts["model.layers.0.mlp.down_proj"].index
+    assert len(channels) == 8 and channels[0] % 8 == 0 and (channels.diff() == 1).all()
     code, line = stopped(capsys, *argv)
     assert code == 2 and line.endswith("exists and is not an empty folder")
 
@@ -115,7 +118,13 @@ def test_a_folder_is_new_or_no_file(tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        *(["--heads", "0.05"], ["--channels", "7"], ["--scope", "layer"], ["--smallest"]),
+        *(
+            ["--heads", "0.05"],
+            ["--channels", "7"],
+            ["--granularity", "1"],
+            ["--scope", "layer"],
+            ["--smallest"],
+        ),
         *(["--calibration-share", "0.5"], ["--strategy", "random"]),
     ],
     ids=lambda option: option[0],
@@ -141,7 +150,7 @@ def test_a_selection_is_not_said_to_be_a_draw(argv, tmp_path):
     card = (output / "README.md").read_text()
     assert "(given by their indices)" in card and "selection random" not in card
     options = json.loads((output / "options.json").read_text())
-    assert [options[name] for name in runs.CHOICE] == [None] * 6
+    assert [options[name] for name in runs.CHOICE] == [None] * 7
 
     argv[argv.index("--max-steps") + 1] = "2"
     cli.main([*argv, "--resume"])

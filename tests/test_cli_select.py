@@ -11,6 +11,8 @@ import s2kernels.select
 from s2kernels import cli
 from s2kernels.cli import figures
 
+PARTS = ("self_attn", "mlp")
+
 
 @pytest.fixture
 def argv(tmp_path) -> list[str]:
@@ -35,6 +37,22 @@ def test_without_matplotlib_there_is_a_note_and_no_picture(argv, tmp_path, capsy
     assert out.endswith(f"selection in {tmp_path / 'new' / 'chosen.json'}\n")
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["chosen.json"]
     assert [len(units) for units in units_in(tmp_path / "new").values()] == [2, 3, 2, 3]
+
+
+def test_channels_are_selected_in_runs(argv, tmp_path):
+    """Runs of channels, beside single heads."""
+    cli.main([*argv, "--granularity", "8"])
+    units = units_in(tmp_path / "new")
+    assert list(units) == [f"model.layers.{i}.{part}" for i in (0, 1) for part in PARTS]
+    values = s2kernels.select.scores(tiny_model("llama", torch.float32), "weight")
+    for name, chosen in units.items():
+        if name.endswith("mlp"):  # 3 channels are rounded up to one run
+            runs = values[name].view(5, 8).square().sum(1)
+            start = 8 * int(runs.argmax())
+            assert chosen == list(range(start, start + 8))
+        else:
+            assert chosen == sorted(values[name].topk(2).indices.tolist())
+    assert json.loads((tmp_path / "new" / "chosen.json").read_text())["granularity"] == 8
 
 
 def test_a_picture_that_fails_leaves_the_selection(argv, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Which channels an adapter trains: every strategy, scope and budget, through the PEFT host."""
 
+import copy
+import json
 from dataclasses import asdict
 
 import pytest
@@ -221,6 +223,122 @@ def test_targets_may_compete_apart():
     found = trained(get_peft_model(tiny_model("llama"), config(**fields)))
     for name in want:
         assert found[name] == found[name.replace("up", "down")]
+
+
+def assert_runs(index, length):
+    """Aligned runs of `length` neighbours, in each expert where there are any."""
+    for part in torch.tensor(index).reshape(-1, length):
+        assert part[0] % length == 0 and (part.diff() == 1).all()
+
+
+@pytest.mark.parametrize("scope", ("layer", "global"))
+@pytest.mark.parametrize("strategy", ("random", *STRATEGIES))
+def test_channels_come_in_runs(strategy, scope, tmp_path):
+    """Of 40 channels 10 are asked for: two runs of 8, one that ends at 40 among those to choose."""
+    model = tiny_model("llama")
+    fields = dict(selection=strategy, scope=scope, target_modules=["o_proj", "down_proj"])
+    batches = None if strategy in ("random", "weight") else [token_ids()]
+    chosen = select_indices(model, config(granularity=8, **fields), batches, progress=False)
+    runs = {name: index for name, index in chosen.indices.items() if "mlp" in name}
+    assert sum(map(len, runs.values())) == 2 * 16
+    for index in runs.values():
+        assert_runs(index, 8)
+    single = select_indices(model, config(**fields), batches, progress=False)
+    heads = [name for name in single.indices if "attn" in name]
+    assert heads and all(chosen.indices[name] == single.indices[name] for name in heads)
+
+    if (strategy, scope) == ("random", "layer"):
+        want = {name: random_units(3, name, 40, 16, 8) for name in map(FFN.format, range(2))}
+    else:  # the score of a run is the root of its sum of squares
+        values = random_scores(3, {FFN.format(block): 40 for block in range(2)})
+        if strategy != "random":
+            values = scores(model, strategy, batches, progress=False)
+        of_runs = {
+            name: values[name].view(5, 8).square().sum(1).sqrt()
+            for name in map(FFN.format, range(2))
+        }
+        best = ranked_units(of_runs, dict.fromkeys(of_runs, 2), scope=scope)
+        want = {name: channels_of_heads(runs, 8) for name, runs in best.items()}
+    assert runs == {f"{name}.down_proj": units.tolist() for name, units in want.items()}
+
+    model = get_peft_model(model, chosen)
+    assert trained(model) == chosen.indices
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert loaded.peft_config["default"].granularity == 8
+    assert trained(loaded) == chosen.indices
+
+
+@pytest.mark.parametrize("strategy", ("random", "weight"))
+def test_channels_of_every_expert_come_in_runs(strategy):
+    model = tiny_model("mixtral", intermediate_size=48, moe_intermediate_size=48)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    fields = dict(selection=strategy, target_modules=targets, channels=9, granularity=8)
+    chosen = select_indices(model, config(**fields))
+    assert len(chosen.indices) == 4
+    for name, index in chosen.indices.items():
+        num = 16 if "down" in name else 2 * 16  # of gate and of up
+        assert all(len(expert) == num for expert in index)
+        assert_runs(index, 8)
+    get_peft_model(model, chosen)
+
+
+def test_runs_where_budgets_and_sizes_are_no_multiples():
+    """Rounded up, as far as there are whole runs: a shorter one at the end is never taken."""
+    fields = dict(target_modules=["up_proj", "down_proj"], granularity=16)
+    for channels, count in ((1, 16), (16, 16), (17, 32), (40, 32), (1.0, 32), (0.01, 16)):
+        found = trained(get_peft_model(tiny_model("llama"), config(channels=channels, **fields)))
+        for index in found.values():
+            assert len(index) == count and max(index) < 32
+            assert_runs(index, 16)
+    pattern = dict(channels=17, budget_pattern={"up_proj": 1})
+    found = trained(get_peft_model(tiny_model("llama"), config(**fields | pattern)))
+    for block in range(2):
+        up, down = (found[f"{FFN.format(block)}.{leaf}"] for leaf in ("up_proj", "down_proj"))
+        assert len(up) == 16 and len(down) == 32 and set(up) < set(down)
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="channels: blocks of 41 wanted, there are 40 in all"):
+        get_peft_model(model, config(granularity=41))
+    assert not trained(model)
+
+
+def test_a_target_outside_the_table_has_runs():
+    fields = dict(target_modules=["lm_head"], layout="gather", channels=5, granularity=4)
+    found = trained(get_peft_model(tiny_model("llama"), config(**fields)))
+    assert found == {"lm_head": random_units(3, "lm_head", 32, 8, 4).tolist()}
+
+
+def test_what_granularity_may_be():
+    for bad in (True, 16.0, "16", None):
+        with pytest.raises(TypeError, match="granularity: a number of channels .int. wanted, got"):
+            config(granularity=bad)
+    for bad in (0, -16):
+        with pytest.raises(ValueError, match=f"granularity must be at least 1 channel, got {bad}"):
+            config(granularity=bad)
+    with pytest.raises(ValueError, match="granularity=16 does not go with layout='block'.* 64"):
+        config(granularity=16, layout="block")
+    draws = [
+        trained(get_peft_model(tiny_model("llama", intermediate_size=192), config(**fields)))
+        for fields in (
+            dict(layout="block"),
+            dict(layout="block", granularity=64),
+            dict(granularity=64),
+        )
+    ]
+    assert draws[0] == draws[1] == draws[2]
+
+
+def test_a_configuration_without_granularity_loads(tmp_path):
+    """It selects as it did: adapters are older than the field."""
+    model = get_peft_model(tiny_model("llama"), config())
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("granularity") == 1
+    path.write_text(json.dumps(fields))
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert loaded.peft_config["default"].granularity == 1
+    assert trained(loaded) == trained(model)
 
 
 def test_choices_that_would_decide_nothing_are_refused():

@@ -276,6 +276,14 @@ def _add_budgets(command: argparse._ActionsContainer) -> None:
             metavar="N",
             help=f"{what}: a count as in 2, or a share as in 0.02; default {default}",
         )
+    command.add_argument(
+        "--granularity",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="channels are selected in aligned runs of N neighbours, and their count is rounded up "
+        "to whole runs; 16 suits GPUs; default 1",
+    )
 
 
 def _add_ranking(command: argparse._ActionsContainer) -> None:
@@ -352,7 +360,7 @@ def _add_finetune(command: _Parser) -> None:
         type=Path,
         metavar="JSON",
         help="heads and channels that `s2kernels select` chose; goes with none of --heads, "
-        "--channels, --strategy, --smallest, --scope, --calibration-share",
+        "--channels, --granularity, --strategy, --smallest, --scope, --calibration-share",
     )
     _add_ranking(group)
     group.add_argument(

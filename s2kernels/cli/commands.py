@@ -190,11 +190,12 @@ def select(args: Namespace) -> None:
     if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
         model.to("cuda")
     found = structures(model)
-    counts = {}
+    counts: dict[int, dict[str, int]] = {}  # by the block that heads or channels are selected in
     for name, structure in found.items():
-        what = "heads" if structure.kind == "attention" else "channels"
+        is_attention = structure.kind == "attention"
+        what, block = ("heads", 1) if is_attention else ("channels", args.granularity)
         total = structure.count(structure.unit) // structure.num_experts
-        counts[name] = budget(getattr(args, what), total, what)
+        counts.setdefault(block, {})[name] = budget(getattr(args, what), total, what, block)
     num_experts = {name: structure.num_experts for name, structure in found.items()}
     check_scope(args.scope, num_experts)
     batches = None
@@ -210,19 +211,24 @@ def select(args: Namespace) -> None:
         pad = tokenizer.pad_token_id or 0
         batches = [collate([example], pad) for example in examples]
     values = scores(model, args.strategy, batches)
-    units = ranked_units(
-        values,
-        counts,
-        largest=not args.smallest,
-        scope=args.scope,
-        num_experts=num_experts,
-    )
+    ranked: dict[str, torch.Tensor] = {}
+    for block, of_these in counts.items():
+        ranked |= ranked_units(
+            values,
+            of_these,
+            largest=not args.smallest,
+            scope=args.scope,
+            block=block,
+            num_experts=num_experts,
+        )
+    units = {name: ranked[name] for name in found if name in ranked}
 
     selection = {
         "model": str(args.model),
         "strategy": args.strategy,
         "largest": not args.smallest,
         "scope": args.scope,
+        "granularity": args.granularity,
         "units": {name: chosen.tolist() for name, chosen in units.items()},
     }
     kinds = {name: structure.kind for name, structure in found.items()}

@@ -184,6 +184,7 @@ def prepare(args: Namespace) -> Job:
         choice = dict(
             heads=args.heads,
             channels=args.channels,
+            granularity=args.granularity,
             selection=args.strategy,
             largest=not args.smallest,
             scope=args.scope,

@@ -11,7 +11,7 @@ OPTIONS_NAME = "options.json"
 BASE_NAME = "base"  # the folder of the random model of --config
 
 # What decides which heads and channels are trained, where no --selection does.
-CHOICE = "heads channels strategy smallest scope calibration_share".split()
+CHOICE = "heads channels granularity strategy smallest scope calibration_share".split()
 
 # Options on which the result depends: a run is resumed with the same ones or not at all. The
 # number of steps is not among them, so that a run can be prolonged.

@@ -10,6 +10,7 @@ from s2kernels.select import SCOPES, STRATEGIES
 
 LAYOUTS = ("auto", "permute", "block", "gather")
 SELECTIONS = ("random", *STRATEGIES)
+BLOCK = 64  # channels in a run of layout="block": whole tiles of the kernels, whole NF4 groups
 PEFT_TYPE = MethodType("S2FT")
 
 
@@ -55,6 +56,15 @@ class S2FTConfig(AdapterConfig):
             "help": "Budgets of single targets in the place of heads and channels: a name or the "
             "end of one, or a regular expression for it, and a count or a share: {'v_proj': 1}. "
             "One that is that of no target raises ValueError."
+        },
+    )
+    granularity: int = field(
+        default=1,
+        metadata={
+            "help": "Channels are selected in runs of so many neighbours, which begin at a multiple "
+            "of that number; the count of channels is rounded up to whole runs. With 16, what is "
+            "written of a 16-bit weight is whole 32-byte sectors of a GPU's memory. Heads are runs "
+            "already. layout='block' has runs of 64 channels and takes no other granularity."
         },
     )
     selection: str = field(
@@ -103,9 +113,12 @@ class S2FTConfig(AdapterConfig):
     layout: str = field(
         default="auto",
         metadata={
-            "help": "'permute': coupled weights are permuted so that each slice is contiguous. "
-            "'block': aligned runs of 64 channels and whole heads in the original order. 'gather': "
-            "any channels in the original order. 'auto': permute where it is legal, else gather."
+            "help": "Where the trained channels lie in the weights. 'gather': any channels, where "
+            "the checkpoint has them; neighbours are read and written as runs. 'block': the same, "
+            "and channels are selected in aligned runs of 64. 'permute': coupled weights of the "
+            "live model are permuted so that each slice is contiguous. 'auto' is 'gather', of "
+            "targets that the coupling table knows; nothing of the model is moved. Where the same "
+            "channels are selected, the results are the same."
         },
     )
     fuse: bool = field(
@@ -123,6 +136,7 @@ class S2FTConfig(AdapterConfig):
         self.peft_type = PEFT_TYPE
         check_choice("mode", self.mode, MODES + ("auto",))
         check_choice("layout", self.layout, LAYOUTS)
+        _check_granularity(self.granularity, self.layout)
         check_choice("selection", self.selection, SELECTIONS)
         check_choice("scope", self.scope, SCOPES)
         if self.indices is None and self.selection == "random" and not self.largest:
@@ -138,6 +152,8 @@ class S2FTConfig(AdapterConfig):
     def card_text(self) -> CardText:
         chosen = f"selection {self.selection}, heads {self.heads}, channels {self.channels}"
         chosen += f", seed {self.seed}"
+        if self.granularity != 1:
+            chosen += f", channels in runs of {self.granularity}"
         if self.indices is not None and (self.selection, self.scope) == ("random", "layer"):
             chosen = "given by their indices"  # a random selection within layers leaves none behind
         return CardText(
@@ -146,4 +162,18 @@ class S2FTConfig(AdapterConfig):
             "Structured sparse fine-tuning: of every block some heads and channels were trained\n"
             f"({chosen}). The tensors are in the order of the checkpoint's channels.",
             "Servers that take LoRA adapters take this one after `s2kernels export-lora`, exactly.",
+        )
+
+
+def _check_granularity(value: Any, layout: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"granularity: a number of channels (int) wanted, got {type(value).__name__} {value!r}"
+        )
+    if value < 1:
+        raise ValueError(f"granularity must be at least 1 channel, got {value}")
+    if layout == "block" and value not in (1, BLOCK):
+        raise ValueError(
+            f"granularity={value} does not go with layout='block', whose runs have {BLOCK} "
+            "channels: leave one of them out"
         )

@@ -159,8 +159,9 @@ class S2FTModel(AdapterModel):
             index = _given_index(config, current_key)
         elif place is None:
             in_features, _ = features(base)
-            count = own_budget(config, "channels", current_key, in_features)
-            index = random_units(config.seed, current_key, in_features, count)
+            block = config.granularity
+            count = own_budget(config, "channels", current_key, in_features, block)
+            index = random_units(config.seed, current_key, in_features, count, block)
         else:
             index = drawn_index(config, structure, current_key.removeprefix(f"{name}."))
 

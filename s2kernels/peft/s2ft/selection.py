@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from s2kernels.coupling import Structure, structures
-from s2kernels.peft.s2ft.config import S2FTConfig
+from s2kernels.peft.s2ft.config import BLOCK, S2FTConfig
 from s2kernels.select import (
     budget,
     check_scope,
@@ -19,8 +19,6 @@ from s2kernels.select import (
     ranked_units,
     scores,
 )
-
-BLOCK = 64  # channels in a run of layout="block": whole tiles of the kernels, whole NF4 groups
 
 
 def select_indices(
@@ -194,8 +192,10 @@ def units_of_part(structure: Structure) -> int:
 
 
 def block_of(config: S2FTConfig, structure: Structure) -> int:
-    """Units that are selected together: whole runs of channels where the layout wants them."""
-    return BLOCK if config.layout == "block" and structure.unit == "channel" else 1
+    """Units that are selected together: runs of channels, single heads."""
+    if structure.unit != "channel":
+        return 1
+    return BLOCK if config.layout == "block" else config.granularity
 
 
 def is_target(config: S2FTConfig, structure: Structure, leaf: str) -> bool:
