@@ -61,10 +61,10 @@ class S2FTConfig(AdapterConfig):
     granularity: int = field(
         default=1,
         metadata={
-            "help": "Channels are selected in runs of so many neighbours, which begin at a multiple "
-            "of that number; the count of channels is rounded up to whole runs. With 16, what is "
-            "written of a 16-bit weight is whole 32-byte sectors of a GPU's memory. Heads are runs "
-            "already. layout='block' has runs of 64 channels and takes no other granularity."
+            "help": "Channels are selected in runs of so many neighbours, each beginning at a "
+            "multiple of that number; the count of channels is rounded up to whole runs. With 16, "
+            "what is written of a 16-bit weight is whole 32-byte sectors of a GPU's memory. Heads "
+            "are runs already. layout='block' has runs of 64 and takes no other granularity."
         },
     )
     selection: str = field(
