@@ -67,16 +67,16 @@ def widths(device, monkeypatch):
         pytest.skip("compiled code is looked at in test_compile.py")
     found, write_tile = [], module._write_tile
     names = list(inspect.signature(write_tile.fn).parameters)
-    # A wide tile is written at once, another one in two parts.
+    # A wide tile is written at once, another one in four parts.
     num_rows = {launch["BLOCK_ROWS"] for launch in module.LAUNCH.values()}
 
     def spy(*args):
         part = dict(zip(names, args, strict=True))["offs_r"].shape[0].value
-        found.append("wide" if part in num_rows else "half")
+        found.append("wide" if part in num_rows else "part")
         return write_tile(*args)
 
     monkeypatch.setattr(module, "_write_tile", spy)
-    return lambda: " ".join(found).replace("half half", "narrow").split()
+    return lambda: " ".join(found).replace("part part part part", "narrow").split()
 
 
 @pytest.mark.parametrize("kinds", [("run",), ("any",), ("run", "any")])

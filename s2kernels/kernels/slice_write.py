@@ -141,9 +141,9 @@ def _slice_write_kernel(
         )
     else:
         # In parts: the compiler gives all accesses of one shape the layout of the widest of them,
-        # which would scatter these.
-        NUM_ROWS: tl.constexpr = BLOCK_ROWS // 2
-        for part in range(2):
+        # which would scatter these. Fewer rows at a time need fewer registers, too.
+        NUM_ROWS: tl.constexpr = BLOCK_ROWS // 4
+        for part in range(4):
             _write_tile(
                 weight_ptr, base_ptr, delta_ptr, row_index, rows,
                 first_r + part * NUM_ROWS + tl.arange(0, NUM_ROWS), offs_c, weight_c, mask_c,
