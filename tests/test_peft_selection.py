@@ -1,6 +1,5 @@
 """Which channels an adapter trains: every strategy, scope and budget, through the PEFT host."""
 
-import copy
 import json
 from dataclasses import asdict
 

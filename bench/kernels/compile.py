@@ -54,6 +54,10 @@ SAMPLE = [
 CEILINGS = {"flops_per_second": 790e12, "bytes_per_second": 4.3e12}
 
 
+# of 16 bytes by one thread
+_WIDE_STORE = r"\bst\.global\.(?:\w+\.)*(?:v4\.\w32|v2\.\w64)|\bglobal_store_dwordx4"
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A launch that a launcher asked for, with what the call of the op has to do."""
@@ -208,6 +212,7 @@ def row(case: str, dtype: torch.dtype, target: str, launch: Recorded, compiled: 
         "dot": "tt.dot" in compiled.asm["ttir"],
         "matrix_instruction": re.search(chip.matrix_instruction, assembly) is not None,
         # One brace group holds the accumulator; a second one, the first operand in registers.
+        "wide_store": re.search(_WIDE_STORE, assembly) is not None,
         "register_wgmma": re.search(r"wgmma\.mma_async[^;{]*\{[^;{]*\{", assembly) is not None,
         "tensor_copy": copies is not None and re.search(copies, assembly) is not None,
     }

@@ -69,7 +69,7 @@ def test_launch_at_model_shapes(reports, job):
 @pytest.mark.parametrize("job", [job for job in MODEL_JOBS if job[0] == "slice_write"], ids=_name)
 def test_aligned_slices_are_written_by_16_bytes(reports, job):
     """Nothing but the table tells the kernel of the alignment."""
-    assert all(launch.has_wide_store for launch in _check(reports, job))
+    assert all(launch["wide_store"] for launch in _check(reports, job))
 
 
 @pytest.mark.parametrize("job", RAGGED_JOBS, ids=_name)
