@@ -64,14 +64,14 @@ export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 python=${PYTHON:-python3}
 
 if [ -n "$rehearse" ]; then
-    tests=(tests/test_swiglu_kernel.py)
+    tests=(tests/kernels/test_swiglu_kernel.py)
     steps=(--suite toy) tune=(--toy --ops slice_grad --table "$out/tuned.json")
 else
     nvidia-smi
-    tests=(tests/test_*kernel*.py tests/test_autograd_*.py tests/bench/test_bench_memory.py)
-    tests+=(tests/test_peft_{training,states,adapters,saving,injection}.py)
-    tests+=(tests/test_peft_fused*.py tests/test_peft_projections.py tests/test_fast_ops.py)
-    tests+=(tests/test_flat.py tests/test_captured_*.py)
+    tests=(tests/kernels/test_*.py tests/autograd/test_*.py tests/bench/test_bench_memory.py)
+    tests+=(tests/peft/test_peft_{training,states,adapters,saving,injection}.py)
+    tests+=(tests/peft/test_peft_fused*.py tests/peft/test_peft_projections.py tests/core/test_fast_ops.py)
+    tests+=(tests/core/test_flat.py tests/core/test_captured_*.py)
     steps=() tune=()
 fi
 

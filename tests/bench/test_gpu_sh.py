@@ -10,7 +10,7 @@ import pytest
 
 from bench.measure import machine
 
-KERNEL_TEST = "tests/test_swiglu_kernel.py"
+KERNEL_TEST = "tests/kernels/test_swiglu_kernel.py"
 
 
 def gpu_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

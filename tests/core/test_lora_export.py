@@ -72,7 +72,7 @@ def test_stock_peft_computes_the_same_on_the_original_base(tmp_path):
                 bounds[str(folder)] = 32 * torch.finfo(dtype).eps
     result = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", STOCK, json.dumps(list(bounds))],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
 """What a user of the tuners relies on, pinned: signatures, adapter files, saved bytes, numbers.
 
-`python tests/test_pinned.py` writes what it finds into pinned.json. A difference there is a change
+`python tests/peft/test_pinned.py` writes what it finds into pinned.json. A difference there is a change
 that users see, and belongs into the message of its commit.
 """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # From the bottom up: a module imports from its own room and from rooms before it.
 ROOMS = (
     (
