@@ -1,6 +1,6 @@
 """Blocks of Llama in few kernels: what is fused, and where each part does what its class does.
 
-Without a GPU the kernel of liger-kernel has a stand-in in torch; tests/core/test_fast_ops.py runs it in
+Without a GPU the kernel of liger-kernel has a stand-in in torch; core/test_fast_ops.py runs it in
 the interpreter.
 """
 

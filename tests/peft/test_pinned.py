@@ -1,7 +1,7 @@
 """What a user of the tuners relies on, pinned: signatures, adapter files, saved bytes, numbers.
 
-`python tests/peft/test_pinned.py` writes what it finds into pinned.json. A difference there is a change
-that users see, and belongs into the message of its commit.
+`python tests/peft/test_pinned.py` writes what it finds into pinned.json. A difference there is a
+change that users see, and belongs into the message of its commit.
 """
 
 import dataclasses
