@@ -3,8 +3,10 @@
     yᵢ = x Wᵢᵀ + bᵢ        dx = dy₁ W₁ + dy₂ W₂ + ...
 
 Wᵢ (Nᵢ, K). Joined weights are views of one storage, (N₁ + N₂ + ..., K), in which each keeps its
-rows: their names, what writes into them and what permutes them in place know nothing of it. The yᵢ
-of joined weights are views of one (M, N₁ + N₂ + ...), and keep all of it alive.
+rows: their names, what writes into them and what permutes them in place know nothing of it. With
+few tokens the yᵢ of joined weights are views of one (M, N₁ + N₂ + ...), and keep all of it alive.
+With many tokens each yᵢ is a product and a tensor of its own: see
+`s2kernels.backend.prefers_joined_outputs`.
 """
 
 from collections.abc import Sequence
@@ -141,8 +143,12 @@ class JoinedLinearFunction(torch.autograd.Function):
         ctx.holding, ctx.impl = holding if ctx.needs_input_grad[0] else None, impl
         ys = []
         for whole, biases, sizes in runs:
-            y = like_tokens(project(ops, x, whole, *biases), shape)
-            ys += [y] if len(sizes) == 1 else y.split_with_sizes(sizes, -1)
+            if len(sizes) > 1 and backend.prefers_joined_outputs(x, whole):
+                y = like_tokens(project(ops, x, whole, *biases), shape)
+                ys += y.split_with_sizes(sizes, -1)
+            else:
+                for weight, bias in zip(whole.split(sizes), biases, strict=True):
+                    ys.append(like_tokens(project(ops, x, weight, bias), shape))
         return tuple(ys)
 
     @staticmethod

@@ -95,7 +95,7 @@ def tiny_model(
         )
     _randomize(model, torch.Generator().manual_seed(seed))
     if dtype == torch.float64:
-        _keep_in_fp64(model)
+        keep_in_fp64(model)
     return model.eval()
 
 
@@ -129,7 +129,7 @@ def _randomize(model: nn.Module, generator: torch.Generator) -> None:
             parameter.copy_(value)
 
 
-def _keep_in_fp64(model: nn.Module) -> None:
+def keep_in_fp64(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):

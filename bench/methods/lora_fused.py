@@ -83,9 +83,11 @@ class QKV(nn.Module):
         q, k, v = self.stack.sizes
         # At most q and k in one product and one tensor. Attention keeps v, but of q and k only what
         # RoPE made of them: in one tensor with them, v would keep both alive.
-        joined = backend.prefers_joined(self.stack.weight)
+        tokens, weight = x.flatten(0, -2), self.stack.weight
+        joined = backend.prefers_joined(weight)
+        joined = joined and backend.prefers_joined_outputs(tokens, weight[: q + k])
         groups = ((q, k), (v,)) if joined else ((q,), (k,), (v,))
-        q, k, v = StackFunction.apply(x.flatten(0, -2), *self.stack.tensors(), groups)
+        q, k, v = StackFunction.apply(tokens, *self.stack.tensors(), groups)
         self._waiting = {"k": k.unflatten(0, x.shape[:-1]), "v": v.unflatten(0, x.shape[:-1])}
         return q.unflatten(0, x.shape[:-1])
 

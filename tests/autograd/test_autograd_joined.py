@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure.memory import kept_by, storages
+from s2kernels import backend
 from s2kernels.autograd.joined import is_alone, join_, joined, joined_linear, runs_of
 
 GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_")
@@ -162,14 +163,18 @@ class Projections:
 
 @pytest.mark.parametrize("biases", list(itertools.product((False, True), repeat=3)))
 @pytest.mark.parametrize("together", (1, 2, 3))
-def test_joined_linear_equals_linear_layers(together, biases):
+@pytest.mark.parametrize("apart", (False, True))
+def test_joined_linear_equals_linear_layers(apart, together, biases, monkeypatch):
+    monkeypatch.setattr(backend, "LAUNCH_BYTES", 0 if apart else backend.LAUNCH_BYTES)
     layers = Projections(together, biases)
     want, want_dx = layers.dense(torch.float64)
     with Products() as forward:
         ys = layers()
     for got, expected in zip(ys, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    if len(set(biases)) == 1:
+    if apart:
+        assert forward.columns == [8, 4, 3]
+    elif len(set(biases)) == 1:
         assert forward.columns == {1: [8, 4, 3], 2: [12, 3], 3: [15]}[together]
     with Products() as backward:
         (dx,) = torch.autograd.grad(ys, layers.x, layers.dys)
@@ -177,14 +182,29 @@ def test_joined_linear_equals_linear_layers(together, biases):
     torch.testing.assert_close(dx, want_dx, rtol=0, atol=1e-12)
 
 
+def test_one_product_while_a_copy_of_its_outputs_takes_no_longer_than_a_launch():
+    """q and k of LLaMA-2-7B in half precision: 8192 rows, 32 KB a token read and written."""
+    weight = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")
+
+    def prefers(tokens, dtype=torch.bfloat16):
+        x = torch.empty(tokens, 4096, dtype=dtype, device="meta")
+        return backend.prefers_joined_outputs(x, weight)
+
+    assert prefers(1) and prefers(512) and prefers(579)
+    assert not prefers(580) and not prefers(4096) and not prefers(512, torch.float32)
+
+
+@pytest.mark.parametrize("apart", (False, True))
 @pytest.mark.parametrize("tokens", [(21,), (1,), (0,), (4, 0)])
 @pytest.mark.parametrize("impl", ("torch", "triton"))
-def test_joined_linear_is_as_accurate_as_eager(impl, tokens, device, dtypes):
+def test_joined_linear_is_as_accurate_as_eager(impl, tokens, apart, device, dtypes, monkeypatch):
+    monkeypatch.setattr(backend, "LAUNCH_BYTES", 0 if apart else backend.LAUNCH_BYTES)
     for dtype in dtypes:
         layers = Projections(2, (True, True, True), tokens, dtype, device)
         exact, exact_dx = layers.dense(torch.float64)
         eager, eager_dx = layers.dense(dtype)
         ys = layers(impl=impl)
+        assert all(y.is_contiguous() for y in ys) or not apart
         for results in zip((y.detach() for y in ys), exact, eager, strict=True):
             assert_as_accurate(*results)
         (dx,) = torch.autograd.grad(ys, layers.x, layers.dys)

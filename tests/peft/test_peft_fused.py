@@ -84,6 +84,22 @@ def test_gate_and_up_and_query_and_key_lie_together(calls):
     assert sum(storages(base).values()) == before
 
 
+def test_memory_that_joining_leaves_empty_is_given_back_once(monkeypatch):
+    """Not once a layer: the device waits for it."""
+    base, times = tiny_model("llama"), []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: times.append(1))
+    model = get_peft_model(base, S2FTConfig(heads=2, channels=5))
+    assert len(blocks(model)) == 2 and len(times) == 1
+    for _ in range(2):
+        model(token_ids())
+    assert len(times) == 1
+    model.state_dict()  # gives each weight a storage of its own
+    for _ in range(2):
+        model(token_ids())
+    assert len(times) == 2
+
+
 def test_neighbours_by_chance_are_joined():
     """As an allocator may lay them: the one ends where the other begins, in another storage."""
     model = adapted()

@@ -26,6 +26,8 @@ class ArrangedWeights:
         self.structures: dict[str, Structure] = {}
         self.permutations: dict[str, Permutation] = {}
         self.engaged = False
+        # layers whose weights are joined wherever they lie on a GPU
+        self.pairs: list[tuple[nn.Linear, nn.Linear]] = []
         self._joined: list[nn.Parameter] = []
 
     @property
@@ -68,13 +70,16 @@ class ArrangedWeights:
         self._joined = []
         return found
 
-    def join(self, first: nn.Parameter, second: nn.Parameter) -> None:
-        """Lay two frozen weights one after the other, unless that would cost lasting memory."""
+    def join(self, first: nn.Parameter, second: nn.Parameter) -> bool:
+        """Lay two frozen weights one after the other, unless that would cost lasting memory.
+        Whether they were moved.
+        """
         for weight in (first, second):
             if not is_alone(weight) or weight.is_inference() or weight.is_meta:
-                return
+                return False
         join_(first, second)
         self._joined += [first, second]
+        return True
 
     def to_working(self, layer: Any, index: Tensor) -> Tensor:
         """Where the channels `index` of the layer lie in the present basis, int32 like `index`."""
@@ -128,10 +133,3 @@ def arrangement_of(keeper: WeightKeeper) -> ArrangedWeights:
     """How the weights of an S2FT model's keeper are arranged."""
     assert isinstance(keeper.arrangement, ArrangedWeights)
     return keeper.arrangement
-
-
-def join(keeper: WeightKeeper, first: Tensor, second: Tensor) -> None:
-    """Lay two frozen weights one after the other, where both are this model's alone to move."""
-    if all(keeper.obstacles.of(weight) is None for weight in (first, second)):
-        assert isinstance(first, nn.Parameter) and isinstance(second, nn.Parameter)
-        arrangement_of(keeper).join(first, second)

@@ -1,7 +1,7 @@
 """q, k and v of an attention, three frozen linear layers of one input, as one Function.
 
-On a GPU the weights of q and k are laid one after the other: the pair is one GEMM. Not those of v:
-attention saves v, which as a view of one tensor would keep q and k alive.
+On a GPU the weights of q and k are laid one after the other: with few tokens the pair is one GEMM.
+Not those of v: attention saves v, which as a view of one tensor would keep q and k alive.
 """
 
 import weakref
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from s2kernels import backend
 from s2kernels.autograd.checks import compute_dtype, version_of
-from s2kernels.autograd.joined import Run, joined_linear, runs_of
+from s2kernels.autograd.joined import Run, joined, joined_linear, runs_of
 from s2kernels.coupling import Structure
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
-from s2kernels.peft.s2ft.arranged_weights import join
-from s2kernels.peft.s2ft.fused_mlp import join_early
+from s2kernels.peft.s2ft.arranged_weights import arrangement_of
+from s2kernels.peft.s2ft.fused_mlp import join_all
 from s2kernels.peft.s2ft.fusion_checks import (
     are_alike,
     sole_active_adapter,
@@ -50,7 +50,7 @@ def fuse_qkv(keeper: WeightKeeper, structure: Structure) -> list[nn.Module]:
     inputs = SharedInput(linears, (own or keeper.layers)[0], keeper)
     for i, linear in enumerate(linears):
         linear.forward = Projection(inputs, i)  # type: ignore[method-assign]
-    join_early(keeper, linears[:2])
+    arrangement_of(keeper).pairs.append((linears[0], linears[1]))
     return [*linears]
 
 
@@ -121,8 +121,8 @@ class SharedInput:
             and not any(tensor.requires_grad for tensor in frozen)
             and sole_active_adapter([self.layer]) is not None
         )
-        if together:
-            join(self.keeper, *weights[:2])
+        if together and joined(*weights[:2]) is None:
+            join_all(self.keeper)
         premises = Premises()
         for module in self.modules:
             # a hook may fetch the weight for the call, or change the output in place, where

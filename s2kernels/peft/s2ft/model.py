@@ -18,7 +18,7 @@ from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.s2ft.arranged_weights import ArrangedWeights, arrangement_of
 from s2kernels.peft.s2ft.config import S2FTConfig
 from s2kernels.peft.s2ft.experts import S2FTExperts, tensors_to_train
-from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp
+from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp, join_all
 from s2kernels.peft.s2ft.fused_qkv import Projection, fuse_qkv
 from s2kernels.peft.s2ft.layer import S2FTLayer, launch_slice_write
 from s2kernels.peft.s2ft.linear import S2FTLinear, features
@@ -103,9 +103,11 @@ class S2FTModel(AdapterModel):
                 fuse_mlp(self.keeper, structure)
             elif structure.kind == "attention":
                 fuse_qkv(self.keeper, structure)
+        join_all(self.keeper)  # as early as can be: a GEMM may round otherwise elsewhere in memory
 
     def _detach(self) -> None:
         super()._detach()
+        arrangement_of(self.keeper).pairs = []
         for module in self.keeper.model.modules():
             if isinstance(vars(module).get("forward"), (FusedMLP, Projection)):
                 del module.forward
