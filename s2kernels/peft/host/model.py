@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from s2kernels.peft.host.layer import AdapterLayer
 from s2kernels.peft.host.loaded_tensors import check_tensors
 from s2kernels.peft.host.model_hooks import ModelHooks
-from s2kernels.peft.host.targets import name_all_linear
+from s2kernels.peft.host.targets import name_all_linear, names_for_peft, plain_name
 from s2kernels.peft.host.weights import WeightKeeper
 
 
@@ -45,7 +45,12 @@ class AdapterModel(BaseTuner):
             self.keeper.release()
             self.keeper.obstacles.look()
             name_all_linear(model, config)
-            self._prepare_adding(model, config, kwargs)
+            saved = kwargs.get("state_dict")
+            if saved is not None:
+                saved = {plain_name(name): value for name, value in saved.items()}
+            self._prepare_adding(model, config, saved)
+            if saved is not None:
+                kwargs["state_dict"] = names_for_peft(model, saved, self.prefix)
             with self._adding(model, adapter_name, existing):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 self._check_added(config, adapter_name)
@@ -57,13 +62,18 @@ class AdapterModel(BaseTuner):
         """The keeper of a model that has no layers of this tuner yet."""
         raise NotImplementedError
 
-    def _prepare_adding(self, model: nn.Module, config: Any, options: dict[str, Any]) -> None:
-        """What each method does before PEFT looks for targets, with its `options`. `config` is the
-        tuner's own for as long as the adapter is added.
+    def _prepare_adding(self, model: nn.Module, config: Any, saved: dict[str, Any] | None) -> None:
+        """What each method does before PEFT looks for targets: by `config`, which is the tuner's
+        own for as long as the adapter is added, or the names in `saved`, a state_dict.
         """
 
     def _check_added(self, config: Any, adapter_name: str) -> None:
         """Raises ValueError for an adapter whose layers are not what its configuration says."""
+
+    def _check_target_module_exists(  # type: ignore[override] # PEFT calls it on the instance
+        self, peft_config: Any, key: str
+    ) -> Any:
+        return super()._check_target_module_exists(peft_config, plain_name(key))
 
     def _copy_template(self, model: nn.Module, adapter_name: str) -> None:
         """Have the adapter start as a copy, if it is to be one: what it trains whole, too.
@@ -154,9 +164,19 @@ class AdapterModel(BaseTuner):
         """Raises ValueError for tensors of the method that the model has no place for, and, where
         the configuration came from a file with digests, for others than those that were saved.
         """
-        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_tensors(cls.prefix, model, config, adapter_name, state_dict, loaded)
+        given = {cls._plain_key(key): value for key, value in state_dict.items()}
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, given)
+        check_tensors(cls.prefix, model, config, adapter_name, given, loaded)
         return loaded
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT's; and what is saved of our layers is as if the model had not been compiled."""
+        return cls._plain_key(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _plain_key(cls, key: str) -> str:
+        return plain_name(key) if f".{cls.prefix}" in key else key
 
     def _attach(self) -> None:
         """Have the keeper take charge of all layers."""
