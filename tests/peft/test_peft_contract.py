@@ -4,14 +4,8 @@ import copy
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_model_status,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
-)
+from adapter_models import EVERY_CONFIG, deltas, layers, randomized
+from peft import PeftModel, get_model_status, get_peft_model
 from tiny_models import tiny_model, token_ids
 from torch import nn
 from transformers import (
@@ -24,10 +18,7 @@ from transformers import (
 )
 
 from s2kernels.peft import S2FTConfig, SpIELConfig
-from s2kernels.peft.host.layer import AdapterLayer
 
-CONFIGS = (S2FTConfig, SpIELConfig)
-EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS)
 IDS = token_ids(batch=3)
 SIZES = dict(vocab_size=48, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 BERT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -39,23 +30,6 @@ def made(auto, model_type, **fields):
         torch.manual_seed(0)
         model = auto.from_config(AutoConfig.for_model(model_type, **SIZES, **fields))
     return model.eval()
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
-
-
-def deltas(model, name="default"):
-    return [layer.deltas[name] for layer in layers(model) if name in layer.modes]
-
-
-def randomized(model, name="default", seed=7):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for delta in deltas(model, name):
-            noise = torch.randn(delta.shape, generator=generator, dtype=torch.float64)
-            delta.copy_(0.3 * noise)
-    return model
 
 
 def names(model):
@@ -347,58 +321,3 @@ def test_rows_that_nobody_can_tell_apart_are_refused():
     model = get_peft_model(Routed(), S2FTConfig(**fields)).eval()
     with pytest.raises(ValueError, match="each of the 6 rows of the batch, got 3"):
         model(torch.randn(3, 2, 12), adapter_names=["default"] * 3)
-
-
-# Injection by the names in a state_dict, and into compiled models
-
-
-@EVERY_CONFIG
-@pytest.mark.parametrize("low", (False, True))
-def test_injection_by_a_state_dict_that_names_more_than_the_configuration(config, low):
-    budget = dict(num_tunable_weights=900) if config is SpIELConfig else {}
-    model = inject_adapter_in_model(config(target_modules="all-linear", **budget), deep(2))
-    state = get_peft_model_state_dict(randomized(model))
-    less = config(target_modules=["o_proj"], **budget)
-    options = dict(state_dict=state, low_cpu_mem_usage=low)
-    with pytest.warns(RuntimeWarning, match="state_dict contained these additional target modules"):
-        other = inject_adapter_in_model(less, deep(2), **options)
-    assert [layer.name for layer in layers(other)] == [layer.name for layer in layers(model)]
-    result = set_peft_model_state_dict(other, state, low_cpu_mem_usage=low)
-    assert not result.unexpected_keys
-    assert torch.equal(other(IDS).logits, model(IDS).logits)
-
-
-def compiled(model, part):
-    if part == "model":
-        return torch.compile(model, backend="eager")
-    if part == "layers":
-        for i, layer in enumerate(model.model.layers):
-            model.model.layers[i] = torch.compile(layer, backend="eager")
-    return model
-
-
-@EVERY_CONFIG
-@pytest.mark.parametrize("part", ("model", "layers"))
-def test_a_compiled_base_is_adapted_as_any_other(config, part, tmp_path):
-    fields = dict(target_modules="all-linear")
-    plain = randomized(get_peft_model(deep(1), config(**fields)))
-    model = randomized(get_peft_model(compiled(deep(1), part), config(**fields)))
-    assert [layer.name for layer in layers(model)] == [layer.name for layer in layers(plain)]
-    for layer, want in zip(layers(model), layers(plain), strict=True):
-        assert torch.equal(layer.indices["default"], want.indices["default"])
-    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    plain(input_ids=IDS, labels=IDS).loss.backward()
-    for delta, want in zip(deltas(model), deltas(plain), strict=True):
-        torch.testing.assert_close(delta.grad, want.grad)
-
-    for source, target in ((model, "none"), (plain, part), (model, part)):
-        source.save_pretrained(tmp_path / target)
-        loaded = PeftModel.from_pretrained(compiled(deep(1), target), tmp_path / target)
-        torch.testing.assert_close(loaded(IDS).logits, plain(IDS).logits)
-    state = get_peft_model_state_dict(plain)
-    state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
-    by_names = inject_adapter_in_model(config(**fields), compiled(deep(1), part), state_dict=state)
-    raw = {name.replace(".self_attn", "._orig_mod.self_attn"): v for name, v in state.items()}
-    assert not set_peft_model_state_dict(by_names, raw).unexpected_keys
-    torch.testing.assert_close(by_names(IDS).logits, plain(IDS).logits)

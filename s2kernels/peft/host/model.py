@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -23,6 +23,17 @@ class AdapterModel(BaseTuner):
     keeper: WeightKeeper
     _template: str | None = None  # while an adapter is added: the one that it starts as a copy of
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        configs = getattr(model, "peft_config", None)  # which PEFT shares with other tuners
+        before = dict(configs or {})
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if configs is not None:
+                configs.clear()
+                configs.update(before)
+            raise
+
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -31,8 +42,9 @@ class AdapterModel(BaseTuner):
         Its configuration stays the caller's object, with the fields that the caller set: see
         `AdapterConfig`. Where it is another adapter's, too, the new one starts as a copy of that.
 
-        Raises ValueError for what the configuration asks for and the model does not admit, and for
-        weights that are offloaded or partitioned; TypeError for a target of a wrong kind.
+        Raises ValueError for what the configuration asks for and the model does not admit, for a
+        target that another tuner has, and for weights that are offloaded or partitioned; TypeError
+        for a target of a wrong kind.
         """
         self._check_is_whole(model)
         given: Any = self.peft_config[adapter_name]
@@ -108,12 +120,30 @@ class AdapterModel(BaseTuner):
     def _existing_layers(self, model: nn.Module) -> list[Any]:
         """Those that the adapters before have made.
 
-        Raises ValueError where one is merged.
+        Raises ValueError where one is merged, or they go by other names than in `model`.
         """
         layers = self._layers_of(model)
+        if layers and layers[0].keeper.model is not model:
+            raise ValueError(
+                "the model is inside of a PeftModel with such adapters: add another one by its own "
+                "add_adapter(name, config), or call its unload() first"
+            )
         if any(layer.merged for layer in layers):
             raise ValueError("no adapter can be added to merged ones: call unmerge_adapter first")
         return layers
+
+    def _base_of(self, target: nn.Module, name: str) -> Any:
+        """The layer whose weight the adapter is for. Raises ValueError for that of another tuner,
+        which would be lost.
+        """
+        if not isinstance(target, BaseTunerLayer):
+            return target
+        if not isinstance(target, self.tuner_layer_cls):
+            raise ValueError(
+                f"{name} has an adapter of another method, a {type(target).__module__}."
+                f"{type(target).__name__}: name other target_modules, or merge or unload it first"
+            )
+        return target.get_base_layer()
 
     @contextmanager
     def _adding(self, model: nn.Module, adapter_name: str, existing: list[Any]) -> Iterator[None]:

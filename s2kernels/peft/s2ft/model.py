@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, resolve_quantization_backend
 from torch import nn
 
@@ -131,7 +130,7 @@ class S2FTModel(AdapterModel):
         if current_key in self._expert_targets:
             self._replace_experts(config, adapter_name, target, target_name, parent, current_key)
             return
-        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        base = self._base_of(target, current_key)
         is_linear = isinstance(base, nn.Linear) or is_conv1d(base)
         if not is_linear and resolve_quantization_backend(base) is None:
             found = self.arrangement.structures.get(current_key)

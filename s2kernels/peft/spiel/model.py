@@ -67,7 +67,7 @@ class SpIELModel(AdapterModel):
     ) -> None:
         config: SpIELConfig = peft_config
         current_key = plain_name(current_key)
-        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        base = self._base_of(target, current_key)
         check_is_linear(current_key, base)
         shape = base.out_features, base.in_features
         index = random_entries(config.seed, current_key, shape, self._count(config, current_key))
