@@ -332,8 +332,9 @@ def _join(name: str, leaf: str) -> str:
 
 
 def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Like `named_modules`, but a tuner layer gives way to the layer that it wraps, under the name
-    that this had before, and what belongs to adapters is left out.
+    """Like `named_modules`, but a tuner layer gives way to the layer that it wraps, and a compiled
+    module to the one that was compiled, under the name that this had before, and what belongs to
+    adapters is left out.
     """
     module = _unwrap(module)
     yield name, module
@@ -342,6 +343,11 @@ def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.M
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+    while isinstance(inner := _wrapped(module), nn.Module):
         module = inner
     return module
+
+
+def _wrapped(module: nn.Module) -> Any:
+    """What torch.compile or a tuner has put the module in the place of."""
+    return module._modules.get("_orig_mod", getattr(module, "base_layer", None))

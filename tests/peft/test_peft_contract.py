@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from adapter_models import EVERY_CONFIG, deltas, layers, randomized
 from peft import PeftModel, get_model_status, get_peft_model
 from tiny_models import tiny_model, token_ids
 from torch import nn
@@ -17,10 +18,7 @@ from transformers import (
 )
 
 from s2kernels.peft import S2FTConfig, SpIELConfig
-from s2kernels.peft.host.layer import AdapterLayer
 
-CONFIGS = (S2FTConfig, SpIELConfig)
-EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS)
 IDS = token_ids(batch=3)
 SIZES = dict(vocab_size=48, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 BERT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -32,23 +30,6 @@ def made(auto, model_type, **fields):
         torch.manual_seed(0)
         model = auto.from_config(AutoConfig.for_model(model_type, **SIZES, **fields))
     return model.eval()
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
-
-
-def deltas(model, name="default"):
-    return [layer.deltas[name] for layer in layers(model) if name in layer.modes]
-
-
-def randomized(model, name="default", seed=7):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for delta in deltas(model, name):
-            noise = torch.randn(delta.shape, generator=generator, dtype=torch.float64)
-            delta.copy_(0.3 * noise)
-    return model
 
 
 def names(model):

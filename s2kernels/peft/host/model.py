@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from s2kernels.peft.host.layer import AdapterLayer
 from s2kernels.peft.host.loaded_tensors import check_tensors
 from s2kernels.peft.host.model_hooks import ModelHooks
-from s2kernels.peft.host.targets import name_all_linear
+from s2kernels.peft.host.targets import name_all_linear, names_for_peft, plain_name
 from s2kernels.peft.host.weights import WeightKeeper
 
 
@@ -23,6 +23,17 @@ class AdapterModel(BaseTuner):
     keeper: WeightKeeper
     _template: str | None = None  # while an adapter is added: the one that it starts as a copy of
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        configs = getattr(model, "peft_config", None)  # which PEFT shares with other tuners
+        before = dict(configs or {})
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if configs is not None:
+                configs.clear()
+                configs.update(before)
+            raise
+
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -31,8 +42,9 @@ class AdapterModel(BaseTuner):
         Its configuration stays the caller's object, with the fields that the caller set: see
         `AdapterConfig`. Where it is another adapter's, too, the new one starts as a copy of that.
 
-        Raises ValueError for what the configuration asks for and the model does not admit, and for
-        weights that are offloaded or partitioned; TypeError for a target of a wrong kind.
+        Raises ValueError for what the configuration asks for and the model does not admit, for a
+        target that another tuner has, and for weights that are offloaded or partitioned; TypeError
+        for a target of a wrong kind.
         """
         self._check_is_whole(model)
         given: Any = self.peft_config[adapter_name]
@@ -45,7 +57,12 @@ class AdapterModel(BaseTuner):
             self.keeper.release()
             self.keeper.obstacles.look()
             name_all_linear(model, config)
-            self._prepare_adding(model, config, kwargs)
+            saved = kwargs.get("state_dict")
+            if saved is not None:
+                saved = {plain_name(name): value for name, value in saved.items()}
+            self._prepare_adding(model, config, saved)
+            if saved is not None:
+                kwargs["state_dict"] = names_for_peft(model, saved, self.prefix)
             with self._adding(model, adapter_name, existing):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 self._check_added(config, adapter_name)
@@ -57,13 +74,18 @@ class AdapterModel(BaseTuner):
         """The keeper of a model that has no layers of this tuner yet."""
         raise NotImplementedError
 
-    def _prepare_adding(self, model: nn.Module, config: Any, options: dict[str, Any]) -> None:
-        """What each method does before PEFT looks for targets, with its `options`. `config` is the
-        tuner's own for as long as the adapter is added.
+    def _prepare_adding(self, model: nn.Module, config: Any, saved: dict[str, Any] | None) -> None:
+        """What each method does before PEFT looks for targets: by `config`, which is the tuner's
+        own for as long as the adapter is added, or the names in `saved`, a state_dict.
         """
 
     def _check_added(self, config: Any, adapter_name: str) -> None:
         """Raises ValueError for an adapter whose layers are not what its configuration says."""
+
+    def _check_target_module_exists(  # type: ignore[override] # PEFT calls it on the instance
+        self, peft_config: Any, key: str
+    ) -> Any:
+        return super()._check_target_module_exists(peft_config, plain_name(key))
 
     def _copy_template(self, model: nn.Module, adapter_name: str) -> None:
         """Have the adapter start as a copy, if it is to be one: what it trains whole, too.
@@ -98,12 +120,30 @@ class AdapterModel(BaseTuner):
     def _existing_layers(self, model: nn.Module) -> list[Any]:
         """Those that the adapters before have made.
 
-        Raises ValueError where one is merged.
+        Raises ValueError where one is merged, or they go by other names than in `model`.
         """
         layers = self._layers_of(model)
+        if layers and layers[0].keeper.model is not model:
+            raise ValueError(
+                "the model is inside of a PeftModel with such adapters: add another one by its own "
+                "add_adapter(name, config), or call its unload() first"
+            )
         if any(layer.merged for layer in layers):
             raise ValueError("no adapter can be added to merged ones: call unmerge_adapter first")
         return layers
+
+    def _base_of(self, target: nn.Module, name: str) -> Any:
+        """The layer whose weight the adapter is for. Raises ValueError for that of another tuner,
+        which would be lost.
+        """
+        if not isinstance(target, BaseTunerLayer):
+            return target
+        if not isinstance(target, self.tuner_layer_cls):
+            raise ValueError(
+                f"{name} has an adapter of another method, a {type(target).__module__}."
+                f"{type(target).__name__}: name other target_modules, or merge or unload it first"
+            )
+        return target.get_base_layer()
 
     @contextmanager
     def _adding(self, model: nn.Module, adapter_name: str, existing: list[Any]) -> Iterator[None]:
@@ -154,9 +194,19 @@ class AdapterModel(BaseTuner):
         """Raises ValueError for tensors of the method that the model has no place for, and, where
         the configuration came from a file with digests, for others than those that were saved.
         """
-        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_tensors(cls.prefix, model, config, adapter_name, state_dict, loaded)
+        given = {cls._plain_key(key): value for key, value in state_dict.items()}
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, given)
+        check_tensors(cls.prefix, model, config, adapter_name, given, loaded)
         return loaded
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT's; and what is saved of our layers is as if the model had not been compiled."""
+        return cls._plain_key(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _plain_key(cls, key: str) -> str:
+        return plain_name(key) if f".{cls.prefix}" in key else key
 
     def _attach(self) -> None:
         """Have the keeper take charge of all layers."""

@@ -1,5 +1,6 @@
 """Which modules a configuration means, where PEFT alone would not find the same ones every time."""
 
+from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
@@ -11,6 +12,20 @@ from torch import nn
 _HEADS = {"TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
 
 
+def plain_name(name: str) -> str:
+    """The name of a module, or of a tensor, as it is where nothing is compiled. What is compiled
+    answers to it, too.
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def names_for_peft(model: nn.Module, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A state_dict of plain names, with the names by which PEFT looks for its modules."""
+    its = {plain_name(name): name.removeprefix("_orig_mod.") for name, _ in model.named_modules()}
+    parts = ((*name.rpartition(f".{prefix}"), value) for name, value in state.items())
+    return {its.get(name, name) + dot + leaf: value for name, dot, leaf, value in parts}
+
+
 def name_all_linear(model: nn.Module, config: Any) -> None:
     """Put the names of the layers in the place of target_modules="all-linear": without the head, as
     PEFT has it, and of layers_to_transform alone, which PEFT would not ask for full names.
@@ -19,9 +34,10 @@ def name_all_linear(model: nn.Module, config: Any) -> None:
     """
     if str(config.target_modules).lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return
-    _maybe_include_all_linear_layers(config, model)
+    _maybe_include_all_linear_layers(config, model._modules.get("_orig_mod") or model)
     heads = _HEADS.get(config.task_type, set())
-    found = {name for name in config.target_modules if heads.isdisjoint(name.split("."))}
+    names = map(plain_name, config.target_modules)
+    found = {name for name in names if heads.isdisjoint(name.split("."))}
     if config.layers_to_transform is not None:
         every = found
         found = {name for name in every if _is_in_layers(config, name)}

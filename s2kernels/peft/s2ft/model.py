@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, resolve_quantization_backend
 from torch import nn
 
@@ -14,6 +13,7 @@ from s2kernels.adapter import combine
 from s2kernels.architectures import TABLE, Member, in_projections
 from s2kernels.coupling import find, is_conv1d, structures
 from s2kernels.peft.host.model import AdapterModel
+from s2kernels.peft.host.targets import plain_name
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.s2ft.arranged_weights import ArrangedWeights, arrangement_of
 from s2kernels.peft.s2ft.config import S2FTConfig
@@ -43,7 +43,7 @@ class S2FTModel(AdapterModel):
     def _new_keeper(self, model: nn.Module) -> WeightKeeper:
         return WeightKeeper(model, launch_slice_write, ArrangedWeights(model))
 
-    def _prepare_adding(self, model: nn.Module, config: Any, options: dict[str, Any]) -> None:
+    def _prepare_adding(self, model: nn.Module, config: Any, saved: dict[str, Any] | None) -> None:
         """Raises ValueError for a model type that the coupling table lacks (layout="gather" does
         without it), and a selection that needs calibration data.
         """
@@ -64,12 +64,10 @@ class S2FTModel(AdapterModel):
                 )
             config.indices = select_indices(model, config, progress=False).indices
 
-        state = options.get("state_dict")
         # PEFT looks for modules alone: those of the experts stand in for their tensors
-        self._expert_targets = tensors_to_train(config, found, state)
-        if state is not None:
-            marks = {f"{name}.{self.prefix}experts": None for name in self._expert_targets}
-            options["state_dict"] = {**state, **marks}
+        self._expert_targets = tensors_to_train(config, found, saved)
+        if saved is not None:
+            saved.update({f"{name}.{self.prefix}experts": None for name in self._expert_targets})
 
     def _check_added(self, config: Any, adapter_name: str) -> None:
         """Raises ValueError for a budget, or indices, of what is no target."""
@@ -115,7 +113,7 @@ class S2FTModel(AdapterModel):
     def _check_target_module_exists(  # type: ignore[override] # PEFT calls it on the instance
         self, peft_config: Any, key: str
     ) -> Any:
-        if key in self._expert_targets:
+        if plain_name(key) in self._expert_targets:
             return True
         return super()._check_target_module_exists(peft_config, key)
 
@@ -130,10 +128,11 @@ class S2FTModel(AdapterModel):
         parameter_name: str | None = None,
     ) -> None:
         config: S2FTConfig = peft_config
+        current_key = plain_name(current_key)
         if current_key in self._expert_targets:
             self._replace_experts(config, adapter_name, target, target_name, parent, current_key)
             return
-        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        base = self._base_of(target, current_key)
         is_linear = isinstance(base, nn.Linear) or is_conv1d(base)
         if not is_linear and resolve_quantization_backend(base) is None:
             found = self.arrangement.structures.get(current_key)

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from s2kernels.peft.host.model import AdapterModel
+from s2kernels.peft.host.targets import plain_name
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.spiel.config import SpIELConfig
 from s2kernels.peft.spiel.dequantize import is_quantized
@@ -30,8 +31,11 @@ class SpIELModel(AdapterModel):
     def _new_keeper(self, model: nn.Module) -> WeightKeeper:
         return WeightKeeper(model, launch_sparse_write)
 
-    def _prepare_adding(self, model: nn.Module, config: Any, options: dict[str, Any]) -> None:
-        self._counts: dict[str, int] = {}
+    _saved: dict[str, Any] | None
+    _counts: dict[str, int]
+
+    def _prepare_adding(self, model: nn.Module, config: Any, saved: dict[str, Any] | None) -> None:
+        self._saved, self._counts = saved, {}
 
     def _attach(self) -> None:
         super()._attach()
@@ -62,11 +66,11 @@ class SpIELModel(AdapterModel):
         parameter_name: str | None = None,
     ) -> None:
         config: SpIELConfig = peft_config
-        if not self._counts:  # before PEFT has replaced anything, and after it shortened the names
-            self._counts = budgets(self.keeper.model, config)
-        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        current_key = plain_name(current_key)
+        base = self._base_of(target, current_key)
+        check_is_linear(current_key, base)
         shape = base.out_features, base.in_features
-        index = random_entries(config.seed, current_key, shape, self._counts[current_key])
+        index = random_entries(config.seed, current_key, shape, self._count(config, current_key))
         dtype = None if config.delta_dtype is None else getattr(torch, config.delta_dtype)
         if isinstance(target, SpIELLinear):
             target.update_layer(adapter_name, index, config.mode, dtype)
@@ -76,6 +80,19 @@ class SpIELModel(AdapterModel):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _count(self, config: SpIELConfig, name: str) -> int:
+        """How many entries the adapter trains of the target: as many as a state_dict says, if that
+        decides what the targets are.
+        """
+        if self._saved is not None:
+            index = self._saved.get(f"{name}.spiel_index")
+            if index is None:
+                raise ValueError(f"the state_dict has no {name}.spiel_index")
+            return len(index)
+        if not self._counts:  # before PEFT has replaced anything, and after it shortened the names
+            self._counts = budgets(self.keeper.model, config)
+        return self._counts[name]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The deltas have the dtype that the configuration says."""
@@ -90,7 +107,7 @@ class SpIELModel(AdapterModel):
 
 
 def budgets(model: nn.Module, config: SpIELConfig) -> dict[str, int]:
-    """How many entries each target trains, by its name.
+    """How many entries each target trains, by its plain name.
 
     The budget, which is noted in config.num_tunable_weights, is split in proportion to the targets'
     entries and rounded down, but to 1 at least.
@@ -101,15 +118,12 @@ def budgets(model: nn.Module, config: SpIELConfig) -> dict[str, int]:
     layers = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     inside = tuple(f"{name}." for name in layers)
     sizes: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside) or not check_target_module_exists(config, name):
+    for raw, module in model.named_modules():
+        name = plain_name(raw)
+        if not name or raw.startswith(inside) or not check_target_module_exists(config, name):
             continue
         base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if type(base) is not nn.Linear and not (isinstance(base, nn.Linear) and is_quantized(base)):
-            raise TypeError(
-                f"target_modules must name torch.nn.Linear layers, or those that bitsandbytes or "
-                f"torchao has quantized; {name} is a {type(base).__name__}"
-            )
+        check_is_linear(name, base)
         sizes[name] = base.out_features * base.in_features
     total = sum(sizes.values())
     if config.num_tunable_weights is None:
@@ -121,6 +135,15 @@ def budgets(model: nn.Module, config: SpIELConfig) -> dict[str, int]:
             f"(density={config.density})"
         )
     return {name: max(1, num * size // total) for name, size in sizes.items()}
+
+
+def check_is_linear(name: str, base: nn.Module) -> None:
+    """Raises TypeError for a target that is no linear layer."""
+    if type(base) is not nn.Linear and not (isinstance(base, nn.Linear) and is_quantized(base)):
+        raise TypeError(
+            f"target_modules must name torch.nn.Linear layers, or those that bitsandbytes or "
+            f"torchao has quantized; {name} is a {type(base).__name__}"
+        )
 
 
 def num_parameters(model: nn.Module) -> int:
