@@ -7,6 +7,7 @@ vLLM has no interface for it: into methods of the classes that manage LoRAs.
 """
 
 import importlib
+import json
 import logging
 import os
 from functools import wraps
@@ -15,7 +16,7 @@ from typing import Any
 from s2kernels.adapter import CONFIG_NAME
 
 TESTED = "0.32.0"  # versions of vLLM, in words
-# Prefixes of these names are vLLM's own loggers, which print to the server's log.
+# Below vLLM's own logger, which prints to the server's log.
 logger = logging.getLogger("vllm.s2kernels")
 
 # Everything private of vLLM that the plugin is built on, apart from arguments and what they hold.
@@ -70,8 +71,6 @@ def _untested(missing: list[tuple[str, str]]) -> str:
 
 def _is_s2ft(lora_path: str) -> bool:
     """Whether the folder, local or of a hub, has the configuration of an S2FT adapter."""
-    import json
-
     from vllm.lora.utils import get_adapter_absolute_path
 
     try:
@@ -86,7 +85,7 @@ def _wrap(owner: type, name: str, make: Any) -> None:
     """Put make(original) in the place of a method, once."""
     original = getattr(owner, name)
     if not hasattr(original, "s2kernels"):
-        wrapper = wraps(original)(make(original))
+        wrapper: Any = wraps(original)(make(original))
         wrapper.s2kernels = True
         setattr(owner, name, wrapper)
 

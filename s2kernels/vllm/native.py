@@ -207,7 +207,9 @@ class Layers:
             indices.append(part.index + sum(sizes[:number]))
             deltas.append(part.delta)
             known = part.fingerprint
-            prints.append(torch.zeros_like(part.index, dtype=torch.int64) if known is None else known)
+            prints.append(
+                torch.zeros_like(part.index, dtype=torch.int64) if known is None else known
+            )
         return Slice("out", torch.cat(indices), torch.cat(deltas), torch.cat(prints))
 
     def _adding(self, add_loras: Callable[..., Tensor], places: list) -> Callable[..., Tensor]:
