@@ -10,6 +10,7 @@ help:
 	@echo "make demo    fine-tune a small Llama with S2FT and show what it saves, beside other methods"
 	@echo "make test    all tests"
 	@echo "make test-minimum   what must hold with the oldest declared versions"
+	@echo "make test-vllm   the plugin in a real vLLM on the CPU, in an environment of its own (3.4 GB)"
 	@echo "make check   linter, formatter and type checker"
 	@echo "make bench   every op, and training steps of every method; results and figures go to out/"
 	@echo "make bench-compare   a few steps again: is anything slower or larger than in the results?"
@@ -28,6 +29,10 @@ demo: $(VENV)/.installed
 .PHONY: test-minimum
 test-minimum:
 	.ci/minimum-versions
+
+.PHONY: test-vllm
+test-vllm:
+	.ci/test-vllm --output bench/results/cpu/vllm.json
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -10,17 +10,31 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from s2kernels.adapter import Slice, check_fingerprint, read_adapter
 from s2kernels.serve.content import Adapter, Place, Resident, content_key, make_content
 from s2kernels.serve.pool import RowPool
-from s2kernels.serve.switch import Switcher
 
 
 class NoRoom(RuntimeError):
     """All that could leave the device has left, and the rows do not suffice."""
+
+
+class Base(Protocol):
+    """What a store must know of the base model, to refuse adapters that do not fit it."""
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(N, K) of a linear layer. Raises ValueError, naming it, where there is none."""
+
+    def base_slice(self, name: str, index: Tensor, dim: str) -> Tensor | None:
+        """What its weight holds at these channels, (N, R) or (R, K); None where that is not known.
+
+        Raises ValueError where it has no such channels.
+        """
 
 
 class AdapterStore:
@@ -28,17 +42,19 @@ class AdapterStore:
 
     base knows the weights, to check shapes and fingerprints; pool is the device's memory for rows.
     places numbers the modules that any adapter has trained, in the order in which they came up;
-    attach is told new ones before an adapter with them can be acquired.
+    attach is told new ones before an adapter with them can be acquired. read makes slices of the
+    folder of an adapter.
     """
 
     def __init__(
         self,
-        base: Switcher,
+        base: Base,
         pool: RowPool,
         attach: Callable[[Mapping[Place, int]], None] = lambda places: None,
+        read: Callable[[Path], Mapping[str, Slice]] = read_adapter,
     ) -> None:
         self.pool = pool
-        self._attach = attach
+        self._attach, self._read = attach, read
         self.places: dict[Place, int] = {}
         self._base = base
         self._names: dict[str, Adapter] = {}
@@ -61,7 +77,7 @@ class AdapterStore:
             raise ValueError(f"name must be a non-empty string, got {name!r}")
         self._check_free(name)
         kept = source if isinstance(source, Mapping) else Path(source)
-        slices = kept if isinstance(kept, Mapping) else read_adapter(kept)
+        slices = kept if isinstance(kept, Mapping) else self._read(kept)
         if not slices:
             raise ValueError(f"adapter {name!r}: slices must name at least one module, got none")
         for module, part in slices.items():
@@ -132,7 +148,7 @@ class AdapterStore:
             return adapter.slices_of_rows()
         if isinstance(adapter.source, Mapping):
             return adapter.source
-        slices = read_adapter(adapter.source)
+        slices = self._read(adapter.source)
         if content_key(slices) != adapter.key:
             raise ValueError(
                 f"{adapter.source} holds another adapter than when {name!r} was registered"

@@ -138,13 +138,9 @@ class S2FTLinear(S2FTLayer):
         adapter_names = rows.of(x, joined=self.structure is not None)
         self.keeper.restore([self])
         y = self._forward_base(x, *args, **kwargs)
-        for name in self._present(sorted(set(adapter_names))):
-            chosen = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            index = torch.tensor(chosen, device=x.device)
-            delta, where = self.s2ft_delta[name], self.positions[name]
-            part = delta_linear(y[index], x[index], delta, where, self.dim)
-            y = y.index_copy(0, index, part)
-        return y
+        present = self._present(sorted(set(adapter_names)))
+        parts = {name: (self.s2ft_delta[name], self.positions[name]) for name in present}
+        return rows.add(y, x, self, self.dim, adapter_names, parts) if parts else y
 
 
 def _not_merged() -> None:
