@@ -1,54 +1,53 @@
 """The ops that are measured, how often each is called, and the file that they go into."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from bench.kernels import bench_ops
+from bench.kernels import bench_ops, laps
 from bench.kernels.ops import CASES, Operands, Sizes
-from bench.measure import machine
 from bench.steps.work import OPS
 from s2kernels import reference
 
 CPU = torch.device("cpu")
+CEILINGS = {"gemm_flops": {"float32": 1e11}, "copy_bytes_per_second": 1e10}
 
 
-def ops(folder, which: str, *arguments: str) -> tuple[str, list[dict]]:
-    """What pytest says of the ops `which`, and the entries that `folder` then has."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "bench/kernels/bench_ops.py",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-        ]
-        + ["-k", which, "--results", str(folder), *arguments],
-        cwd=machine.ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    document = json.loads((folder / "cpu" / "ops.json").read_text())
-    assert document["machine_info"]["ceilings"]["copy_bytes_per_second"] > 0
-    return done.stdout, document["benchmarks"]
+@pytest.fixture
+def ops(run_pytest, monkeypatch, tmp_path):
+    """Measures the ops `which`; returns what pytest said, and the entries there are then."""
+    monkeypatch.setattr(laps, "ceilings", lambda device: CEILINGS)
+
+    def run(which: str, *arguments: str) -> tuple[str, list[dict]]:
+        file = "bench/kernels/bench_ops.py"
+        _, said = run_pytest(file, "-k", which, "--results", str(tmp_path), *arguments)
+        document = json.loads((tmp_path / "cpu" / "ops.json").read_text())
+        assert document["machine_info"]["ceilings"] == CEILINGS
+        return said, document["benchmarks"]
+
+    return run
 
 
-def test_ops_are_written_one_by_one_and_not_measured_twice(tmp_path):
-    said, entries = ops(tmp_path, "slice_write")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU ops have the sizes of models")
+def test_ops_are_written_one_by_one_and_not_measured_twice(ops):
+    said, entries = ops("slice_write")
     (entry,) = entries
     assert "1 passed" in said and entry["stats"]["median"] > 0
     assert entry["group"].startswith("slice_write ")
     # What is known already is left out, and the rest comes too late.
-    said, entries = ops(tmp_path, "slice_write or swiglu_bwd", "--budget-s", "0")
+    said, entries = ops("slice_write or swiglu_bwd", "--budget-s", "0")
     assert "1 skipped" in said and "passed" not in said and entries == [entry]
+
+
+def test_ceilings_are_those_of_products_and_of_a_copy(monkeypatch):
+    """2 * 1024³ FLOPs, and 2**28 bytes read and written, in half a second each."""
+    monkeypatch.setattr(laps, "_median", lambda action, device: 0.5)
+    found = laps.ceilings(CPU)
+    assert found == {
+        "gemm_flops": {"float32": 4 * 1024**3, "bfloat16": 4 * 1024**3},
+        "copy_bytes_per_second": 4 * 2**28,
+    }
 
 
 def test_entries_are_drawn_once_and_without_a_permutation(monkeypatch):

@@ -1,16 +1,13 @@
 """Steps at toy size: what is measured of them, what must be caught, and how a run goes on."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench.measure import machine, timing
+from bench.measure import timing
 from bench.methods import METHODS, Unavailable, comparable
 from bench.methods.adapters import LoRA
 from bench.steps import bench_steps, cases, step
@@ -242,23 +239,18 @@ def test_two_models_that_do_not_fit_together_are_timed_apart(monkeypatch):
 # The harness as a command
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "bench/steps", "-q", "-p", "no:cacheprovider"]
-        + ["--disable-warnings", "--benchmark-quiet", *arguments],
-        cwd=machine.ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def run(run_pytest):
+    """Runs `pytest bench/steps`; returns the exit status and what it said."""
+    return lambda *arguments: run_pytest("bench/steps", *arguments)
 
 
-def test_a_run_goes_on_where_it_was_stopped(tmp_path):
+def test_a_run_goes_on_where_it_was_stopped(run, tmp_path):
     """And pytest-benchmark's own file of the same run says the same."""
     path, own = tmp_path / "cpu" / "steps.json", tmp_path / "own.json"
     toy = ["--suite", "toy", "--results", str(tmp_path), f"--benchmark-json={own}", "-k"]
-    done = run(*toy, "1x8 and not lora")
-    assert done.returncode == 0, done.stdout
+    status, said = run(*toy, "1x8 and not lora")
+    assert status == 0, said
     first = json.loads(path.read_text())["benchmarks"]
     names = ["toy/1x8/float32/frozen", "toy/1x8/float32/s2ft_inplace"]
     assert [entry["params"]["method"] for entry in first] == ["frozen", "s2ft_inplace"]
@@ -268,24 +260,24 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
         assert entry["stats"]["rounds"] == len(entry["stats"]["data"]) == bench_steps.ROUNDS[0]
         assert entry["params"]["floor"] == names[0]
 
-    done = run(*toy, "1x8")
-    assert "1 passed" in done.stdout and "2 results are there already" in done.stdout
+    _, said = run(*toy, "1x8")
+    assert "1 passed" in said and "2 results are there already" in said
     second = json.loads(path.read_text())["benchmarks"]
     assert second[:2] == first and second[2]["params"]["method"] == "lora"
-    assert all(name in done.stdout for name in names)  # the table has all of them
-    done = run(*toy, "1x8")
-    assert done.returncode == 0 and "3 results are there already" in done.stdout
+    assert all(name in said for name in names)  # the table has all of them
+    status, said = run(*toy, "1x8")
+    assert status == 0 and "3 results are there already" in said
 
 
-def test_disabled_benchmarks_take_one_toy_step_each(tmp_path):
-    done = run("--benchmark-disable", "-k", "1x8", "--results", str(tmp_path))
-    assert done.returncode == 0 and "3 passed" in done.stdout
+def test_disabled_benchmarks_take_one_toy_step_each(run, tmp_path):
+    status, said = run("--benchmark-disable", "-k", "1x8", "--results", str(tmp_path))
+    assert status == 0 and "3 passed" in said
     assert not list(tmp_path.iterdir())
 
 
-def test_a_spent_budget_begins_nothing(tmp_path):
-    done = run("--suite", "toy", "-k", "1x8", "--budget-s", "0")
-    assert done.returncode == 0 and "3 skipped" in done.stdout
+def test_a_spent_budget_begins_nothing(run):
+    status, said = run("--suite", "toy", "-k", "1x8", "--budget-s", "0")
+    assert status == 0 and "3 skipped" in said
 
 
 def test_laps_of_a_step_are_its_four_parts():
