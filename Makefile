@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo    fine-tune a small Llama with S2FT and show what it saves, beside other methods"
-	@echo "make test    all tests"
+	@echo "make test    all tests, in two processes"
+	@echo "make test-fast   those that take no seconds: for while you work"
 	@echo "make test-minimum   what must hold with the oldest declared versions"
 	@echo "make test-vllm   the plugin in a real vLLM on the CPU, in an environment of its own (3.4 GB)"
 	@echo "make check   linter, formatter and type checker"
@@ -34,8 +35,22 @@ test-minimum:
 test-vllm:
 	.ci/test-vllm --output bench/results/cpu/vllm.json
 
+# Two processes of about the same length. Each prints what it has to say when it is done.
+TESTS_OF_OPS := $(foreach room,kernels autograd bench serve,tests/$(room)/)
+OTHER_TESTS := $(filter-out $(TESTS_OF_OPS) tests/__pycache__/,$(wildcard tests/*/))
+
+.PHONY: test-fast test-ops test-others
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(MAKE) -j2 --keep-going --output-sync=target test-ops test-others
+
+test-fast: $(VENV)/.installed
+	$(MAKE) -j2 --keep-going --output-sync=target test-ops test-others SELECTED='-m "not slow"'
+
+test-ops:
+	$(BIN)/python -m pytest -q $(SELECTED) $(TESTS_OF_OPS)
+
+test-others:
+	$(BIN)/python -m pytest -q $(SELECTED) $(OTHER_TESTS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check

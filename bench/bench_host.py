@@ -5,94 +5,59 @@ timed, with the code path of a GPU: joined weights and fused FFNs. The time is t
 on one thread. A layer's share is the difference between a deep and a shallow model, so that the
 embeddings, the head, the loss and what happens once a step do not count. Every method computes dx
 down to the embedding, as the frozen model does; a round times both, and their ratio is what counts.
+Steps with periodic work are taken between the rounds.
 """
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.measure.timing import quartiles
+from bench.measure.timing import paired_ratios, quartiles
+from bench.methods import METHODS, Method, Options, comparable
+from bench.steps.model_shapes import TABLE
 from s2kernels import backend
 from s2kernels.flat import FlatAdamW
-from s2kernels.peft import S2FTConfig, SpIELConfig, make_optimizer
 
 SHALLOW, DEEP = 4, 16
 ROUNDS = 30
-TOKENS, HIDDEN = 16, 64
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-METHODS = ("frozen", "full", "lora", "s2ft inplace", "s2ft additive", "s2ft unfused", "spiel")
+TOKENS = 16
+LR = 1e-6  # the model stays as it is
+# LISA trains as many layers in the deep model as in the shallow one: a layer has no share in that.
+COMPARED = [name for name in METHODS if name != "lisa"]
 
 
-def base(num_layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=176,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        vocab_size=64,
-        use_cache=False,
-        attn_implementation="sdpa",
+def build(name: str, layers: int) -> Method:
+    """A toy model of so many layers. Of S2FT's optimizers the one with the least host time."""
+    model = replace(TABLE["toy"], layers=layers, of_layers=layers).build(
+        TOKENS, torch.float32, "cpu"
     )
-    return LlamaForCausalLM(config)
-
-
-def attach(method: str, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    """The model with what the method trains, and the optimizer of that."""
-    if method == "full":
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    model.requires_grad_(False)
-    if method == "frozen":
-        return model, None
-    if method == "spiel":
-        model = get_peft_model(model, SpIELConfig(density=0.01))
-        return model, make_optimizer(model, lr=1e-6)
-    if method == "lora":
-        model = get_peft_model(model, LoraConfig(r=8, target_modules=PROJECTIONS))
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    mode = "additive" if method == "s2ft additive" else "inplace"
-    fuse = method != "s2ft unfused"
-    model = get_peft_model(model, S2FTConfig(heads=1, channels=0.05, mode=mode, fuse=fuse))
-    deltas = [p for p in model.parameters() if p.requires_grad]
-    return model, FlatAdamW(deltas, lr=1e-6, accumulate_in_backward=True)
-
-
-def step_of(method: str, num_layers: int):
-    model = base(num_layers)
-    model.get_input_embeddings().register_forward_hook(
-        lambda module, args, y: y if y.requires_grad else y.requires_grad_()
-    )
-    model, optimizer = attach(method, model)
-    model.train()
-    ids = torch.randint(64, (1, TOKENS))
-
-    def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    for _ in range(4):
-        step()
-    return step
+    budget = comparable(model.config, rank=8)
+    method = METHODS[name](model, budget, LR, Options(full_depth=True))
+    if name.startswith("s2ft"):
+        method.optimizer = FlatAdamW(method.trained(), lr=LR, accumulate_in_backward=True)
+    return method
 
 
 class Layer:
     """One layer of a method: `seconds()` of process time in one step."""
 
-    def __init__(self, method: str) -> None:
-        self.shallow, self.deep = step_of(method, SHALLOW), step_of(method, DEEP)
+    def __init__(self, name: str) -> None:
+        self.batch = torch.randint(TABLE["toy"].vocab, (1, TOKENS))
+        self.methods = [build(name, layers) for layers in (SHALLOW, DEEP)]
+        for method in self.methods:
+            for _ in range(4):
+                method.step(self.batch)
 
     def seconds(self) -> float:
         times = []
-        for step in (self.shallow, self.deep):
+        for method in self.methods:
+            while method.is_due():
+                method.step(self.batch)
             start = time.process_time()
-            step()
-            step()
+            method.step(self.batch)
+            method.step(self.batch)
             times.append((time.process_time() - start) / 2)
         return (times[1] - times[0]) / (DEEP - SHALLOW)
 
@@ -109,23 +74,19 @@ def _on_one_thread_as_on_a_gpu(monkeypatch, device):
 
 
 @pytest.mark.benchmark(timer=time.process_time)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COMPARED)
 def bench_layer(benchmark, method):
     frozen, layer = Layer("frozen"), Layer(method)
-    seconds, floors = [], []
+    floors, seconds = [], []
 
     def round_() -> None:
         floors.append(frozen.seconds())
         seconds.append(layer.seconds())
 
-    rounds = 2 if benchmark.disabled else ROUNDS
     benchmark.group, benchmark.params = "host", {"method": method}
-    if benchmark.disabled:
-        for _ in range(rounds):
-            round_()
-    else:
-        benchmark.pedantic(round_, rounds=rounds, iterations=1, warmup_rounds=1)
-    ratios = [a / b for a, b in zip(seconds, floors, strict=True)]
-    benchmark.extra_info.update(
-        seconds=quartiles(seconds), floor=quartiles(floors), ratio=quartiles(ratios)
-    )
+    benchmark.pedantic(round_, rounds=ROUNDS, iterations=1, warmup_rounds=1)
+    if not benchmark.disabled:
+        ratios = paired_ratios(seconds, floors)
+        benchmark.extra_info.update(
+            seconds=quartiles(seconds), floor=quartiles(floors), ratio=quartiles(ratios)
+        )

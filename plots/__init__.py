@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-from plots import bars, demo, density, kernels, lines
+from plots import bars, demo, density, host, kernels, lines
 
 # A results file results/<device>/<suite>.json is drawn by these, into figures/<device>/.
 SUITES = {
     "demo": (demo.draw,),
+    "host": (host.draw,),
     "ops": (kernels.draw,),
     "steps": (bars.draw, lines.draw, density.draw),
 }

@@ -32,25 +32,11 @@ def draw(document: dict, folder: Path) -> list[Path]:
 
 def step_time(methods: dict, path: Path, caption: str) -> Path:
     """Bars: step time over the frozen floor's in the same round, median and quartiles."""
-    fig, axes = plt.subplots(figsize=(6.8, 0.9 + 0.27 * len(methods)))
     ratios = {name: entry["extra_info"]["ratio_to_floor"] for name, entry in methods.items()}
-    right = max(ratio["q3"] for ratio in ratios.values())
-    for place, (name, ratio) in enumerate(ratios.items()):
-        median = ratio["median"]
-        spread = [[median - ratio["q1"]], [ratio["q3"] - median]]
-        axes.barh(place, median, 0.68, **LOOK[name].bar)
-        if name != FLOOR:
-            axes.errorbar(median, place, xerr=spread, color="black", capsize=2.5, linewidth=0.9)
-        milliseconds = methods[name]["stats"]["median"] * 1e3
-        label = f"{median:.3f}  ({milliseconds:.3g} ms)"
-        axes.text(right * 1.02, place, label, va="center", fontsize=8)
-    axes.axvline(1.0, color="black", linewidth=0.9, linestyle=":")
-    axes.set(yticks=range(len(ratios)), yticklabels=list(ratios), xlim=(0, right * 1.26))
-    axes.set_xlabel("step time / frozen floor, of the same round (median and quartiles)")
-    axes.grid(visible=False, axis="y")
-    axes.invert_yaxis()
-    fig.tight_layout(rect=(0, 0.07, 1, 1))
-    return style.save(fig, path, caption)
+    milliseconds = [entry["stats"]["median"] * 1e3 for entry in methods.values()]
+    notes = [f"({each:.3g} ms)" for each in milliseconds]
+    label = "step time / frozen floor, of the same round (median and quartiles)"
+    return style.save(style.ratio_bars(ratios, LOOK, notes, label), path, caption)
 
 
 def memory(methods: dict, path: Path, caption: str) -> Path:

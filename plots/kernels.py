@@ -20,9 +20,10 @@ def draw(document: dict, folder: Path) -> list[Path]:
     caption = (
         "Ceiling: the op's bytes at the speed of a copy, or its FLOPs at that of a GEMM, whichever "
         "takes longer; both measured.\n"
-        "More than 100 %: operands in a cache, or a product faster than the measured one.\n"
-        "Each launched from Python, ten times in a row: of a short op, the host's time. "
-        f"{style.machine(document)}."
+        "More than 100 %: operands in a cache, or a product faster than the measured one. "
+        "On a GPU a graph of many launches is timed.\n"
+        "On a CPU, and where an op waits for the device, Python calls it: of a short op, the "
+        f"host's time. {style.machine(document)}."
     )
     return [style.save(figure(document), folder / "kernels.svg", caption)]
 

@@ -97,6 +97,30 @@ def legend(fig: Figure, entries: dict[str, object], *, columns: int, bottom: flo
     fig.tight_layout(rect=(0, bottom / height, 1, 1 - (0.1 + 0.17 * lines) / height))
 
 
+def ratio_bars(
+    ratios: dict[str, dict], looks: dict[str, Look], notes: list[str], label: str
+) -> Figure:
+    """A bar for each ratio to the frozen floor: median and quartiles, and a note beside them."""
+    fig, axes = plt.subplots(figsize=(6.8, 0.9 + 0.27 * len(ratios)))
+    right = max(ratio["q3"] for ratio in ratios.values())
+    for place, (name, ratio) in enumerate(ratios.items()):
+        median, look = ratio["median"], looks[name]
+        spread = [[median - ratio["q1"]], [ratio["q3"] - median]]
+        axes.barh(place, median, 0.68, **look.bar)
+        if look is not METHODS["frozen"]:
+            axes.errorbar(median, place, xerr=spread, color="black", capsize=2.5, linewidth=0.9)
+        text = f"{median:.3f}  {notes[place]}"
+        axes.text(right * 1.02, place, text, va="center", fontsize=8)
+    axes.axvline(1.0, color="black", linewidth=0.9, linestyle=":")
+    labels = [looks[name].label for name in ratios]
+    axes.set(yticks=range(len(ratios)), yticklabels=labels, xlim=(0, right * 1.26))
+    axes.set_xlabel(label)
+    axes.grid(visible=False, axis="y")
+    axes.invert_yaxis()
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
+    return fig
+
+
 def save(fig: Figure, path: Path, caption: str) -> Path:
     """Writes an svg without a date, the caption at the bottom left; closes the figure."""
     fig.text(0.01, 0.04 / fig.get_figheight(), caption, fontsize=6.5, color="#444444")

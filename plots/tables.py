@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from plots import steps, style
+from plots import host, steps, style
 from plots.steps import Step
 
 PLACE = re.compile(r"^<!-- ([^/\n].*?) -->\n", re.MULTILINE)
@@ -67,6 +67,20 @@ def demo_rows(document: dict) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def host_times(document: dict) -> str:
+    """Host time of a layer by method, and its ratio to the frozen model's; then the machine."""
+    rows = [
+        [
+            style.METHODS[method].label,
+            f"{extra['seconds']['median'] * 1e3:.3f}",
+            _quartiles(extra["ratio"]),
+        ]
+        for method, extra in host.by_method(document).items()
+    ]
+    columns = ["method", "host ms a layer", "layer / frozen layer"]
+    return f"{markdown(columns, rows)}\n\n{style.machine(document)}.\n"
 
 
 def laboratory(document: dict) -> str:
@@ -204,6 +218,7 @@ def _from(file: str, table: Callable[[dict], str]) -> Callable[[Path], str]:
 # Every table that a page may have a place for, made from the folder of the results.
 TABLES: dict[str, Callable[[Path], str]] = {
     "demo cpu": _from("cpu/demo.json", demo),
+    "host cpu": _from("cpu/host.json", host_times),
     "steps cpu, short": _from("cpu/steps.json", short),
     "steps cpu": _from("cpu/steps.json", laboratory),
     "steps gpu": gpu,

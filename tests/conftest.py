@@ -1,5 +1,6 @@
 """Where the tests run: compiled where there is a GPU, else in Triton's interpreter on CPU."""
 
+import functools
 import os
 
 import pytest
@@ -24,8 +25,22 @@ else:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _threads():
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
+def _one_thread():
+    """Toy operations are too small to share: threads of a busy machine only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _model_cards_from_one_template():
+    """PEFT compiles the template in every save, which takes a tenth of the time of its tests."""
+    try:
+        import jinja2
+    except ImportError:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -40,3 +40,16 @@ def make_index(kind: str, size: int, R: int, device: torch.device | str = "cpu")
     if kind == "run":
         return slice(size - R, size)
     return torch.randperm(size)[:R].to(torch.int32).to(device)
+
+
+def slice_operands(shape, dim, kind, dtype, device, layout=contiguous):
+    """dy, x, index. kind: one of `make_index`, or "compact": no index, a narrow operand."""
+    M, N, K, R = shape
+    index = None
+    if kind == "compact":
+        N, K = (N, R) if dim == "in" else (R, K)
+    else:
+        index = make_index(kind, K if dim == "in" else N, R, device)
+    dy = layout(torch.randn(M, N, device=device).to(dtype))
+    x = layout(torch.randn(M, K, device=device).to(dtype))
+    return dy, x, index

@@ -32,7 +32,7 @@ def check_saved(job: Job, runs: dict[str, Run], entries: dict[str, dict]) -> boo
         channels = {place: r for place, r in slices.items() if "down_proj" not in place}
         ffns = len(slices) - len(channels)
         more = sum(job.tokens * r for r in channels.values()) * job.dtype.itemsize
-        less = ffns * job.tokens * job.intermediate * job.dtype.itemsize
+        less = ffns * job.tokens * job.shape.intermediate * job.dtype.itemsize
         found = sizes[name]["saved"] - sizes[FLOOR]["saved"]
         equal = found == more - less and sizes[name]["unseen"] == 0
         exact &= equal

@@ -3,20 +3,16 @@
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import LlamaConfig
 
 from bench.methods import METHODS, Budget, Method, comparable
+from bench.steps.model_shapes import Shape, whole
 
 
 @dataclass(frozen=True)
 class Job:
     """Sizes of the model and of the work; a step is batch * length tokens."""
 
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
+    shape: Shape
     length: int
     batch: int
     pretrain_batch: int  # smaller: more steps in the same time
@@ -39,22 +35,11 @@ class Job:
         """M of a step."""
         return self.batch * self.length
 
-    def config(self) -> LlamaConfig:
-        return LlamaConfig(
-            vocab_size=256,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=self.length,
-            tie_word_embeddings=False,
-        )
-
     def budget(self, entrant: "Entrant") -> Budget:
         """How much `entrant` trains."""
         equal = replace(
-            comparable(self.config(), rank=self.rank, seed=self.seed), spiel_steps=self.steps
+            comparable(self.shape.config(self.length), rank=self.rank, seed=self.seed),
+            spiel_steps=self.steps,
         )
         if not entrant.small:
             return equal
@@ -67,11 +52,7 @@ PRETRAINING, FINETUNING = 0.2, 0.55
 
 # Wide rather than deep: what S2FT adds to a layer grows with the width, the layer with its square.
 CPU = Job(
-    hidden=512,
-    intermediate=1408,
-    layers=2,
-    heads=32,
-    kv_heads=8,
+    shape=whole("demo", "llama", 512, 1408, 2, 32, 8, 16, 256),
     length=128,
     batch=16,
     pretrain_batch=4,
@@ -89,11 +70,7 @@ CPU = Job(
 # Large enough for the kernels to take the time, and not their launches.
 CUDA = replace(
     CPU,
-    hidden=1024,
-    intermediate=2816,
-    layers=8,
-    heads=16,
-    kv_heads=4,
+    shape=whole("demo on a GPU", "llama", 1024, 2816, 8, 16, 4, 64, 256),
     length=512,
     batch=32,
     pretrain_batch=32,
@@ -106,10 +83,7 @@ CUDA = replace(
 )
 TOY = replace(
     CPU,
-    hidden=32,
-    intermediate=64,
-    heads=4,
-    kv_heads=2,
+    shape=whole("demo, toy", "llama", 32, 64, 2, 4, 2, 8, 256),
     length=16,
     batch=4,
     small=(1, 4),

@@ -75,7 +75,7 @@ def pretrain(
     the steps, two at least.
     """
     torch.manual_seed(job.seed)
-    model = LlamaForCausalLM(job.config()).to(device)
+    model = LlamaForCausalLM(job.shape.config(job.length)).to(device)
     generator = torch.Generator().manual_seed(job.seed)
     optimizer = adamw(list(model.parameters()), job.pretrain_lr)
     losses: list[float] = []

@@ -41,10 +41,10 @@ class LoRAFused(Method):
         rank = self.budget.rank
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            shared = QKV(Stack([attention.q_proj, attention.k_proj, attention.v_proj], rank))
-            attention.q_proj = shared
-            attention.k_proj, attention.v_proj = Waiting(shared, "k"), Waiting(shared, "v")
-            attention.o_proj = Single(Stack([attention.o_proj], rank))
+            first = First(Stack([attention.q_proj, attention.k_proj, attention.v_proj], rank))
+            attention.q_proj = first
+            attention.k_proj, attention.v_proj = Waiting(first, 1), Waiting(first, 2)
+            attention.o_proj = First(Stack([attention.o_proj], rank))
             layer.mlp = MLP(Stack([mlp.gate_proj, mlp.up_proj], rank), Stack([mlp.down_proj], rank))
         return model
 
@@ -71,52 +71,40 @@ class Stack(nn.Module):
         return self.weight, self.bias, self.A, self.Bt
 
 
-class QKV(nn.Module):
-    """In the place of q_proj: computes q, k and v at once and hands k and v to `Waiting`."""
+class First(nn.Module):
+    """In the place of the first layer of a stack: computes all, and hands out what others want."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__()
         self.stack = stack
-        self._waiting: dict[str, Tensor] = {}
+        self._waiting: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.stack.sizes
+        groups = tuple((size,) for size in self.stack.sizes)
         # At most q and k in one product and one tensor. Attention keeps v, but of q and k only what
         # RoPE made of them: in one tensor with them, v would keep both alive.
-        tokens, weight = x.flatten(0, -2), self.stack.weight
-        joined = backend.prefers_joined(weight)
-        joined = joined and backend.prefers_joined_outputs(tokens, weight[: q + k])
-        groups = ((q, k), (v,)) if joined else ((q,), (k,), (v,))
-        q, k, v = StackFunction.apply(tokens, *self.stack.tensors(), groups)
-        self._waiting = {"k": k.unflatten(0, x.shape[:-1]), "v": v.unflatten(0, x.shape[:-1])}
-        return q.unflatten(0, x.shape[:-1])
+        tokens = x.flatten(0, -2)
+        if len(groups) == 3 and backend.prefers_joined(self.stack.weight):
+            together = groups[0] + groups[1]
+            if backend.prefers_joined_outputs(tokens, self.stack.weight[: sum(together)]):
+                groups = (together, groups[2])
+        ys = StackFunction.apply(tokens, *self.stack.tensors(), groups)
+        self._waiting = {place: y.unflatten(0, x.shape[:-1]) for place, y in enumerate(ys)}
+        return self.take(0)
 
-    def take(self, name: str) -> Tensor:
-        return self._waiting.pop(name)
+    def take(self, place: int) -> Tensor:
+        return self._waiting.pop(place)
 
 
 class Waiting(nn.Module):
     """In the place of k_proj and v_proj, which every attention calls right after q_proj."""
 
-    def __init__(self, shared: QKV, name: str) -> None:
+    def __init__(self, first: First, place: int) -> None:
         super().__init__()
-        self.take, self.name = shared.take, name  # a method: as a module it would be in two places
+        self.take, self.place = first.take, place  # a method: as a module it would be in two places
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.take(self.name)
-
-
-class Single(nn.Module):
-    """In the place of o_proj."""
-
-    def __init__(self, stack: Stack) -> None:
-        super().__init__()
-        self.stack = stack
-
-    def forward(self, x: Tensor) -> Tensor:
-        groups = ((self.stack.sizes[0],),)
-        (y,) = StackFunction.apply(x.flatten(0, -2), *self.stack.tensors(), groups)
-        return y.unflatten(0, x.shape[:-1])
+        return self.take(self.place)
 
 
 class MLP(nn.Module):
@@ -157,18 +145,26 @@ class MLPFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, Bt, down_weight, down_bias, down_A, down_Bt):
-        if backend.prefers_joined(weight):
-            gate_up = F.linear(x, weight, bias)
-            gate, up = gate_up.chunk(2, 1)
-        else:
-            gate_up = None
-            gate, up = _products(x, weight, bias, [len(weight) // 2] * 2)
+        joined = backend.prefers_joined(weight)
+        outputs = _products(x, weight, bias, [len(weight) // (1 if joined else 2)] * (2 - joined))
+        gate, up = outputs[0].chunk(2, 1) if joined else outputs
         xa = _add_adapters([gate, up], x, A, Bt)
         h = backend.select(x).swiglu(gate, up)
         y = F.linear(h, down_weight, down_bias)
         ha = _add_adapters([y], h, down_A, down_Bt)
-        outputs = (gate, up) if gate_up is None else (gate_up, None)
-        ctx.save_for_backward(x, *outputs, xa, ha, weight, A, Bt, down_weight, down_A, down_Bt)
+        ctx.save_for_backward(
+            x,
+            outputs[0],
+            None if joined else up,
+            xa,
+            ha,
+            weight,
+            A,
+            Bt,
+            down_weight,
+            down_A,
+            down_Bt,
+        )
         return y
 
     @staticmethod

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.steps.work import FORMULAS, OPS, POINTWISE, Work, moved
@@ -45,8 +45,7 @@ class DryRun(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        known = FlopCounterMode(display=False).flop_registry
-        self._formulas = {**known, **{key: _of_shapes(f) for key, f in FORMULAS.items()}}
+        self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
         self._storages: dict[int, weakref.finalize] = {}
         self._within_op = False
         self.phase = "building"
@@ -169,13 +168,6 @@ def _untouched_memory() -> Iterator[None]:
         settings.fill_uninitialized_memory = filled
 
 
-def _of_shapes(formula: Callable[..., int]) -> Callable[..., int]:
-    def on_tensors(*args, **kwargs) -> int:
-        return formula(*(tuple(x.shape) if isinstance(x, Tensor) else x for x in args), **kwargs)
-
-    return on_tensors
-
-
 def _storages(tensors: list[Tensor]) -> Iterator[torch.UntypedStorage]:
     for x in tensors:
         if x.layout is torch.strided:
@@ -219,22 +211,18 @@ def _hollow(func, args: tuple, kwargs: dict[str, Any]) -> Any:
         if dense is not None and func.overloadpacket is aten.add:
             return _empty(dense)
         return dense if func.overloadpacket is aten.add_ else func(*args, **kwargs)
-    key = (func, _sizes(args), _sizes(kwargs), torch.get_default_dtype())
+    leaves, tree = tree_flatten(
+        (args, kwargs | {"device": "meta"} if "device" in kwargs else kwargs)
+    )
+    key = (func, *map(_size, leaves), tree, torch.get_default_dtype())
     if key not in _known:
-        shadows: list[Tensor] = []
-
-        def to_meta(x: Tensor) -> Tensor:
-            shadows.append(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
-            return shadows[-1]
-
-        on_meta = tree_map_only(Tensor, to_meta, (args, kwargs))
-        if "device" in kwargs:
-            on_meta[1]["device"] = "meta"
+        shadows = {i: _shadow(x) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+        on_meta = tree_unflatten([shadows.get(i, x) for i, x in enumerate(leaves)], tree)
         try:
             result = _LACKING.get(func.overloadpacket, func)(*on_meta[0], **on_meta[1])
         except NotImplementedError:
             return func(*args, **kwargs)
-        places = {id(shadow): i for i, shadow in enumerate(shadows)}
+        places = {id(shadow): i for i, shadow in enumerate(shadows.values())}
         _known[key] = tree_map_only(Tensor, lambda x: places.get(id(x), x), result)
     known = _known[key]
     if any(x.layout is not torch.strided for x in _tensors(known)):
@@ -260,15 +248,13 @@ def _empty(like: Tensor) -> Tensor:
     return x if _is_large(x) else x.zero_()
 
 
-def _sizes(x: Any) -> Any:
-    """Something hashable that says of arguments all that the size of a result depends on."""
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype
-    if isinstance(x, list | tuple):
-        return tuple(map(_sizes, x))
-    if isinstance(x, dict):
-        return tuple((name, _sizes(value)) for name, value in x.items())
-    return type(x), x
+def _shadow(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _size(x: Any) -> tuple:
+    """All of an argument that the size of a result depends on, hashable."""
+    return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x)
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:

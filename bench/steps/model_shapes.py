@@ -6,6 +6,7 @@ base of the rotary angles, is left at the default of the configuration.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,22 +65,9 @@ class Shape:
             "down_proj": (self.hidden, self.intermediate),
         }
 
-    def layer_parameters(self) -> int:
-        """Parameters of one layer: linears, biases and norms."""
-        linears = self.linears()
-        weights = sum(n * k for n, k in linears.values())
-        biased = ("q_proj", "k_proj", "v_proj") if self.model_type == "qwen2" else ()
-        head_norms = 2 * self.head_dim if self.model_type == "qwen3" else 0
-        return weights + sum(linears[name][0] for name in biased) + 2 * self.hidden + head_norms
-
     def parameters(self) -> int:
         """Parameters of the model, tied ones counted once."""
-        matrices = 1 if self.tied else 2
-        return (
-            matrices * self.vocab * self.hidden
-            + self.layers * self.layer_parameters()
-            + self.hidden  # the last norm
-        )
+        return sum(p.numel() for p in self._without_content(1).parameters())
 
     def config(self, length: int) -> PreTrainedConfig:
         """The configuration of transformers, for sequences of up to `length` tokens."""
@@ -107,17 +95,19 @@ class Shape:
 
         attention: "sdpa" or "eager". The weights depend on seed, dtype and kind of device.
         """
-        config = self.config(length)
-        with torch.device("meta"):  # where the slow initialisation of transformers costs nothing
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention
-            )
+        model = self._without_content(length, dtype=dtype, attn_implementation=attention)
+        config = model.config
         model.requires_grad_(False).to_empty(device=device)
         model.tie_weights()
         # Its buffers hold computed values, in fp32 whatever the dtype.
         model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
         fill_(model, config.initializer_range, seed)
         return model.train()
+
+    def _without_content(self, length: int, **options: Any) -> PreTrainedModel:
+        """On the meta device, where the slow initialisation of transformers costs nothing."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config(length), **options)
 
 
 def fill_(model: nn.Module, std: float, seed: int) -> None:
@@ -138,35 +128,24 @@ def fill_(model: nn.Module, std: float, seed: int) -> None:
             part.copy_(drawn[: len(part)])
 
 
-def _whole(
-    name: str,
-    model_type: str,
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    vocab: int,
-    tied: bool = False,
-) -> Shape:
-    widths = hidden, intermediate, layers, heads, kv_heads, head_dim, vocab
-    return Shape(name, model_type, *widths, of_layers=layers, of_vocab=vocab, tied=tied)
+def whole(name: str, model_type: str, *widths: int, tied: bool = False) -> Shape:
+    """widths: from hidden to vocab, in the order of Shape."""
+    return Shape(name, model_type, *widths, of_layers=widths[2], of_vocab=widths[-1], tied=tied)
 
 
 # From the published configurations; "small" and "toy" are ours, for machines without a GPU.
 TABLE = {
     shape.name: shape
     for shape in (
-        _whole("llama-2-7b", "llama", 4096, 11008, 32, 32, 32, 128, 32000),
-        _whole("llama-2-13b", "llama", 5120, 13824, 40, 40, 40, 128, 32000),
-        _whole("llama-3-8b", "llama", 4096, 14336, 32, 32, 8, 128, 128256),
-        _whole("llama-3-70b", "llama", 8192, 28672, 80, 64, 8, 128, 128256),
-        _whole("qwen2.5-7b", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064),
-        _whole("qwen3-8b", "qwen3", 4096, 12288, 36, 32, 8, 128, 151936),
-        _whole("qwen3-0.6b", "qwen3", 1024, 3072, 28, 16, 8, 128, 151936, tied=True),
-        _whole("tinyllama-1.1b", "llama", 2048, 5632, 22, 32, 4, 64, 32000),
-        _whole("small", "llama", 512, 1408, 8, 8, 4, 64, 2048),
-        _whole("toy", "llama", 64, 176, 2, 4, 2, 16, 256),
+        whole("llama-2-7b", "llama", 4096, 11008, 32, 32, 32, 128, 32000),
+        whole("llama-2-13b", "llama", 5120, 13824, 40, 40, 40, 128, 32000),
+        whole("llama-3-8b", "llama", 4096, 14336, 32, 32, 8, 128, 128256),
+        whole("llama-3-70b", "llama", 8192, 28672, 80, 64, 8, 128, 128256),
+        whole("qwen2.5-7b", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064),
+        whole("qwen3-8b", "qwen3", 4096, 12288, 36, 32, 8, 128, 151936),
+        whole("qwen3-0.6b", "qwen3", 1024, 3072, 28, 16, 8, 128, 151936, tied=True),
+        whole("tinyllama-1.1b", "llama", 2048, 5632, 22, 32, 4, 64, 32000),
+        whole("small", "llama", 512, 1408, 8, 8, 4, 64, 2048),
+        whole("toy", "llama", 64, 176, 2, 4, 2, 16, 256),
     )
 }

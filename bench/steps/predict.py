@@ -17,7 +17,6 @@ that SpIEL watches and the entries that it replaces.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from bench.measure import memory, results
 from bench.methods import METHODS, Budget, Method, Options, Unavailable, adapters, comparable
@@ -155,7 +153,8 @@ def counted(
     It is the second step: in the first one the states of the optimizer are made.
     """
     with dry_run(device) as run, patch.object(adapters, "random_mask", _first_entries):
-        method = METHODS[name](_model(shape, length, dtype), budget, 1e-3, options)
+        model = shape.build(length, getattr(torch, dtype), "cpu")
+        method = METHODS[name](model, budget, 1e-3, options)
         tokens = torch.zeros(batch, length, dtype=torch.int64)
         _mark_layers(method, run)
         if isinstance(method, SpIEL):  # past the steps in which it watches gradients
@@ -182,19 +181,6 @@ def counted(
             unseen=kept.unseen,
             peaks=run.peaks,
         )
-
-
-def _model(shape: Shape, length: int, dtype: str) -> nn.Module:
-    """A frozen model on the CPU. Its numbers are never made."""
-    config = shape.config(length)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model.requires_grad_(False).to_empty(device="cpu")
-    for parameter in model.parameters():  # a dry run computes with the small ones
-        parameter.data.zero_()
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.train()
 
 
 def _mark_layers(method: Method, run: DryRun) -> None:
@@ -240,17 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.ceiling is not None:
         half, copied = args.ceiling
         ceilings.append(_ceilings(f"{half:g} TFLOP/s", half, half, copied))
-    rows = []
-    for name in args.model:
-        shape = TABLE[name]
-        budget = comparable(shape.config(args.tokens), rank=args.rank)
-        rows += _rows(shape, budget, ceilings, args)
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return 0
     for name in args.model:
         print(f"{name}, {args.sequences} x {args.tokens} tokens, {args.dtype}: predictions")
-        print(_table([row for row in rows if row["model"] == name]))
+        print(results.table(_rows(TABLE[name], ceilings, args)))
     for each in ceilings:
         print(
             f"{each.name}: {each.flops[args.dtype] / 1e12:g} TFLOP/s, {each.bytes / 1e12:g} TB/s. "
@@ -259,35 +237,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _rows(
-    shape: Shape, budget: Budget, ceilings: list[Ceilings], args: argparse.Namespace
-) -> list[dict]:
-    rows = []
+def _rows(shape: Shape, ceilings: list[Ceilings], args: argparse.Namespace) -> list[list[str]]:
+    """The names of the columns, then a row for each method that can run here."""
+    budget = comparable(shape.config(args.tokens), rank=args.rank)
+    step = (args.sequences, args.tokens, args.dtype)
+    floor = predict(shape, *step, "frozen", budget)
+    rows = [["method", "trained M", "TFLOP", "moved GB", "saved GiB", "peak GiB"]]
+    rows[0] += [cell for each in ceilings for cell in (f"{each.name} ms", "x")]
     for name in args.methods:
         try:
-            step = predict(shape, args.sequences, args.tokens, args.dtype, name, budget)
+            found = predict(shape, *step, name, budget)
         except Unavailable as reason:
             print(f"{name}: {reason}", file=sys.stderr)
             continue
-        row = {"model": shape.name, "method": name, "trained": step.trained, "flops": step.flops}
-        row |= {"bytes": step.bytes, "saved": step.saved, "peak": step.peak}
-        rows.append(row | {"seconds": {each.name: step.seconds(each) for each in ceilings}})
+        row = [name, f"{found.trained / 1e6:.2f}", f"{found.flops / 1e12:.2f}"]
+        row.append(f"{found.bytes / 1e9:.1f}")
+        row += [f"{size / 2**30:.2f}" for size in (found.saved, found.peak)]
+        for each in ceilings:
+            seconds = found.seconds(each)
+            row += [f"{seconds * 1e3:.1f}", f"{seconds / floor.seconds(each):.3f}"]
+        rows.append(row)
     return rows
-
-
-def _table(rows: list[dict]) -> str:
-    gpus = list(rows[0]["seconds"]) if rows else []
-    head = ["method", "trained M", "TFLOP", "moved GB", "saved GiB", "peak GiB"]
-    lines = [[*head, *(cell for gpu in gpus for cell in (f"{gpu} ms", "x"))]]
-    floor = next((row["seconds"] for row in rows if row["method"] == "frozen"), None)
-    for row in rows:
-        line = [row["method"], f"{row['trained'] / 1e6:.2f}", f"{row['flops'] / 1e12:.2f}"]
-        line += [f"{row['bytes'] / 1e9:.1f}", f"{row['saved'] / 2**30:.2f}"]
-        line.append(f"{row['peak'] / 2**30:.2f}")
-        for gpu, seconds in row["seconds"].items():
-            line += [f"{seconds * 1e3:.1f}", f"{seconds / floor[gpu]:.3f}" if floor else "-"]
-        lines.append(line)
-    return results.table(lines)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -304,7 +274,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rank", type=_positive, default=16, help="of LoRA, and as much of the rest (default 16)")
     add("--gpu", nargs="*", choices=list(GPUS), default=list(GPUS), help="whose rates to take")
     add("--ceiling", nargs=2, type=float, metavar=("TFLOPS", "TBS"), help="rates of another one")
-    add("--json", action="store_true", help="print JSON instead of tables")
     parser.epilog = f"models: {', '.join(models)}; methods: {', '.join(METHODS)}"
     return parser.parse_args(argv)
 

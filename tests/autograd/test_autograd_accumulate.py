@@ -95,6 +95,7 @@ class Watch(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @DIMS
 @pytest.mark.parametrize(
     "mode, impl",

@@ -253,6 +253,7 @@ def test_checkpointing_trains_the_slice(dim, mode, use_reentrant):
     torch.testing.assert_close(layer.x.grad, exact[1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("run", "scattered"))
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dim", ("in", "out"))

@@ -131,6 +131,7 @@ def test_s2_mlp_gradcheck(trained):
     assert torch.autograd.gradcheck(ffn, (ffn.x, *ffn.deltas.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [(21,), (2, 9), (1,), (0,), (4, 0)])
 @pytest.mark.parametrize("impl", ("torch", "triton"))
 @pytest.mark.parametrize("mode", MODES)

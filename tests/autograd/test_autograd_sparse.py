@@ -122,6 +122,7 @@ def test_several_panels_gradcheck(mode, num, monkeypatch):
     assert layer.calls % 3 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_several_panels_are_as_accurate_as_one_gemm(mode, impl, device, dtypes, monkeypatch):
@@ -200,6 +201,7 @@ def test_a_new_selection_moves_entries_between_panels(monkeypatch):
     _assert_close((y, *layer.gradients()), layer.dense())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("tokens", [(37,), (2, 9), (1,), (0,), (4, 0)])
 @pytest.mark.parametrize("mode", MODES)

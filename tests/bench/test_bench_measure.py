@@ -69,6 +69,7 @@ for release in (False, True):
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept_and_given_back_between_cases():
     """The pages of a temporary are found once. The next case no longer holds them."""
     command = [sys.executable, "-c", RESIDENT]

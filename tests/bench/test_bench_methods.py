@@ -169,6 +169,7 @@ def trained_by(shape, budget) -> dict[str, int]:
     return {name: start(name, model, budget=budget).trained_parameters() for name in COMPARABLE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [16, 64])
 def test_comparable_methods_train_as_much_as_lora(rank):
     """One layer of a published model: all others are like it."""
@@ -461,6 +462,7 @@ def test_loreft_edits_every_block_and_stays_orthonormal(base, batch):
     assert moved.nonzero().flatten().tolist() == where.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, joined", [("lora_fused", False), ("lora_fused", True), ("s2ft_inplace", False)]
 )

@@ -29,6 +29,7 @@ def ops(run_pytest, monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU ops have the sizes of models")
 def test_ops_are_written_one_by_one_and_not_measured_twice(ops):
     said, entries = ops("slice_write")

@@ -26,6 +26,7 @@ def toy_arguments(folder):
     return ["--toy", "--budget-s", "1.5", *options]
 
 
+@pytest.mark.slow
 def test_main_writes_results_figures_and_adapters(toy):
     code, results, figures, folder = toy
     assert code == 0
@@ -81,6 +82,7 @@ def test_results_tell_the_methods_apart(toy):
     assert all(extra["ratio_as_run"] > 0 for extra in (*equal, small))
 
 
+@pytest.mark.slow
 def test_main_fails_on_one_leaked_activation(tmp_path, monkeypatch):
     """The trap of the method: the slice of x saved as a view, which pins all of x."""
     monkeypatch.setattr("s2kernels.autograd.linear.take", lambda x, where: x[:, where])
@@ -111,7 +113,7 @@ def test_the_demo_writes_to_an_untracked_folder():
 
 
 def test_s2ft_has_as_many_parameters_as_lora():
-    config = job.CPU.config()
+    config = job.CPU.shape.config(job.CPU.length)
     equal, small = (job.CPU.budget(entrant) for entrant in (ENTRANTS[3], ENTRANTS[-2]))
     assert (ENTRANTS[3].name, ENTRANTS[-2].name) == ("s2ft inplace", "s2ft small")
     per_head = config.hidden_size * config.hidden_size // config.num_attention_heads
@@ -130,6 +132,7 @@ def test_schedule_warms_up_and_ends_at_zero():
     assert values[5:] == sorted(values[5:], reverse=True)
 
 
+@pytest.mark.slow
 def test_corpus_is_there_and_held_out_text_is_not_trained_on():
     assert b"import" in corpus.source_code()
     text = corpus.reference_text()

@@ -1,7 +1,6 @@
 """Predictions of a step: equal to what a real one keeps and multiplies, and a line in depth."""
 
 import inspect
-import json
 import resource
 from dataclasses import replace
 
@@ -73,6 +72,7 @@ def expected(shape, batch, length, dtype, name, options=OPTIONS[0], device="cpu"
     return predict(shape, batch, length, dtype, name, BUDGET, options, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_bytes_are_those_of_a_real_forward(name, dtype):
     # All options come up, and all shapes in both dtypes.
@@ -109,6 +109,7 @@ def test_attention_is_counted_at_and_below_the_diagonal():
     assert dense[14] == 2 * dense[7] > 0  # the rest is linear in the tokens
 
 
+@pytest.mark.slow
 def test_two_depths_tell_of_all(name):
     shape = replace(GROUPED, layers=6, of_layers=6)
     step = (3, 37, "float32", name, BUDGET, Options(), "cuda")
@@ -124,6 +125,7 @@ def test_two_depths_tell_of_all(name):
     assert found.peak == pytest.approx(whole.peak, rel=0.01 if name == "lisa" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["frozen", "full", "lora", "lora_fused", "spiel_ma"])
 def test_the_peak_is_near_what_the_allocator_reports(name, checkpointing):
@@ -206,21 +208,24 @@ def test_what_is_not_known_is_refused(changed, message):
         predict(GROUPED, 1, 8, **step)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_every_method(capsys):
     pytest.importorskip("galore_torch")
-    sizes = ["--model", "toy", "--tokens", "32", "--rank", "4", "--ceiling", "100", "2"]
-    assert main([*sizes, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["method"] for row in rows] == list(METHODS)
-    assert main(sizes) == 0
+    assert main(["--model", "toy", "--tokens", "32", "--rank", "4", "--ceiling", "100", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert "predictions" in printed[0] and "not measured" in printed[-1]
-    lines = [line.split() for line in printed[3:]]  # below the head and its rule
-    floor = rows[0]["seconds"]["H200"]
-    for row, line in zip(rows, lines, strict=False):
-        seconds = row["seconds"]["H200"]
-        assert line[0] == row["method"]
-        assert line[6:8] == [f"{seconds * 1e3:.1f}", f"{seconds / floor:.3f}"]
+    lines = [line.split() for line in printed[3 : 3 + len(METHODS)]]  # below the head and its rule
+    assert [line[0] for line in lines] == list(METHODS)
+    budget = comparable(TABLE["toy"].config(32), rank=4)
+    floor, lora = (
+        predict(TABLE["toy"], 1, 32, "bfloat16", name, budget) for name in ("frozen", "lora")
+    )
+    seconds, of_floor = (each.seconds(GPUS["H200"]) for each in (lora, floor))
+    assert lines[list(METHODS).index("lora")][1:8] == [
+        *(f"{lora.trained / 1e6:.2f}", f"{lora.flops / 1e12:.2f}", f"{lora.bytes / 1e9:.1f}"),
+        *(f"{lora.saved / 2**30:.2f}", f"{lora.peak / 2**30:.2f}"),
+        *(f"{seconds * 1e3:.1f}", f"{seconds / of_floor:.3f}"),
+    ]
 
 
 def test_a_product_is_bound_by_its_flops_and_a_copy_by_its_bytes():

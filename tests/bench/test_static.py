@@ -103,6 +103,7 @@ def test_bytes_of_swiglu():
     assert forward["floor_us"] == pytest.approx(forward["bytes"] / 4.3e12 * 1e6, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(TRITON != COMMITTED["triton"], reason="the table is of another triton")
 def test_table_is_of_the_kernels_as_they_are():
     """Launches of all, and what the compiler makes of a few."""

@@ -303,6 +303,7 @@ def test_a_run_resumes_with_its_own_options_only(trained, base, data, capsys, tm
     assert "no checkpoint" in refused(capsys, *args[:-2], tmp_path, "--resume", "--data", data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["instructions", "texts"])
 def test_packing_checkpointing_accumulation_and_bf16(kind, base, tmp_path):
     path, output = tmp_path / "data.jsonl", tmp_path / "out"
@@ -382,6 +383,7 @@ def test_the_exported_lora_is_checked(trained, base, tmp_path, capsys):
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["weight", "product"])
 def test_select_ranks_heads_and_channels(strategy, base, data, tmp_path):
     output = tmp_path / "selection.json"

@@ -130,6 +130,7 @@ def test_a_port_in_use_is_told(folder, capsys):
     assert end.value.code == 2 and "in use" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_until_a_signal(folder, number):
     pytest.importorskip("uvicorn")

@@ -452,6 +452,7 @@ def _one_process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Each brings its share of the calibration set, and all get the scores of the whole."""
     mp.spawn(_one_process, args=(str(tmp_path),), nprocs=2)

@@ -221,6 +221,7 @@ BETWEEN = {
 OF_SLICES = ("state_dict", "state_dict and evaluate", "disable", "merge")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["inplace", "gather", "additive"])
 @pytest.mark.parametrize("between", BETWEEN)
 def test_what_is_done_between_steps(between, method, recorder, device):

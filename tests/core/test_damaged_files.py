@@ -143,6 +143,7 @@ DAMAGE += (truncate, drop, rename, swap, drop_module)
 ALWAYS_SEEN = (in_values, drop, drop_module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "num"), [("s2ft", 1000), ("spiel", 300)])
 def test_no_mutant_loads_with_other_values_and_without_an_error(method, num, tmp_path):
     host = get_peft_model(base(), S2FTConfig(heads=1, channels=1))

@@ -326,6 +326,7 @@ def test_undo(calls, device):
     assert calls == []
 
 
+@pytest.mark.slow
 def test_torch_compile_has_the_blocks_of_the_class(calls, device):
     model, twin = prepared(device)
     ids = token_ids().to(device)

@@ -456,6 +456,7 @@ def test_several_adapters_and_one_deleted():
         assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", (False, True))
 def test_transformers_trainer(accumulate, tmp_path):
     """Clipping, accumulation, a schedule and resuming, with the Trainer's own zero_grad."""

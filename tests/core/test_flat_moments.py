@@ -388,6 +388,7 @@ def test_a_move_between_backward_and_step_is_refused():
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_transformers_trainer(micro_batches, tmp_path):
     """A schedule and resuming; more than one micro-batch for a step is refused."""

@@ -54,6 +54,7 @@ COMPUTED = {
 }
 
 
+@pytest.mark.slow
 def test_stock_peft_computes_the_same_on_the_original_base(tmp_path):
     """In a process that never hears of S2FT.
 

@@ -111,6 +111,7 @@ def reports(request):
     pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job)))
 def test_it_builds_without_spills(reports, job):
     launches = reports[job].result()

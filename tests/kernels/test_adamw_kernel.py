@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from layouts import LAYOUTS, make_index
+from layouts import LAYOUTS, slice_operands
 from numerics import assert_as_accurate
 
 from s2kernels import kernels, reference
@@ -14,17 +14,6 @@ slice_grad_module = importlib.import_module("s2kernels.kernels.slice_grad")
 BETAS = (0.85, 0.97)
 # (M, N, K, R): aligned; odd in every dimension and past one tile; one of everything; no tokens
 SHAPES = [(64, 128, 128, 32), (45, 137, 131, 67), (1, 1, 1, 1), (0, 9, 7, 3)]
-
-
-def operands(shape, dim, kind, dtype, device, layout):
-    M, N, K, R = shape
-    index = None
-    if kind == "compact":
-        N, K = (N, R) if dim == "in" else (R, K)
-    else:
-        index = make_index(kind, K if dim == "in" else N, R, device)
-    dy, x = (layout(torch.randn(M, size, device=device).to(dtype)) for size in (N, K))
-    return dy, x, index, (N, R) if dim == "in" else (R, K)
 
 
 def moments(shape, device):
@@ -40,7 +29,8 @@ def test_moments_use_the_gradient_up(shape, dim, kind, layout, num_splits, devic
     monkeypatch.setattr(slice_grad_module, "MIN_TOKENS_PER_SPLIT", 16)
     monkeypatch.setattr(slice_grad_module, "_choose_splits", lambda *args: num_splits)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dy, x, index, slice_shape = operands(shape, dim, kind, dtype, device, layout)
+    dy, x, index = slice_operands(shape, dim, kind, dtype, device, layout)
+    slice_shape = (shape[1], shape[3]) if dim == "in" else (shape[3], shape[2])
     given = moments(slice_shape, device)
 
     def updated(ops, wide=None):

@@ -47,6 +47,7 @@ def randn(device):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delta_dtype", [torch.float32, None])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_plus_slice(shape, delta_dtype, dtype, randn):
@@ -75,6 +76,7 @@ def test_linear_dx_plus_slice(shape, layout, dtype, randn):
     _check("linear_dx_plus_slice", dx_plus_slice, dy, weight, *part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run", "any", None])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_dx_swiglu_bwd(shape, kind, dtype, device, randn):

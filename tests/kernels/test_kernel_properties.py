@@ -79,6 +79,7 @@ def test_slice_grad_each(problem, ends, out_dtype):
     _check("slice_grad_each", dy, x, offsets, index, dim, out)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(problems())
 def test_swiglu_bwd(problem):

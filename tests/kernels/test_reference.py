@@ -12,11 +12,6 @@ from s2kernels import backend, kernels, reference
 M, N, K, R = 7, 6, 5, 3
 
 
-@pytest.fixture(params=["in", "out"])
-def dim(request):
-    return request.param
-
-
 @pytest.fixture(params=["run", "any"])
 def index(request, dim):
     return make_index(request.param, K if dim == "in" else N, R)

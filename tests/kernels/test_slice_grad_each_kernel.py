@@ -15,16 +15,6 @@ SIZES = [(128, 128, 32), (128, 256, 128), (137, 131, 67), (1, 1, 1)]
 COUNTS = [(0, 5, 33, 0, 1, 0), (0, 0, 40, 0), (0, 0, 0), (37,), (150, 128)]
 
 
-@pytest.fixture(params=["in", "out"])
-def dim(request):
-    return request.param
-
-
-@pytest.fixture(params=["run", "any", "compact"])
-def kind(request):
-    return request.param
-
-
 def _operands(counts, sizes, dim, kind, dtype, device, layout=contiguous):
     """dy, x, offsets, index, for which `kind` of index."""
     S, (N, K, R) = sum(counts), sizes

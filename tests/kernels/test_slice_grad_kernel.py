@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from layouts import LAYOUTS, contiguous, make_index, transposed
+from layouts import LAYOUTS, contiguous, slice_operands, transposed
 from numerics import assert_as_accurate
 
 from s2kernels import kernels, reference
@@ -16,16 +16,6 @@ module = importlib.import_module("s2kernels.kernels.slice_grad")
 # (M, N, K, R): aligned, with as many channels as a narrow and a wide tile; odd in every dimension
 # and past one tile; one of everything; no tokens.
 SHAPES = [(64, 128, 128, 32), (64, 128, 256, 128), (45, 137, 131, 67), (1, 1, 1, 1), (0, 9, 7, 3)]
-
-
-@pytest.fixture(params=["in", "out"])
-def dim(request):
-    return request.param
-
-
-@pytest.fixture(params=["run", "any", "compact"])
-def kind(request):
-    return request.param
 
 
 @pytest.fixture
@@ -43,19 +33,6 @@ def split(monkeypatch):
     return launched
 
 
-def _operands(shape, dim, kind, dtype, device, layout=contiguous):
-    """dy, x, index, for which `kind` of index."""
-    M, N, K, R = shape
-    index = None
-    if kind == "compact":
-        N, K = (N, R) if dim == "in" else (R, K)
-    else:
-        index = make_index(kind, K if dim == "in" else N, R, device)
-    dy = layout(torch.randn(M, N, device=device).to(dtype))
-    x = layout(torch.randn(M, K, device=device).to(dtype))
-    return dy, x, index
-
-
 def _check(dy, x, index, dim, out=None):
     exact = reference.slice_grad(
         dy.double(), x.double(), index, dim, None if out is None else out.double()
@@ -68,17 +45,17 @@ def _check(dy, x, index, dim, out=None):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_slice_grad(shape, dim, kind, dtype, device):
-    _check(*_operands(shape, dim, kind, dtype, device), dim)
+    _check(*slice_operands(shape, dim, kind, dtype, device), dim)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, dim, kind, dtype, device):
-    _check(*_operands((37, 45, 51, 9), dim, kind, dtype, device, layout), dim)
+    _check(*slice_operands((37, 45, 51, 9), dim, kind, dtype, device, layout), dim)
 
 
 @pytest.mark.parametrize("num_tokens", [100, 300])
 def test_split_over_tokens(split, num_tokens, dim, kind, dtype, device):
-    _check(*_operands((num_tokens, 45, 51, 9), dim, kind, dtype, device), dim)
+    _check(*slice_operands((num_tokens, 45, 51, 9), dim, kind, dtype, device), dim)
     assert split[0] > 1
 
 
@@ -86,7 +63,7 @@ def test_split_over_tokens(split, num_tokens, dim, kind, dtype, device):
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("num_tokens", [0, 30, 200])
 def test_adds_into_out(split, num_tokens, out_dtype, layout, dim, dtype, device):
-    dy, x, index = _operands((num_tokens, 35, 33, 9), dim, "any", dtype, device)
+    dy, x, index = slice_operands((num_tokens, 35, 33, 9), dim, "any", dtype, device)
     shape = (35, 9) if dim == "in" else (9, 33)
     _check(dy, x, index, dim, layout(torch.randn(shape, device=device).to(out_dtype)))
     assert (split[0] > 1) == (num_tokens == 200)
@@ -94,7 +71,7 @@ def test_adds_into_out(split, num_tokens, out_dtype, layout, dim, dtype, device)
 
 def test_adds_into_part_of_a_buffer(split, dim, device):
     """Gradients may be views of one buffer: what lies between them stays."""
-    dy, x, index = _operands((100, 12, 12, 4), dim, "any", torch.float32, device)
+    dy, x, index = slice_operands((100, 12, 12, 4), dim, "any", torch.float32, device)
     buffer = torch.zeros(16, 16, device=device)
     where = (slice(2, 14), slice(5, 9)) if dim == "in" else (slice(5, 9), slice(2, 14))
     kernels.slice_grad(dy, x, index, dim, buffer[where])
@@ -104,7 +81,7 @@ def test_adds_into_part_of_a_buffer(split, dim, device):
 
 
 def test_bit_equal_when_run_twice(split, dim, dtype, device):
-    dy, x, index = _operands((300, 45, 51, 9), dim, "any", dtype, device)
+    dy, x, index = slice_operands((300, 45, 51, 9), dim, "any", dtype, device)
     first = kernels.slice_grad(dy, x, index, dim)
     assert split[0] > 1
     assert all(kernels.slice_grad(dy, x, index, dim).equal(first) for _ in range(2))
@@ -125,8 +102,8 @@ def test_measured_launch_is_used(monkeypatch, split, dim, dtype, device):
     launch = dict(module.launch_parameters(module.LAUNCH, dtype), SPLITS=3, BLOCK_M=16)
     key = (target.chip(device).arch, "slice_grad", target._dtype_key(dtype))
     monkeypatch.setitem(tuned.LAUNCH, key, {(45 if dim == "in" else 51, 9): {128: launch}})
-    _check(*_operands((96, 45, 51, 9), dim, "any", dtype, device), dim)
-    _check(*_operands((20, 45, 51, 9), dim, "any", dtype, device), dim)
+    _check(*slice_operands((96, 45, 51, 9), dim, "any", dtype, device), dim)
+    _check(*slice_operands((20, 45, 51, 9), dim, "any", dtype, device), dim)
     assert split == [3, 2]
 
 

@@ -12,11 +12,6 @@ SHAPES = [(128, 128, 256, 64), (131, 141, 137, 67), (1, 1, 1, 1), (0, 9, 7, 3)]
 OPS = ["slice_linear_", "slice_linear_dx_"]
 
 
-@pytest.fixture(params=["in", "out"])
-def dim(request):
-    return request.param
-
-
 @pytest.fixture(params=["run", "any"])
 def kind(request):
     return request.param

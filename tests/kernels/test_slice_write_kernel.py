@@ -47,17 +47,8 @@ def _check(weights, *rest):
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """The grids that the kernel was launched with."""
-    grids, kernel = [], module._slice_write_kernel
-
-    class Spy:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(module, "_slice_write_kernel", Spy())
-    return grids
+def launches(grids_of):
+    return grids_of(module, "_slice_write_kernel")
 
 
 @pytest.fixture

@@ -127,6 +127,7 @@ def _integers(M, N, K, dtype, device, levels=3):
     return dy, torch.randint(-1, 2, (M, K), device=device).to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 70, 140, 70 * 140 - 1)])
 def test_growth_candidates(shape, dtype, device):
     M, N, K, k = shape
@@ -215,6 +216,7 @@ class _Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", [reference, kernels], ids=["torch", "triton"])
 @pytest.mark.parametrize("op", ["sparse_grad", "growth_candidates", "sm3_growth"])
 def test_nothing_of_the_size_of_the_weight_is_allocated(op, ops, monkeypatch, device):

@@ -43,17 +43,8 @@ def _check(weights, base, delta, index):
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """The grids that the kernel was launched with."""
-    grids, kernel = [], module._sparse_write_kernel
-
-    class Spy:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(module, "_sparse_write_kernel", Spy())
-    return grids
+def launches(grids_of):
+    return grids_of(module, "_sparse_write_kernel")
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -120,6 +111,7 @@ def test_same_tensors_reuse_the_table(device):
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
+@pytest.mark.slow
 def test_every_layer_of_a_large_model_has_a_table(device):
     """All of them by a forward, and one by one by the checkpoints that a backward recomputes."""
     columns = _layers(torch.float32, device, shapes=[(2, 3, 4)] * 7 * 32)

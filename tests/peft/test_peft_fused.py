@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fused_models import EVERY_SETTING, adapted, assert_close, blocks, count_calls, gradients, taken
+from fused_models import EVERY_SETTING, adapted, assert_close, blocks, gradients, taken
 from peft import get_peft_model
 from tiny_models import tiny_model, token_ids
 from torch import nn
@@ -15,18 +15,9 @@ from s2kernels.autograd.joined import joined
 from s2kernels.peft import S2FTConfig
 from s2kernels.peft.s2ft.fused_mlp import FusedMLP
 
+pytestmark = pytest.mark.usefixtures("joined_as_on_a_gpu")
+
 GATED_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "qwen3_moe")
-
-
-@pytest.fixture(autouse=True)
-def _joined(monkeypatch):
-    """As on a GPU, wherever the tests run."""
-    monkeypatch.setattr(backend, "prefers_joined", lambda weight: True)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
 
 
 @EVERY_SETTING

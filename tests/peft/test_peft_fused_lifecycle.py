@@ -6,25 +6,15 @@ import pickle
 
 import pytest
 import torch
-from fused_models import EVERY_SETTING, adapted, assert_close, blocks, count_calls, gradients, taken
+from fused_models import EVERY_SETTING, adapted, assert_close, blocks, gradients, taken
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
-from s2kernels import backend
 from s2kernels.peft import S2FTConfig
 
-
-@pytest.fixture(autouse=True)
-def _joined(monkeypatch):
-    """As on a GPU, wherever the tests run."""
-    monkeypatch.setattr(backend, "prefers_joined", lambda weight: True)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
+pytestmark = pytest.mark.usefixtures("joined_as_on_a_gpu")
 
 
 def test_disabled_merged_and_unloaded_it_is_the_forward_of_the_class(calls):

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from fused_models import EVERY_SETTING, adapted, assert_close, blocks, count_calls, gradients, taken
+from fused_models import EVERY_SETTING, adapted, assert_close, blocks, gradients, taken
 from numerics import assert_as_accurate
 from peft import get_peft_model
 from tiny_models import tiny_model, token_ids
@@ -15,19 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers.models.llama import modeling_llama
 
 from bench.measure.memory import kept_by
-from s2kernels import backend
 from s2kernels.peft import S2FTConfig, S2FTLinear
 
-
-@pytest.fixture(autouse=True)
-def _joined(monkeypatch):
-    """As on a GPU, wherever the tests run."""
-    monkeypatch.setattr(backend, "prefers_joined", lambda weight: True)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
+pytestmark = pytest.mark.usefixtures("joined_as_on_a_gpu")
 
 
 @EVERY_SETTING
@@ -78,6 +68,7 @@ def test_slices_that_were_taken_out_before_the_backward(layout, calls):
     assert_close((loss.detach(), grads), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "layout", "targets", "fullgraph"),
     [

@@ -5,24 +5,14 @@ import weakref
 
 import pytest
 import torch
-from fused_models import adapted, assert_close, blocks, count_calls, gradients, taken
+from fused_models import adapted, assert_close, blocks, gradients, taken
 from tiny_models import token_ids
 from torch import nn
 
 from bench.measure.memory import kept_by
-from s2kernels import backend
 from s2kernels.peft.s2ft.fused_qkv import Projection
 
-
-@pytest.fixture(autouse=True)
-def _joined(monkeypatch):
-    """As on a GPU, wherever the tests run."""
-    monkeypatch.setattr(backend, "prefers_joined", lambda weight: True)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
+pytestmark = pytest.mark.usefixtures("joined_as_on_a_gpu")
 
 
 class Attention(nn.Module):

@@ -73,6 +73,7 @@ def test_first_forwards_of_four_threads(method):
         assert_same(base_state(model), original)
 
 
+@pytest.mark.slow
 @EVERY_METHOD
 def test_running_and_saving_at_once(method):
     """What is saved is W0 and stays it, whatever is written into the weights afterwards."""
@@ -100,6 +101,7 @@ def test_running_and_saving_at_once(method):
     assert_same(base_state(model), original)
 
 
+@pytest.mark.slow
 @EVERY_METHOD
 def test_training_and_saving_at_once(method):
     """Gradients are those of a training that nobody disturbs."""

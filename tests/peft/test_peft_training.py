@@ -38,8 +38,16 @@ def with_indices(model, indices):
     return model
 
 
-@pytest.mark.parametrize("every_projection", (False, True), ids=("o+down", "all"))
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "every_projection"),
+    # o+down are among all: alone, they are trained once as linears, as Conv1D and as experts.
+    [
+        *((name, False) for name in ("llama", "gpt2", "mixtral")),
+        *((name, True) for name in MODEL_TYPES),
+    ],
+    ids=lambda value: {False: "o+down", True: "all"}.get(value, value),
+)
 def test_every_mode_and_layout_follows_the_same_trajectory(model_type, every_projection):
     """From the channels that layout="block" draws, which every layout can train."""
     targets = EVERY_PROJECTION.get(model_type, "all-linear") if every_projection else None
@@ -114,6 +122,7 @@ def test_the_device_trains_as_fp64_on_the_cpu_does(mode, layout, device):
     assert (losses[0] - losses[1]).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @EVERY_COMBINATION
 @pytest.mark.parametrize("model_type", ("llama", "gpt2"))  # gpt2's weights are transposed
 def test_the_host_runs_on_the_triton_kernels(model_type, mode, layout, device, monkeypatch):
@@ -157,6 +166,7 @@ def test_a_part_of_the_model_can_be_called_alone(mode, layout):
     torch.testing.assert_close(hidden, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compile():
     ids = token_ids()
     for mode, layout, fullgraph in (("additive", "gather", True), ("inplace", "permute", False)):

@@ -17,6 +17,7 @@ def config(**fields):
     return SpIELConfig(**fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("delta_dtype", ("float32", "bfloat16"))
 def test_a_quantized_base_trains_and_stays_as_it_is(kind, delta_dtype, tmp_path):

@@ -56,6 +56,7 @@ def state(model):
     return {name: value.clone() for name, value in model.state_dict().items() if "spiel" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("selection", "bf16"), [(AG, False), (AG, True), (MA, False)], ids=("AG", "AG-bf16", "MA")
 )
@@ -87,6 +88,7 @@ def test_the_optimizer_that_a_trainer_makes_itself(tmp_path):
     assert all(not torch.equal(got[name], started[name]) for name in got if "spiel_index" in name)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_elsewhere_is_named_to_the_callback(tmp_path):
     model, trainer = model_and_trainer(tmp_path / "a", AG)
     trainer.train()

@@ -233,6 +233,7 @@ class SimpleContext:
         return None
 
 
+@pytest.mark.slow
 def test_two_processes_select_the_same(tmp_path):
     """From different data; the seeds are of the mean gradient, and the states stay the same."""
     results = [str(tmp_path / f"{rank}.pt") for rank in range(2)]

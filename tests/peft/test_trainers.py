@@ -51,6 +51,7 @@ def text(row):
     return " ".join(f"t{max(3, int(token))}" for token in row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", (False, True), ids=("fp32", "bf16+checkpointing"))
 @pytest.mark.parametrize("mode", MODES)
 def test_trainer_resumes_to_the_same_end(mode, bf16, tmp_path):
@@ -80,6 +81,7 @@ def test_trainer_resumes_to_the_same_end(mode, bf16, tmp_path):
     assert torch.equal(resumed(ids).logits, whole(ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_trl_sft(mode, tmp_path):
     trl = pytest.importorskip("trl")
@@ -122,6 +124,7 @@ def dpo(folder, ids):
     return arguments, datasets.Dataset.from_dict(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_trl_dpo_measures_against_the_exact_base(mode, tmp_path):
     """The reference of DPO is the model with its adapter disabled: its log-probabilities are those
@@ -159,6 +162,7 @@ def test_trl_dpo_measures_against_the_exact_base(mode, tmp_path):
     assert not torch.allclose(trainer.model(ids).logits, want, rtol=0, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", (config, spiel_config), ids=("S2FT", "SpIEL"))
 @pytest.mark.parametrize("mode", MODES)
 def test_trl_dpo_of_a_trained_adapter_measures_against_that_adapter(method, mode, tmp_path):

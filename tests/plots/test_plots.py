@@ -70,7 +70,7 @@ LABORATORY = {
     "cpu": [
         *("checkpointing-small", "density-small", "depth-small", "depth-wide-1b"),
         *("extrapolation-memory-small", "extrapolation-time-small"),
-        *("figure5-small", "figure5-wide-1b", "kernels", "peak-small", "peak-wide-1b"),
+        *("figure5-small", "figure5-wide-1b", "host", "kernels", "peak-small", "peak-wide-1b"),
         *("share-memory-small", "share-time-small", "tokens-memory-small", "tokens-time-small"),
     ],
     "testing-gpu": [
@@ -88,6 +88,7 @@ def laboratory(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     files = {
         "cpu/steps": synthetic.cpu_steps(),
+        "cpu/host": synthetic.host(),
         "cpu/ops": synthetic.ops(synthetic.CPU, ["small M=256"], ["torch"]),
         "testing-gpu/steps": synthetic.gpu_steps(),
         "testing-gpu/ops": synthetic.ops(synthetic.GPU, ["a M=1", "b M=2"], ["torch", "triton"]),
@@ -110,6 +111,7 @@ def texts(figure: Path) -> str:
     return "\n".join(html.unescape(t) for t in re.findall("<!-- (.*?) -->", figure.read_text()))
 
 
+@pytest.mark.slow
 def test_figures_of_the_laboratory(laboratory, drawn, tmp_path):
     """All are drawn, say what they ran on, and are the same bytes in another process."""
     names = [f"{device}/{name}.svg" for device, names in LABORATORY.items() for name in names]
@@ -137,6 +139,7 @@ UNITS = {
     "depth": ["time of a step, ms", "full depth", "plain"],
     "extrapolation-time": ["time of a step, ms", "layers of small", "extrapolated from two cuts"],
     "extrapolation-memory": ["peak memory, MiB", "layers of small", "extrapolated from two cuts"],
+    "host": ["host time of a layer / frozen floor", "1.540  (1.08 ms)", "median and quartiles"],
     "kernels": ["achieved share of the ceiling, %"],
 }
 
@@ -171,6 +174,7 @@ def test_main_draws_every_figure_as_svg(results, tmp_path, capsys):
         assert xml.etree.ElementTree.parse(figure).getroot().tag.endswith("svg")
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_bytes_in_every_process(results, tmp_path):
     first = plots.draw_all(results, tmp_path / "first")
     command = [sys.executable, "-m", "plots", "--results", str(results), "--out"]

@@ -38,6 +38,16 @@ def test_without_a_floor_there_is_no_resolution():
     assert "Resolution" not in paragraph([step("figure5", "lora")], "Times")
 
 
+def test_host_times_are_in_the_order_of_the_figures():
+    rows = tables.host_times(synthetic.host()).splitlines()
+    assert rows[2:5] == [
+        "| frozen floor | 0.707 | 1.010 (0.990 to 1.040) |",
+        "| lora | 1.337 | 1.910 (1.890 to 1.940) |",
+        "| s2ft inplace | 1.078 | 1.540 (1.520 to 1.570) |",
+    ]
+    assert rows[-1].startswith("Testing CPU, 2 cores")
+
+
 def test_each_cut_of_a_shape_has_a_table():
     cuts = [{"layers": 2}, {"layers": 2, "vocab": 2880}, {"dtype": "bfloat16"}, {}]
     entries = [

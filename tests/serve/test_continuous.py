@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from served_models import DIMS, llama, random_slices, with_slices
+from served_models import random_slices, with_slices
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import scheduler as schedulers
 from transformers.generation.continuous_batching.cache_allocators import cache_allocator
@@ -23,16 +23,6 @@ ROWS_OF = 32 * 4  # bytes of a row
 def batching(**fields):
     default = dict(num_blocks=64, page_size=8, max_batch_tokens=48, use_async_batching=False)
     return ContinuousBatchingConfig(**default | fields)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return llama()
-
-
-@pytest.fixture(scope="module")
-def adapters(model):
-    return {name: random_slices(model, seed, list(DIMS)) for seed, name in enumerate(NAMES)}
 
 
 def size(slices):
@@ -89,6 +79,7 @@ def wait(condition, seconds=30):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["fifo", "prefill_first"])
 def test_every_request_is_as_if_alone(serve, alone, scheduler):
     names = [EVERYONE[i % 9] for i in range(27)]
@@ -104,6 +95,7 @@ def test_every_request_is_as_if_alone(serve, alone, scheduler):
         assert output.generated_tokens == alone(name, tokens)
 
 
+@pytest.mark.slow
 def test_one_prompt_for_all_is_never_shared_across_adapters(serve, alone):
     """Prefixes are shared within an adapter, which is seen, and not between any two."""
     tokens = prompt(1, 40)
@@ -161,6 +153,7 @@ def test_marks_differ_and_are_of_32_bits():
     assert len(hashes) == len(seen)
 
 
+@pytest.mark.slow
 def test_more_adapters_than_the_pool_holds(serve, alone, adapters):
     """They wait for room in line; what runs keeps its rows."""
     served = serve(pool_bytes=ROWS_OF * 2 * max(map(size, adapters.values())))
@@ -177,6 +170,7 @@ def test_more_adapters_than_the_pool_holds(serve, alone, adapters):
     assert len(served.store.resident()) < 8
 
 
+@pytest.mark.slow
 def test_forks_keep_the_adapter(serve, alone, model, adapters):
     config = copy.deepcopy(GREEDY)
     config.num_return_sequences = 3  # the constructor wants beams or sampling for it
@@ -196,6 +190,7 @@ def test_forks_keep_the_adapter(serve, alone, model, adapters):
             assert output.generated_tokens == alone(names[place], inputs[place])
 
 
+@pytest.mark.slow
 def test_a_cache_without_room_sends_requests_back(serve, alone):
     """Requests that are begun anew, with what they had, keep their adapters."""
     names = [EVERYONE[i % 9] for i in range(9)]
@@ -228,6 +223,7 @@ def test_cancelled_requests_give_their_room_back(serve, alone, adapters):
         assert manager.results(["running"])[0].generated_tokens == alone("a1", tokens)
 
 
+@pytest.mark.slow
 def test_staggered_while_adapters_come_and_go(serve, alone, model):
     names = [EVERYONE[(7 * number) % 9] for number in range(24)]
     known = [(name, prompt(400 + i), alone(name, prompt(400 + i))) for i, name in enumerate(names)]

@@ -64,6 +64,7 @@ def reports():
         return {job: future.result() for job, future in futures.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job)))
 def test_compiles(reports, job):
     _, block, dtype, target = job

@@ -114,6 +114,7 @@ def test_completions_are_those_of_the_adapter(port, alone, name):
     assert content["usage"] == dict(prompt_tokens=12, completion_tokens=20, total_tokens=32)
 
 
+@pytest.mark.slow
 def test_many_at_once(port, alone):
     wanted = {(name, f"prompt {i}"): None for i in range(6) for name in ("base", *NAMES)}
     for key in wanted:
@@ -172,6 +173,7 @@ def test_a_client_that_goes_cancels_its_request(port):
         connection.close()
 
 
+@pytest.mark.slow
 def test_chat(port, alone, tokenizer, monkeypatch):
     body = dict(model="a1", messages=[dict(role="user", content="hi")], temperature=0)
     status, content = call(port, "POST", "/v1/chat/completions", body)
@@ -339,6 +341,7 @@ def test_stop_texts_are_found_across_pieces(size):
     assert never.pass_on("EN", False) + never.pass_on("", True) == "EN" and not never.found
 
 
+@pytest.mark.slow
 def test_temperature_of_zero_is_the_best_token():
     from transformers.generation.logits_process import TemperatureLogitsWarper
 

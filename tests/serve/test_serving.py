@@ -20,16 +20,6 @@ POOL = 2**22  # bytes
 
 
 @pytest.fixture(scope="module")
-def model():
-    return llama()
-
-
-@pytest.fixture(scope="module")
-def adapters(model):
-    return {name: random_slices(model, seed, list(DIMS)) for seed, name in enumerate(NAMES)}
-
-
-@pytest.fixture(scope="module")
 def written(model, adapters):
     """The model with each adapter in its weights, and the base."""
     return {None: model} | {name: with_slices(model, adapters[name]) for name in NAMES}

@@ -96,6 +96,7 @@ def test_gpt2_keeps_its_weights_the_other_way_round():
     assert_same(model.state_dict(), base)
 
 
+@pytest.mark.slow
 def test_a_thousand_switches_with_exceptions_leave_no_trace(monkeypatch):
     """An exception out of any write, at any time: the base is there, and the next switch works."""
     model = llama(torch.bfloat16)
