@@ -12,7 +12,7 @@ written to OUT_DIR as soon as it is known. The same command with the same OUT_DI
 budget, goes on where the last one stopped, on another machine too. It fails where a test, a launch
 or a step failed.
 
-    OUT_DIR/tests.txt    a line for each try of a file of tests
+    OUT_DIR/tries.txt    a line for each try of a part, or of a file of tests
     OUT_DIR/log.txt      what all parts said
     OUT_DIR/<device>/    tune.json, steps.json, captured.json: for bench/results/<device>/
     OUT_DIR/tuned.json   s2kernels/kernels/tuned.json with the launches that were found: to be
@@ -36,6 +36,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,36 +142,44 @@ class Run:
             threading.Thread(target=_end, args=[child]).start()
 
     def measure(self, part: str, *arguments: str, **variables: str) -> None:
-        """A command that writes results, and is told how long it has."""
+        """A command that writes results, and is told how long it has, unless it has them all."""
+        if self.has(part):
+            return
         rest = self.rest(part)
         budget = f"{max(0.0, rest - STARTING):.0f}"
         paths = ["--results", str(self.out), "--budget-s", budget]
         status, said = self.do(part, rest, *arguments, *paths, **variables)
-        if status == 124 or "the budget is spent" in said or "s are spent" in said:
-            self.unfinished.append(part)
+        is_late = "the budget is spent" in said or "s are spent" in said
+        self.note(part, 124 if status == 0 and is_late else status)
 
     def test(self, part: str, files: list[tuple[str, str]]) -> None:
-        """Runs those of the (file, expression of pytest's -k) that have not passed with these
-        sources, several at a time, as most of their time goes into compiling on the CPU.
+        """Runs those of the (file, expression of pytest's -k) that have not passed, several at a
+        time, as most of their time goes into compiling on the CPU.
         """
-        key, path = sources(), self.out / "tests.txt"
-        path.touch()
-        tries = dict(line.split(" ", 1) for line in path.read_text().splitlines())
 
         def one(file: str, words: str) -> None:
             name = f"{file}[{words.replace(' ', '-')}]" if words else file
-            if tries.get(name) in (f"passed {key}", f"skipped {key}"):
-                return
-            chosen = ["-k", words] if words else []
-            status, _ = self.do(name, self.rest(part), *PYTEST, *chosen, file)
-            how = {0: "passed", 5: "skipped", 124: "unfinished"}.get(status, "failed")
-            with self._lock, path.open("a") as out:
-                out.write(f"{name} {how} {key}\n")
-            if how == "unfinished":
-                self.unfinished.append(name)
+            if not self.has(name):
+                chosen = ["-k", words] if words else []
+                self.note(name, self.do(name, self.rest(part), *PYTEST, *chosen, file)[0])
 
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) * 2 // 3)) as pool:
             list(pool.map(lambda each: one(*each), files))  # raises what a call raises
+
+    def has(self, name: str) -> bool:
+        """Whether this was done to the end, without failures, with the sources as they are."""
+        path = self.out / "tries.txt"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        last = dict(line.split(" ", 1) for line in lines)
+        return last.get(name) in (f"passed {sources()}", f"skipped {sources()}")
+
+    def note(self, name: str, status: int) -> None:
+        """Writes down what came of it."""
+        how = {0: "passed", 5: "skipped", 124: "unfinished"}.get(status, "failed")
+        with self._lock, (self.out / "tries.txt").open("a") as out:
+            out.write(f"{name} {how} {sources()}\n")
+        if how == "unfinished":
+            self.unfinished.append(name)
 
 
 def _end(child: subprocess.Popen) -> None:
@@ -186,10 +195,11 @@ def _end(child: subprocess.Popen) -> None:
             pass
 
 
+@cache
 def sources() -> str:
-    """A hash of the code that is tested. What the tuner writes is no part of it."""
+    """A hash of all code. What the tuner writes is no part of it."""
     digest = hashlib.sha256()
-    for folder in ("s2kernels", "autograd", "tests"):
+    for folder in ("s2kernels", "autograd", "bench", "tests"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
@@ -254,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     packed = out / "results.tar"
-    if packed.exists() and not (out / "tests.txt").exists():
+    if packed.exists() and not (out / "tries.txt").exists():
         with tarfile.open(packed) as tar:
             tar.extractall(out, filter="data")
     run = Run(out, args.rehearse, time.monotonic(), args.budget_s)
