@@ -74,7 +74,7 @@ def worse(before: dict, after: dict) -> Iterator[str]:
     if trained[0] != trained[1]:
         yield f"trained parameters {trained[0]:,} -> {trained[1]:,}"
     for part, tolerance in TOLERANCES.items():
-        sizes = [extra["bytes"][part] for extra in (before, after)]
+        sizes = [(extra.get("bytes") or {}).get(part) for extra in (before, after)]
         if None not in sizes and sizes[1] - sizes[0] > tolerance * sizes[0]:
             yield f"{part} {sizes[0]:,} -> {sizes[1]:,} bytes"
 
@@ -89,11 +89,11 @@ def overview(entries: Mapping[str, dict]) -> str:
     for name, entry in entries.items():
         extra = entry["extra_info"]
         if "ratio_to_floor" in extra:
-            ratio, sizes = extra["ratio_to_floor"], extra["bytes"]
+            ratio, sizes = extra["ratio_to_floor"], extra.get("bytes") or {}
             row = [f"{extra['trained_parameters']:,}", f"{ratio['median']:.3f}"]
             row += [f"{ratio['q1']:.3f}..{ratio['q3']:.3f}"]
             row += [f"{entry['stats']['median'] * 1e3:.1f}"]
-            row += [f"{(sizes[part] or 0) / 2**20:.1f}" for part in ("saved", "peak")]
+            row += [f"{(sizes.get(part) or 0) / 2**20:.1f}" for part in ("saved", "peak")]
             rows.append([case_of(name), *row])
         elif extra.get("status", "measured") != "measured":
             rows.append([case_of(name), extra["status"].partition(":")[0], *[""] * 5])
