@@ -53,3 +53,4 @@ SEEDS = (0, 1, 2)
 RANK = 4  # of LoRA on all linear layers; the others train as many parameters
 RATES = (3e-4, 1e-3, 3e-3)  # peak learning rates of every method but full
 FULL_RATES = (3e-5, 1e-4, 3e-4)
+HIGHER = 3  # a rate so many times the highest is tried, too, where that is the best

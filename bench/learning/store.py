@@ -42,8 +42,8 @@ class Store:
 
 
 def plainly(key: dict) -> str:
-    """A key as text; tuples and lists are the same."""
-    return json.dumps(key, sort_keys=True)
+    """A key as text; tuples and lists are the same, numbers are as they are written."""
+    return json.dumps(rounded(key), sort_keys=True)
 
 
 def rounded(value):

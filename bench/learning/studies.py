@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from bench.learning.protocol import FULL_RATES, RATES, SEEDS
+from bench.learning.protocol import FULL_RATES, HIGHER, RATES, SEEDS
 from bench.learning.runs import DOWN, Run
 
 # The entrants of study `learn`, in the order of their importance.
@@ -34,13 +34,13 @@ def rates(run: Run) -> tuple[float, ...]:
     return MOMENTUM_RATES if run.method == "spiel_ma" else RATES
 
 
-def tuned(entrant: Run, find: Find) -> Run:
-    """`entrant` with the rate of its grid that has the lowest validation loss, at the first seed.
+def best(entrant: Run, tried: tuple[float, ...], find: Find) -> float:
+    """The rate of `tried` with the lowest validation loss at the first seed.
 
-    Raises ValueError where a run of the grid was not done.
+    Raises ValueError where one was not tried.
     """
     losses = {}
-    for lr in rates(entrant):
+    for lr in tried:
         result = find(replace(entrant, lr=lr))
         if result is None:
             raise ValueError(
@@ -48,7 +48,23 @@ def tuned(entrant: Run, find: Find) -> Run:
                 "chosen by other runs first: python -m bench.learning learn"
             )
         losses[lr] = result["validation loss"]
-    return replace(entrant, lr=min(losses, key=losses.__getitem__))
+    return min(losses, key=losses.__getitem__)
+
+
+def beyond(entrants: list[Run], find: Find) -> list[Run]:
+    """One more rate, where the best of the grid is its highest."""
+    runs = []
+    for entrant in entrants:
+        grid = rates(entrant)
+        if best(entrant, grid, find) == grid[-1]:
+            runs.append(replace(entrant, lr=float(f"{HIGHER * grid[-1]:.6g}")))
+    return runs
+
+
+def tuned(entrant: Run, find: Find) -> Run:
+    """`entrant` with the best rate of its grid and of what is beyond it."""
+    tried = (*rates(entrant), *(run.lr for run in beyond([entrant], find)))
+    return replace(entrant, lr=best(entrant, tried, find))
 
 
 def grid(entrant: Run) -> list[Run]:
@@ -65,6 +81,7 @@ def learn(find: Find) -> Phases:
     entrants = list(ENTRANTS.values())
     for part in (entrants[:3], entrants[3:]):
         yield [Run("frozen"), *(run for entrant in part for run in grid(entrant))]
+        yield beyond(part, find)
         yield seeded([tuned(entrant, find) for entrant in part])
     swept = [tuned(ENTRANTS[name], find) for name in ("s2ft down", "lora")]
     yield [replace(run, rank=rank) for rank in RANKS for run in swept]
@@ -108,7 +125,9 @@ def sequential(find: Find) -> Phases:
 
 def spiel(find: Find) -> Phases:
     """7: what grows, whether anything should be replaced, and the density."""
-    yield grid(ENTRANTS["spiel"]) + grid(MOMENTUM)
+    grown = [ENTRANTS["spiel"], MOMENTUM]
+    yield [run for rule in grown for run in grid(rule)]
+    yield beyond(grown, find)
     accumulated, momentum = tuned(ENTRANTS["spiel"], find), tuned(MOMENTUM, find)
     runs = [accumulated, replace(accumulated, replace=False), momentum]
     runs.append(replace(momentum, replace=False))
