@@ -17,7 +17,9 @@ class Store:
         self.folder, self.common = folder, common
         self.files: dict[str, list[dict]] = {}
         for path in sorted(folder.glob("*.json")):
-            self.files[path.stem] = json.loads(path.read_text())["runs"]
+            document = json.loads(path.read_text())
+            if "runs" in document:  # theory.json has none
+                self.files[path.stem] = document["runs"]
 
     def find(self, key: dict) -> dict | None:
         """The result of a run that was done before."""
