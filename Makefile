@@ -22,7 +22,7 @@ help:
 
 PYTEST_BENCH := $(BIN)/python -m pytest -q --disable-warnings --benchmark-quiet
 DEVICE = $$($(BIN)/python -c "from bench.measure import machine as m; print(m.device_name(m.default_device()))")
-PAGES := README.md docs/benchmarks.md
+PAGES := README.md docs/benchmarks.md docs/learning.md
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from plots import bars, demo, density, host, kernels, lines
+from plots import bars, demo, density, host, kernels, learning, lines
 
 # A results file results/<device>/<suite>.json is drawn by these, into figures/<device>/.
 SUITES = {
@@ -25,5 +25,6 @@ def draw_file(path: Path, out: Path) -> list[Path]:
 
 
 def draw_all(results: Path, out: Path) -> list[Path]:
-    """Draws every results/<device>/<suite>.json."""
-    return [figure for path in sorted(results.glob("*/*.json")) for figure in draw_file(path, out)]
+    """Draws every results/<device>/<suite>.json, and the studies in results/cpu/learning."""
+    drawn = [figure for path in sorted(results.glob("*/*.json")) for figure in draw_file(path, out)]
+    return drawn + learning.draw(results, out)

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from plots import host, steps, style
+from plots import host, learning_tables, steps, style
+from plots.markdown import markdown
 from plots.steps import Step
 
 PLACE = re.compile(r"^<!-- ([^/\n].*?) -->\n", re.MULTILINE)
@@ -131,12 +132,6 @@ def gpu(results: Path) -> str:
     return "\n".join(map(laboratory, documents)) or NOT_MEASURED
 
 
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A table: the first column to the left, the others to the right."""
-    rule = ["---"] + ["---:"] * (len(columns) - 1)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, rule, *rows])
-
-
 def _heading(of_size: list[Step]) -> str:
     first = of_size[0]
     return f"{first.model_name}, {first.dtype}, length {first.length:,}, batch {first.batch}"
@@ -222,4 +217,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "steps cpu, short": _from("cpu/steps.json", short),
     "steps cpu": _from("cpu/steps.json", laboratory),
     "steps gpu": gpu,
+    **learning_tables.TABLES,
 }

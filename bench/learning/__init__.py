@@ -1,0 +1,1 @@
+"""What the methods learn, keep and forget on a language model, and the theory of the paper."""

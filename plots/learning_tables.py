@@ -1,0 +1,319 @@
+"""Tables of docs/learning.md, from the results of bench/learning."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+from plots.markdown import markdown
+from plots.studies import (
+    DOWN,
+    MEASURES,
+    Found,
+    averaged,
+    chosen,
+    compared,
+    of,
+    read,
+    values,
+)
+
+# The entrants of study `learn` by their labels, in the order of tables and figures.
+ENTRANTS: dict[str, dict] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora"},
+    "dora": {"method": "dora"},
+    "shira": {"method": "shira"},
+    "spiel": {"method": "spiel"},
+    "s2ft o + down": {"method": "s2ft"},
+    "s2ft down": {"method": "s2ft", "projections": DOWN},
+}
+SEEDS = 3
+STRATEGIES = ("weight", "activation", "product", "gradient")
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+TASKS = ("math", "choice", "docs")
+COMMAND = "`python -m bench.learning {} --model DIR --data DIR --resume`"
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def measure(name: str) -> Callable[[dict], float]:
+    if name == "validation loss":
+        return lambda result: result[name]
+    return lambda result: result["measures"][name]
+
+
+def learn(found: list[Found]) -> list[Table]:
+    """Every method at its chosen rate; then its difference to LoRA."""
+    names = ("validation loss", *MEASURES)
+    rows, runs_of = [], {}
+    for run, result in of(found, method="frozen"):
+        cells = [averaged(values([(run, result)], measure(name))) for name in names]
+        rows.append(["frozen", "0", "", "1", "", *cells])
+    for label, fields in ENTRANTS.items():
+        best = chosen(found, **fields)
+        if best is None:
+            continue
+        lr, runs = best
+        runs_of[label] = runs
+        trained = f"{runs[0][1]['trained parameters']:,}"
+        loss = averaged(values(runs, lambda result: mean(result["losses"][-10:])))
+        cells = [averaged(values(runs, measure(name))) for name in names]
+        rows.append([label, trained, f"{lr:g}", str(len(runs)), loss, *cells])
+    columns = ["method", "trained", "rate", "seeds", "train loss", *names]
+    tables = [(columns, rows)]
+    if "lora" in runs_of:
+        tables.append(_differences(runs_of, "lora"))
+    return tables
+
+
+def grid(found: list[Found]) -> list[Table]:
+    """Every rate of the grid at the first seed."""
+    rows = []
+    for label, fields in ENTRANTS.items():
+        for run, result in of(found, **fields):
+            if not run.get("seed"):
+                numbers = [
+                    f"{measure(name)(result):.3f}" for name in ("validation loss", *MEASURES)
+                ]
+                rows.append([label, f"{run['lr']:g}", *numbers])
+    return [(["method", "rate", "validation loss", *MEASURES], rows)]
+
+
+def channels(found: list[Found]) -> list[Table]:
+    """S2FT on down_proj by the score of its channels, beside random ones."""
+    best = chosen(found, **ENTRANTS["s2ft down"])
+    if best is None:
+        return []
+    lr, random = best
+    runs_of = {"random": random}
+    for strategy in STRATEGIES:
+        for which in ("smallest", "largest"):
+            name = f"{strategy} {which}"
+            runs = of(found, method="s2ft", projections=DOWN, channels=name)
+            if runs:
+                runs_of[name] = [f for f in runs if f[0]["lr"] == lr]
+    if len(runs_of) == 1:
+        return []
+    return [_measured(runs_of), _differences(runs_of, "random")]
+
+
+def projections(found: list[Found]) -> list[Table]:
+    runs_of = {}
+    for name in PROJECTIONS:
+        # o and down alone are other defaults, but their units are named
+        runs = of(found, method="s2ft", projections=[f"{name}_proj"], units=[1, 64])
+        if runs:
+            runs_of[name] = runs
+    return [_measured(runs_of)] if runs_of else []
+
+
+def fusion(found: list[Found]) -> list[Table]:
+    """Validation loss of each task with its own adapter, with the other's, and fused."""
+    rows = []
+    common = {"kind": "fuse", "tasks": ["math", "choice"]}
+    for label, fields in {
+        "lora": ENTRANTS["lora"],
+        "s2ft down, same channels": ENTRANTS["s2ft down"],
+        "s2ft down, disjoint channels": ENTRANTS["s2ft down"] | {"disjoint": True},
+    }.items():
+        runs = of(found, **fields, **common)
+        if not runs:
+            continue
+        for state, get in {
+            "math adapter": lambda result: result["alone"]["math"]["tasks"],
+            "choice adapter": lambda result: result["alone"]["choice"]["tasks"],
+            "fused, weight 0.5": lambda result: result["fused"]["0.5"],
+            "fused, weight 1": lambda result: result["fused"]["1.0"],
+        }.items():
+            cells = [
+                averaged(values(runs, lambda result, get=get, t=task, m=m: get(result)[t][m]))
+                for task in ("math", "choice")
+                for m in ("validation loss", "test")
+            ]
+            rows.append([label, state, str(len(runs)), *cells])
+    columns = ["method", "model", "seeds", "math loss", "math exact", "choice loss", "choice right"]
+    return [(columns, rows)] if rows else []
+
+
+def sequential(found: list[Found]) -> list[Table]:
+    """Validation losses after the last task, and how each changed since it was trained."""
+    rows = []
+    for label, fields in {
+        "full": ENTRANTS["full"],
+        "lora": ENTRANTS["lora"],
+        "s2ft down, same channels": ENTRANTS["s2ft down"],
+        "s2ft down, disjoint channels": ENTRANTS["s2ft down"] | {"disjoint": True},
+    }.items():
+        for _, result in of(found, **fields, kind="sequence", tasks=list(TASKS)):
+            stages = [stage["tasks"] for stage in result["stages"]]
+            cells = []
+            for place, task in enumerate(TASKS):
+                own, last = (
+                    stage[task]["validation loss"] for stage in (stages[place], stages[-1])
+                )
+                cells.append(f"{last:.3f} ({last - own:+.3f})")
+            rows.append([label, *cells])
+    return [(["method", *(f"{task} loss (change)" for task in TASKS)], rows)] if rows else []
+
+
+def overlap(found: list[Found]) -> list[Table]:
+    """Channels that two tasks share, and the energy of a full update in the chosen ones."""
+    results = of(found, method="full", kind="overlap", tasks=list(TASKS))
+    if not results:
+        return []
+    result = results[-1][1]
+    chance = f"{result['chance']:.3f}"
+    shared = [
+        [*each["tasks"], each["channels"], f"{each['overlap']:.3f}", chance]
+        for each in result["overlap"]
+    ]
+    energy = [
+        [each["task"], each["channels"], f"{each['energy']:.3f}", chance]
+        for each in result["energy"]
+    ]
+    return [
+        (["task", "other task", "channels", "shared", "by chance"], shared),
+        (["task", "channels", "share of the energy", "of the channels"], energy),
+    ]
+
+
+def spiel(found: list[Found]) -> list[Table]:
+    """What grows, replacement on and off; then the density."""
+    runs_of = {}
+    for label, method in (("AG", "spiel"), ("MA", "spiel_ma")):
+        best = chosen(found, method=method)
+        if best is not None:
+            lr, runs_of[label] = best
+            still = of(found, method=method, replace=False)
+            runs_of[f"{label}, nothing replaced"] = [f for f in still if f[0]["lr"] == lr]
+    runs_of = {label: runs for label, runs in runs_of.items() if runs}
+    if len(runs_of) < 2:
+        return []
+    best = chosen(found, **ENTRANTS["lora"])
+    if best is not None:
+        runs_of["lora"] = best[1]
+    tables = [_measured(runs_of)]
+    if "lora" in runs_of:
+        tables.append(_differences(runs_of, "lora"))
+    tables += [
+        _differences(
+            {n: r for n, r in runs_of.items() if n.startswith(rule)}, f"{rule}, nothing replaced"
+        )
+        for rule in ("AG", "MA")
+        if f"{rule}, nothing replaced" in runs_of
+    ]
+    dense = {
+        f"density {run['density']:g}": [(run, result)]
+        for run, result in found
+        if run["method"] == "spiel" and "density" in run and "kind" not in run
+    }
+    return [*tables, *([_measured(dense)] if dense else [])]
+
+
+def memory(found: list[Found]) -> list[Table]:
+    """Bytes per trained entry; whether gradients are local."""
+    rows = [
+        [
+            {"spiel": "AG", "spiel_ma": "MA"}[run["method"]],
+            f"{run['density']:.1%}",
+            f"{result['entries']:,}",
+            *(f"{result[name]:.1f}" for name in ("open", "closed", "least")),
+        ]
+        for run, result in found
+        if run.get("kind") == "bytes"
+    ]
+    tables = [(["growth", "density", "entries", "window open", "closed", "least"], rows)]
+    for _, result in of(found, method="spiel", kind="locality"):
+        local = [
+            [name, f"{each['correlation']:.3f}", f"{each['found']:.3f}", f"{result['chance']:g}"]
+            for name, each in result["projections"].items()
+        ]
+        tables.append((["projection", "correlation", "top 1 % found", "by chance"], local))
+    return tables if rows else []
+
+
+def theory(results: Path) -> str:
+    """How often each bound is broken; a layer with an activation, by gradient descent."""
+    path = results / "cpu" / "learning" / "theory.json"
+    if not path.is_file():
+        return "Not run yet: `python -m bench.learning theory`.\n"
+    document = json.loads(path.read_text())
+    names = list(document["bounds"][0]["broken"])
+    bounds = [
+        [
+            f"{each['rank']}, {each['rank of the shift']}",
+            *(f"{each['broken'][name]} of {each['seeds']}" for name in names),
+            f"{each['equation off by']:.0e}",
+        ]
+        for each in document["bounds"]
+    ]
+    descents = [
+        [each["method"], f"{each['closed form']:.4f}", f"{each['descent']:.4f}"]
+        for each in document["descent"]
+    ]
+    columns = ("eps^2", "shift", "s2ft in", "s2ft out", "lora in", "lora out")
+    layers = [
+        [f"{each['activation']}, seed {each['seed']}", *(f"{each[name]:.3f}" for name in columns)]
+        for each in document["nonlinear"]
+    ]
+    return _text(
+        [
+            (
+                ["rank r, rank of the shift", *(f"broken: {n}" for n in names), "equation off"],
+                bounds,
+            ),
+            (["method", "closed form", "gradient descent"], descents),
+            (["layer", *columns], layers),
+        ]
+    )
+
+
+def _measured(runs_of: dict[str, list[Found]]) -> Table:
+    names = ("validation loss", *MEASURES)
+    rows = [
+        [
+            label,
+            f"{runs[0][1]['trained parameters']:,}",
+            str(len(runs)),
+            *(averaged(values(runs, measure(name))) for name in names),
+        ]
+        for label, runs in runs_of.items()
+    ]
+    return ["", "trained", "seeds", *names], rows
+
+
+def _differences(runs_of: dict[str, list[Found]], reference: str) -> Table:
+    """Each less `reference`, paired by seed."""
+    others = runs_of[reference]
+    rows = [
+        [
+            label,
+            *(compared(values(runs, measure(m)), values(others, measure(m))) for m in MEASURES),
+        ]
+        for label, runs in runs_of.items()
+        if label != reference
+    ]
+    return [f"less {reference}", *MEASURES], rows
+
+
+def _text(tables: list[Table]) -> str:
+    return "\n\n".join(markdown(columns, rows) for columns, rows in tables) + "\n"
+
+
+def _of(study: str, table: Callable[[list[Found]], list[Table]]) -> Callable[[Path], str]:
+    def make(results: Path) -> str:
+        tables = [each for each in table(read(results)) if each[1]]
+        return _text(tables) if tables else f"Not run yet: {COMMAND.format(study)}.\n"
+
+    return make
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "learning theory": theory,
+    "learning learn": _of("learn", learn),
+    "learning grid": _of("learn", grid),
+} | {
+    f"learning {table.__name__}": _of(table.__name__, table)
+    for table in (channels, projections, fusion, sequential, overlap, spiel, memory)
+}
