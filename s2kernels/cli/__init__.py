@@ -78,7 +78,7 @@ def _with_config(argv: list[str], parser: _Parser) -> list[str]:
         return argv
     try:
         found, rest = given.parse_known_args(argv[1:])
-        return [argv[0], *(as_arguments(found.config) if found.config else ()), *rest]
+        return [argv[0], *(as_arguments(found.config, rest) if found.config else ()), *rest]
     except (argparse.ArgumentError, ValueError, OSError) as error:
         parser.error(str(error))
 

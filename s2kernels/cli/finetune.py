@@ -215,6 +215,11 @@ def _load(args: Namespace, base: Path | str) -> Any:
     model.config.use_cache = False  # with a cache, packed examples would see each other
     if bits:
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            # On a CPU bitsandbytes packs the weights for inference at the first evaluation, and
+            # what it computes of them in training is wrong from then on.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -87,6 +87,8 @@ def settings_of(args: Namespace, sources: Mapping[str, Sequence[Any]]) -> dict[s
             value = names if isinstance(value, list) else names[0]
         if name not in _NOT_KEPT and value is not None:
             kept[name] = value
+    if args.max_steps:
+        del kept["epochs"]
     digests = {}
     for name, given in sources.items():
         digest = hashlib.sha256()
@@ -120,8 +122,9 @@ def check_same(output: Path, now: dict[str, Any]) -> None:
             raise ValueError(f"--resume: the run began with another {_option(name)}")
 
 
-def as_arguments(path: Path) -> list[str]:
-    """The options in a YAML file, such as run.yaml, as arguments of the command line.
+def as_arguments(path: Path, others: Sequence[str]) -> list[str]:
+    """The options in a YAML file, such as run.yaml, as arguments of the command line, but for those
+    that `others`, its arguments, have, or cannot have along with theirs.
 
     Raises ValueError unless it is a mapping of options to values.
     """
@@ -131,13 +134,20 @@ def as_arguments(path: Path) -> list[str]:
         raise ValueError(f"--config: {path} is not YAML: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"--config: {path}: a mapping of options to values wanted")
+    given = {word.partition("=")[0] for word in others}
+    dropped = {"sha256"}
+    for pair in ("model", "model_config"), ("epochs", "max_steps"):
+        dropped |= set(pair) if given & set(map(_option, pair)) else set()
+    dropped |= set(CHOICE) if "--selection" in given else set()
+    if "--method" in given:
+        dropped |= {name for names in OWN.values() for name in names}
     arguments = []
     for name, value in found.items():
         option = _option(str(name))
-        if value is None or value is False or name == "sha256":
+        if value is None or value is False or name in dropped or option in given:
             continue
         if isinstance(value, list):
-            arguments += [option, *map(str, value)]
+            arguments += [option, *map(str, value)] if value else []
         else:
             arguments.append(option if value is True else f"{option}={value}")
     return arguments
