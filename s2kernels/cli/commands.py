@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from s2kernels.cli.runs import check_new, last_checkpoint, settle_choice
+from s2kernels.cli.runs import check_new, last_checkpoint, settle
 
 
 def finetune(args: Namespace) -> Callable[[], None]:
     """Everything but the training, which is returned."""
     if not args.resume:
         check_new(args.output)
-    settle_choice(args)
+    settle(args)
+    from s2kernels.cli.answers import show
     from s2kernels.cli.finetune import prepare
 
     job = prepare(args)
@@ -31,12 +32,32 @@ def finetune(args: Namespace) -> Callable[[], None]:
             if found is not None:
                 line = f"interrupted; --resume goes on from {found.name}"
             args.parser.exit(130, line + "\n")
+        if not job.is_main:
+            return
+        for prompt in args.prompt:
+            show(prompt, job.answers(prompt))
         if metrics["held_out_loss"]:
             (_, first), (step, last) = metrics["held_out_loss"][0], metrics["held_out_loss"][-1]
             print(f"held-out loss {first:.4f} -> {last:.4f} in {step} steps")
         print(f"{metrics['trained_parameters']:,} parameters trained; adapter in {args.output}")
 
     return work
+
+
+def evaluate(args: Namespace) -> None:
+    """Print what an adapter has learnt, beside its base."""
+    from s2kernels.cli.evaluate import evaluate
+
+    found = evaluate(args)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    print(f"{found['examples']} examples, {found['tokens']:,} tokens learnt of them")
+    for name in ("base", "adapter"):
+        line = f"{name:9}loss per token {found[name]['loss']:.4f}"
+        if "right" in found[name]:
+            line += f"   right answers {found[name]['right']} of {found['examples']}"
+        print(line)
 
 
 def generate(args: Namespace) -> Callable[[], None]:
@@ -178,17 +199,18 @@ def select(args: Namespace) -> None:
         raise ValueError(f"--strategy {args.strategy} needs --data")
     import torch
 
-    from s2kernels.cli.examples import collate, encode, read_records
+    from s2kernels.cli import training
+    from s2kernels.cli.examples import for_trainer, read
     from s2kernels.cli.figures import draw_scores
-    from s2kernels.cli.models import load_model, load_tokenizer
+    from s2kernels.cli.models import device_of, length_of, load_model, load_tokenizer
     from s2kernels.coupling import structures
     from s2kernels.files import replacing
     from s2kernels.select import budget, check_scope, ranked_units, scores
 
-    records = [] if args.data is None else read_records(args.data)
-    model = load_model(args.model, "auto").eval()
-    if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
-        model.to("cuda")
+    training.without_bars()
+    if args.data is not None:
+        records, kind, _ = read(args.data)
+    model = load_model(args.model, "auto").eval().to(device_of(args.device))
     found = structures(model)
     counts: dict[int, dict[str, int]] = {}  # by the block that heads or channels are selected in
     for name, structure in found.items():
@@ -201,15 +223,13 @@ def select(args: Namespace) -> None:
     batches = None
     if args.strategy != "weight":
         tokenizer = load_tokenizer(args.tokenizer or str(args.model))
-        examples = [
-            example
-            for record in records[: args.examples]
-            for example in encode(record, tokenizer, args.max_length)
-        ]
-        if not examples:
-            raise ValueError(f"--max-length {args.max_length} leaves nothing of any output")
-        pad = tokenizer.pad_token_id or 0
-        batches = [collate([example], pad) for example in examples]
+        length = length_of(model, args.max_length)
+        records = records.select(range(min(len(records), args.examples)))
+        rows = for_trainer(records, kind, tokenizer, args.template, length)
+        rows = training.tokenized(tokenizer, rows, length)
+        if not len(rows):
+            raise ValueError(f"--max-length {length} leaves nothing of any output")
+        batches = training.batches(rows, tokenizer)
     values = scores(model, args.strategy, batches)
     ranked: dict[str, torch.Tensor] = {}
     for block, of_these in counts.items():

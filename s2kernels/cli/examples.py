@@ -1,186 +1,216 @@
-"""Examples to train on: read from a file, made into tokens and labels, packed, batched.
-
-A record is an instruction with its output, or a text; see `read_records`. An example is what the
-model sees of it: `input_ids`, `labels` and, where several share a row, `position_ids`.
-"""
+"""Records out of files or the hub, in the shapes that TRL's trainers take."""
 
 import json
-import re
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import datasets
 
-_FIELDS = ("instruction", "input", "output", "text")
-_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON may hold one, UTF-8 cannot
-IGNORED = -100  # a label that transformers leaves out of the loss
+from s2kernels.cli.answers import check_chat, prompt_of
+from s2kernels.cli.models import is_hub_id
 
-# Those of Stanford Alpaca, so that a model tuned here answers to the prompts of its many kin.
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
+SUFFIXES = {
+    **{".json": "json", ".jsonl": "json", ".csv": "csv"},
+    **{".parquet": "parquet", ".txt": "text"},
+}
+# What records hold, by the fields that one must have: the first that fits counts.
+FIELDS = {
+    "preference": ("chosen", "rejected"),
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "conversations": ("conversations",),  # messages in the words of ShareGPT
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+_MORE = {"preference": ("prompt",), "instruction": ("input",), "messages": ("tools",)}
+_OF_TURNS = ("preference", "completion", "messages", "conversations")
+_OF_TEXTS = ("preference", "completion", "instruction", "text")
+_ROLES = {"human": "user", "gpt": "assistant"}
 
-Example = dict[str, list[int]]
 
-
-def read_records(path: Path) -> list[dict[str, str]]:
-    """The records of a JSON list or of JSON lines.
-
-    Each has `instruction`, `output` and perhaps `input`, or else `text`; other fields are dropped.
-    Raises ValueError with the line for anything else.
+def sources_of(names: Sequence[str]) -> list[Path | str]:
+    """The files that the names are, or that are in the folders they are; what is no path here, of
+    the form NAME or OWNER/NAME, as it is, for the hub. Raises ValueError for what is neither.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
-    parse = _parse_list if text.lstrip().startswith("[") else _parse_lines
-    records = []
-    try:
-        for position, record in parse(text):
-            fault = _fault(record)
-            if fault:
-                raise ValueError(f"{path}:{text.count(chr(10), 0, position) + 1}: {fault}")
-            records.append({name: record[name] or "" for name in _FIELDS if name in record})
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    if not records:
-        raise ValueError(f"{path} holds no examples")
-    return records
+    found: list[Path | str] = []
+    for path in map(Path, names):
+        inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        if path.is_dir() and not inside:
+            raise ValueError(f"{path} holds no file {' '.join(SUFFIXES)}")
+        if path.is_file() and path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: a name that ends in {' '.join(SUFFIXES)} wanted")
+        if not path.exists() and not is_hub_id(path):
+            raise ValueError(f"{path}: there is no such file or folder")
+        found += [path] if path.is_file() else inside or [str(path)]
+    return found
 
 
-def _parse_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """Where each record begins, and the record."""
-    position = 0
-    for line in text.split("\n"):
-        if line.strip():
-            try:
-                yield position, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise json.JSONDecodeError(error.msg, text, position + error.pos) from None
-            except RecursionError:
-                raise json.JSONDecodeError("nested too deep", text, position) from None
-        position += len(line) + 1
+def read(
+    names: Sequence[str], strict: bool = False, extra: Sequence[str] = ()
+) -> tuple[datasets.Dataset, str, int]:
+    """The records of files, folders and data sets of the hub; their kind, of FIELDS; and how many
+    were left out because a field that a record must have is empty in them.
+
+    extra: further fields to keep. Raises ValueError for a file that cannot be read, a record whose
+    field is not what it should be, records of different kinds and, with `strict`, a record that
+    would be left out.
+    """
+    parts, kinds, left_out = [], set(), 0
+    for source in sources_of(names):
+        whole = _load(source)
+        there = set(whole.column_names)
+        kind = next((kind for kind, needed in FIELDS.items() if there >= set(needed)), "")
+        if not kind:
+            wanted = "; or ".join(" and ".join(needed) for needed in FIELDS.values())
+            raise ValueError(f"{source}: fields {wanted} wanted, got {sorted(there)}")
+        kept = [*FIELDS[kind], *_MORE.get(kind, ()), *extra]
+        whole = whole.select_columns([name for name in kept if name in there])
+        for name, feature in whole.features.items():  # numbers are texts here
+            if getattr(feature, "dtype", "string") not in ("string", "null", "list", "dict"):
+                whole = whole.cast_column(name, datasets.Value("string"))
+        options = dict(kind=kind, source=str(source), strict=strict)
+        part = whole.filter(_is_whole, with_indices=True, fn_kwargs=options)
+        left_out += len(whole) - len(part)
+        parts.append(part)
+        kinds.add(kind)
+    if len(kinds) > 1:
+        raise ValueError(f"--data: one kind of records wanted, got {', '.join(sorted(kinds))}")
+    records = datasets.concatenate_datasets(parts)
+    if not len(records):
+        raise ValueError(f"{', '.join(names)}: every example has an empty field")
+    return records, kinds.pop(), left_out
 
 
-def _parse_list(text: str) -> Iterator[tuple[int, Any]]:
-    """The same of a list, element by element: `json.loads` would not tell where each begins."""
-    decoder, rest = json.JSONDecoder(), re.compile(r"\S|\Z")
-
-    def skip(position: int) -> int:
-        found = rest.search(text, position)
-        return found.start() if found else len(text)
-
-    position = skip(skip(0) + 1)
-    more = text[position : position + 1] != "]"
-    while more:
+def _load(source: Path | str) -> datasets.Dataset:
+    if isinstance(source, str):
         try:
-            record, end = decoder.raw_decode(text, position)
+            return datasets.load_dataset(source, split="train")
+        except Exception as error:  # of the hub, of its libraries, of the network
+            text = " ".join(str(error).split())
+            raise ValueError(f"{source}: no file here, and the hub: {text:.200}") from error
+    form = SUFFIXES[source.suffix]
+    if not source.read_bytes().strip(b" \t\r\n[]"):
+        raise ValueError(f"{source} holds no examples")
+    # In CSV an empty text is no gap; each file of plain text is one.
+    how: dict[str, Any] = {"keep_default_na": False} if form == "csv" else {}
+    if form == "text":
+        how = {"sample_by": "document"}
+    try:
+        return datasets.load_dataset(form, data_files=str(source), split="train", **how)
+    except (datasets.exceptions.DatasetGenerationError, ValueError, RecursionError) as error:
+        raise ValueError(
+            _fault_of_json(source) or f"{source}: {error.__cause__ or error}"
+        ) from None
+
+
+def _fault_of_json(path: Path) -> str | None:
+    """The first thing in a file that is not JSON, with its line."""
+    text = path.read_text("utf-8", errors="replace") if SUFFIXES[path.suffix] == "json" else ""
+    lines = [text] if text.lstrip().startswith("[") else text.split("\n")
+    for number, part in enumerate(lines, 1):
+        try:
+            json.loads(part or "0")
         except RecursionError:
-            raise json.JSONDecodeError("nested too deep", text, position) from None
-        yield position, record
-        position = skip(end)
-        more = text[position : position + 1] == ","
-        if more:
-            position = skip(position + 1)
-    if text[position : position + 1] != "]":
-        raise json.JSONDecodeError("',' or ']' expected", text, position)
-    if skip(position + 1) < len(text):
-        raise json.JSONDecodeError("the list has ended", text, skip(position + 1))
-
-
-def _fault(record: Any) -> str | None:
-    """What is wrong with a record."""
-    if not isinstance(record, dict):
-        return f"an object wanted, got a {type(record).__name__}"
-    needed = ("instruction", "output") if "instruction" in record else ("text",)
-    if not set(needed) <= set(record):
-        return f"fields 'instruction' and 'output' wanted, or 'text', got {sorted(record)}"
-    for name in needed:
-        if not isinstance(record[name], str) or not record[name]:
-            return f"{name!r} must be a text that is not empty, got {record[name]!r}"
-    if not isinstance(record.get("input") or "", str):
-        return f"'input' must be a text, got {record['input']!r}"
-    for name in _FIELDS:
-        if isinstance(record.get(name), str) and _HALF_PAIR.search(record[name]):
-            return f"{name!r} holds half a surrogate pair, such as \\ud800, which is no character"
+            return f"{path}:{number}: not JSON: nested too deep"
+        except json.JSONDecodeError as error:
+            return f"{path}:{number + error.lineno - 1}: not JSON: {error.msg}"
     return None
 
 
-def encode(record: dict[str, str], tokenizer: Any, max_length: int) -> list[Example]:
-    """The examples of a record, each of at most `max_length` tokens, none without a label.
+def _is_whole(record: dict[str, Any], number: int, kind: str, source: str, strict: bool) -> bool:
+    """Whether no field of the record is empty; ValueError for one of another type."""
+    for name in FIELDS[kind]:
+        value = record[name]
+        if not value or (isinstance(value, str) and not value.strip()):
+            if strict:
+                raise ValueError(f"{source}: record {number + 1}: {name!r} is empty")
+            return False
+        turns = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
+        if not (turns and kind in _OF_TURNS or isinstance(value, str) and kind in _OF_TEXTS):
+            wanted = "a text" if kind in _OF_TEXTS else "a list of messages"
+            raise ValueError(
+                f"{source}: record {number + 1}: {name!r} must be {wanted}, got {value!r:.80}"
+            )
+    return True
 
-    An instruction gives at most one, cut at its end, labelled on the output and the token after
-    it alone. A text gives as many as it takes, labelled on all but their first token, for which
-    there is nothing to predict it from.
+
+def split(records: datasets.Dataset, held_out: float, seed: int) -> tuple[Any, Any]:
+    """Training and held-out records, in their order; the latter, a share or a count, drawn by
+    `seed`.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if "instruction" in record:
-        start = (PROMPT_WITH_INPUT if record.get("input") else PROMPT).format(**record)
-    else:
-        start = record["text"]
-    ids = tokenizer(start)["input_ids"]
-    if end and ids[-1:] == end:
-        ids = ids[:-1]
-    if "instruction" not in record:
-        ids = ids + end
-        runs = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-        return [{"input_ids": run, "labels": [IGNORED, *run[1:]]} for run in runs if len(run) > 1]
-    output = tokenizer(record["output"], add_special_tokens=False)["input_ids"] + end
-    if len(ids) >= max_length:
-        return []
-    labels = [IGNORED] * len(ids) + output
-    return [{"input_ids": (ids + output)[:max_length], "labels": labels[:max_length]}]
-
-
-def pack(examples: list[Example], max_length: int) -> list[Example]:
-    """Examples joined to rows of at most `max_length` tokens, longest first, each into the row
-    that it fills best. `position_ids` begin anew with each example, which is what keeps them apart
-    in attention; the first label of each is ignored, as the token before it is another's.
-    """
-    rows: list[list[Example]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), ascending
-    for example in sorted(examples, key=lambda example: -len(example["input_ids"])):
-        length = len(example["input_ids"])
-        best = bisect_left(room, (length, 0))
-        if best == len(room):
-            left, row = max_length, len(rows)
-            rows.append([])
-        else:
-            left, row = room.pop(best)
-        rows[row].append(example)
-        insort(room, (left - length, row))
-    return [
-        {
-            "input_ids": [token for example in row for token in example["input_ids"]],
-            "labels": [label for example in row for label in [IGNORED, *example["labels"][1:]]],
-            "position_ids": [i for example in row for i in range(len(example["input_ids"]))],
-        }
-        for row in rows
-    ]
-
-
-def collate(examples: list[Example], pad: int = 0) -> dict[str, Tensor]:
-    """A batch, padded on the right. Packed rows have no attention_mask: with one, transformers
-    would not look at where their positions begin anew.
-    """
-    length = max(len(example["input_ids"]) for example in examples)
-    fill = {"input_ids": pad, "labels": IGNORED, "position_ids": 0, "attention_mask": 0}
-    if "position_ids" not in examples[0]:
-        examples = [
-            {**example, "attention_mask": [1] * len(example["input_ids"])} for example in examples
-        ]
-    return {
-        name: torch.tensor(
-            [example[name] + [fill[name]] * (length - len(example[name])) for example in examples]
+    num = int(held_out) if held_out >= 1 else int(held_out * len(records) + 0.5)
+    num = max(num, 1) if held_out else 0
+    if num >= len(records):
+        raise ValueError(
+            f"--held-out {held_out} leaves none of {len(records)} examples to train on"
         )
-        for name in examples[0]
-    }
+    drawn = set(random.Random(seed).sample(range(len(records)), num))
+    return (
+        records.select([i for i in range(len(records)) if i not in drawn]),
+        records.select(sorted(drawn)),
+    )
+
+
+def for_trainer(
+    records: datasets.Dataset, kind: str, tokenizer: Any, template: str, length: int
+) -> datasets.Dataset:
+    """Records as a trainer of TRL takes them: prompts with completions, preferences, or tokens.
+
+    Of messages every answer of the assistant is an example, with all that came before it as its
+    prompt. A text is cut into runs of at most `length` tokens, the last of which ends with the end
+    token.
+    """
+    if kind == "preference":
+        return records
+    return records.map(
+        _runs if kind == "text" else _pairs,
+        batched=True,
+        remove_columns=records.column_names,
+        fn_kwargs=dict(kind=kind, tokenizer=tokenizer, template=template, length=length),
+    )
+
+
+def _runs(batch: dict[str, list], tokenizer: Any, length: int, **_: Any) -> dict[str, list]:
+    runs = []
+    for ids in tokenizer(batch["text"])["input_ids"]:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = ids if ids[-1:] == end else ids + end
+        runs += [ids[i : i + length] for i in range(0, len(ids), length)]
+    return {"input_ids": [run for run in runs if len(run) > 1]}
+
+
+def _pairs(
+    batch: dict[str, list], kind: str, tokenizer: Any, template: str, length: int
+) -> dict[str, list]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    pairs = [pair for row in rows for pair in _pairs_of(row, kind, tokenizer, template)]
+    names = ("prompt", "completion", *({"tools", "answer"} & batch.keys()))
+    return {name: [pair[name] for pair in pairs] for name in names}
+
+
+def _pairs_of(row: dict[str, Any], kind: str, tokenizer: Any, template: str) -> list[dict]:
+    if kind == "completion":
+        if isinstance(row["prompt"], list):
+            check_chat(tokenizer)
+        return [row]
+    if kind == "instruction":
+        prompt = prompt_of(row["instruction"], template, tokenizer, row.get("input"))
+        # White space before an output would merge with the prompt's last token.
+        output: Any = row["output"].lstrip()
+        if isinstance(prompt, list):
+            output = [{"role": "assistant", "content": output}]
+        return [row | {"prompt": prompt, "completion": output}]
+    check_chat(tokenizer)
+    turns = row[kind]
+    if kind == "conversations":
+        turns = [
+            {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+            for turn in turns
+        ]
+    return [
+        row | {"prompt": turns[:i], "completion": [turn]}
+        for i, turn in enumerate(turns)
+        if i and turn.get("role") == "assistant"
+    ]

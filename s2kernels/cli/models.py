@@ -1,6 +1,7 @@
-"""Models, tokenizers and adapters out of local folders; nothing is downloaded."""
+"""Models, tokenizers and adapters out of local folders or, what is no folder here, off the hub."""
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -32,38 +33,45 @@ _KINDS = {
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
+def is_hub_id(name: Path | str) -> bool:
+    """Whether it may name something on the hub: no path here, and none by its looks."""
+    path = Path(name)
+    known = path.exists() or path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".txt")
+    return not known and bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)))
+
+
 def load_model(
-    path: Path,
+    path: Path | str,
     dtype: torch.dtype | str,
     task: str | None = None,
     provided: Collection[str] = (),
     **fields: Any,
 ) -> Any:
-    """The model in a local folder: a causal language model, or what the `task` of an adapter says.
+    """A causal language model, or what the `task` of an adapter says, of a folder or the hub.
 
     provided: names of tensors that the folder may lack, as an adapter will bring them. fields: what
-    the model's configuration is to have in the place of its own.
+    from_pretrained takes besides.
 
     Raises ValueError where there is no such model, or it lacks tensors, which transformers would
     draw at random.
     """
-    if not (path / "config.json").is_file():
+    local = not is_hub_id(path)
+    if local and not Path(path, "config.json").is_file():
         raise ValueError(f"{path} is not the folder of a model: it has no config.json")
-    try:
-        config = json.loads((path / "config.json").read_text("utf-8"))
-        model_type = config.get("model_type")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path / 'config.json'} is damaged: {error}") from None
     kind, what = _KINDS.get(task or "", _CAUSAL)
+    model_type = _model_type(Path(path, "config.json")) if local else None
     try:
         model, report = kind.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, **fields
+            path, dtype=dtype, local_files_only=local, output_loading_info=True, **fields
         )
     except ValueError:
-        _check_type(model_type, kind, what, path)
+        if local:
+            _check_type(model_type, kind, what, path)
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} holds no model that can be loaded: {error}") from error
+        text = " ".join(str(error).split())[:300]
+        what = "holds no model that can be loaded" if local else "is no folder here, and the hub"
+        raise ValueError(f"{path} {what}: {text}") from error
     if missing := sorted(set(report["missing_keys"]) - set(provided)):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
@@ -71,6 +79,28 @@ def load_model(
             "drawn at random"
         )
     return model
+
+
+def _model_type(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def device_of(name: str) -> str:
+    """The device that --device names; ValueError for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def length_of(model: Any, wanted: int | None) -> int:
+    """How many tokens of an example are used; ValueError for more than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None) or wanted or 512
+    if wanted and wanted > limit:
+        raise ValueError(f"--max-length {wanted}: the model has {limit} positions")
+    return wanted or min(512, limit)
 
 
 def load_base(path: Path, dtype: torch.dtype | str, adapter: Path) -> Any:
@@ -99,15 +129,15 @@ def random_model(config: str, dtype: torch.dtype, seed: int) -> Any:
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--config {config}: not JSON: {error}") from None
+        raise ValueError(f"--model-config {config}: not JSON: {error}") from None
     if not isinstance(fields, dict) or "model_type" not in fields:
-        raise ValueError(f"--config {config}: an object with 'model_type' wanted")
+        raise ValueError(f"--model-config {config}: an object with 'model_type' wanted")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype)
         except ValueError:
-            _check_type(fields["model_type"], *_CAUSAL, "--config")
+            _check_type(fields["model_type"], *_CAUSAL, "--model-config")
             raise
 
 
@@ -116,7 +146,7 @@ def load_tokenizer(name: str) -> Any:
     if name == "bytes":
         return ByT5Tokenizer(extra_ids=0)
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name, local_files_only=not is_hub_id(name))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer in {name}: give one by --tokenizer") from error
 

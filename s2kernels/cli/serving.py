@@ -7,13 +7,15 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from s2kernels.cli.models import load_model, load_tokenizer
+from s2kernels.cli.answers import answers, encode, prompt_of, show
+from s2kernels.cli.models import device_of, load_model, load_tokenizer
 from s2kernels.serve import Serving
 
 PAGE = 32
@@ -28,28 +30,18 @@ def generate(args: Namespace) -> Callable[[], None]:
     if not names:
         raise ValueError("--no-base needs an --adapter")
     serving, tokenizer = _load(args)
-    encoded = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
-    for prompt, tokens in zip(prompts, encoded, strict=True):
-        if not tokens["input_ids"].numel():
+    encoded = [encode(tokenizer, prompt_of(text, args.template, tokenizer)) for text in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
             raise ValueError(f"a prompt must have at least one token, got {prompt!r}")
 
     def work() -> None:
-        sampling: dict[str, Any] = dict(do_sample=False)
-        if args.temperature:
-            sampling = dict(do_sample=True, temperature=args.temperature, top_k=0)
-            torch.manual_seed(args.seed)
-        for prompt, tokens in zip(prompts, encoded, strict=True):
-            rows = tokens["input_ids"].expand(len(names), -1).to(serving.model.device)
-            out = serving.generate(
-                rows,
-                adapters=names,
-                attention_mask=torch.ones_like(rows),
-                max_new_tokens=args.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id or 0,
-                **sampling,
-            )
-            answers = tokenizer.batch_decode(out[:, rows.shape[1] :], skip_special_tokens=True)
-            _print(prompt, dict(zip(names, answers, strict=True)), args.json)
+        torch.manual_seed(args.seed)
+        made = partial(serving.generate, adapters=names)
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            rows, device = [ids] * len(names), serving.model.device
+            found = answers(made, tokenizer, rows, device, args.max_new_tokens, args.temperature)
+            show(prompt, {n or "(base)": t for n, t in zip(names, found, strict=True)}, args.json)
 
     return work
 
@@ -117,8 +109,7 @@ def _load(args: Namespace) -> tuple[Serving, Any]:
     tokenizer = load_tokenizer(args.tokenizer or str(args.model))
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = load_model(args.model, dtype).eval()
-    if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
-        model.to("cuda")
+    model.to(device_of(args.device))
     serving = Serving(model, pool_bytes=args.pool_mib * 2**20)
     for name, path in args.adapter:
         serving.register(name, path)
@@ -149,16 +140,3 @@ def _read_prompts(path: Path) -> list[str]:
     if not lines:
         raise ValueError(f"--prompts: {path} holds no prompt")
     return lines
-
-
-def _print(prompt: str, answers: dict[str | None, str], as_json: bool) -> None:
-    if as_json:
-        base = {"base": answers[None]} if None in answers else {}
-        adapters = {name: text for name, text in answers.items() if name is not None}
-        print(json.dumps({"prompt": prompt, **base, "adapters": adapters}, ensure_ascii=False))
-        return
-    print(f"> {prompt}")
-    width = max(len(name or "(base)") for name in answers)
-    for name, text in answers.items():
-        print(f"{name or '(base)':{width}}  {text}")
-    print()

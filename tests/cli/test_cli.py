@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from s2kernels import cli
 from s2kernels.adapter import read_adapter
-from s2kernels.cli import examples, finetune
-from s2kernels.cli.examples import IGNORED, PROMPT, PROMPT_WITH_INPUT
+from s2kernels.cli import examples, finetune, texts, training
+from s2kernels.cli.answers import PROMPT
 from s2kernels.cli.models import load_tokenizer
 from s2kernels.coupling import channels_of_heads
 from s2kernels.peft import S2FTConfig, select_indices
@@ -88,63 +88,7 @@ def refused(capsys, *argv) -> str:
     return lines[-1]
 
 
-# ---------------------------------------------------------------------------- data
-
-
-@pytest.mark.parametrize("kind", ["list", "compact list", "lines", "text"])
-def test_every_kind_of_file_is_read(kind, tmp_path):
-    path = tmp_path / "data"
-    records = [{"text": "one\n"}, {"text": "[two]"}] if kind == "text" else RECORDS[:3]
-    if kind == "compact list":
-        path.write_text(json.dumps(records))
-    elif kind == "list":
-        path.write_text("\n " + json.dumps(records, indent=2) + "\n")
-    else:
-        path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
-    wanted = [{k: v for k, v in record.items() if k != "answer"} for record in records]
-    assert examples.read_records(path) == wanted
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"text": "a"}\n{"text": "b"\n', ":2: not JSON"),
-        ('{"text": "a"}\n\n{"prompt": "b"}', ":3: fields 'instruction' and 'output' wanted"),
-        ('{"instruction": "a"}', ":1: fields 'instruction' and 'output' wanted"),
-        ('{"instruction": "a", "output": 3}', ":1: 'output' must be a text"),
-        ('{"instruction": "a", "output": ""}', ":1: 'output' must be a text that is not empty"),
-        ('{"instruction": "a", "output": "b", "input": 1}', ":1: 'input' must be a text"),
-        ('"a"', ":1: an object wanted, got a str"),
-        ('{"text": "a"}\n{"text": "b \\ud83d"}', ":2: 'text' holds half a surrogate pair"),
-        (r'{"instruction": "a", "output": "\udc00"}', ":1: 'output' holds half a surrogate pair"),
-        (
-            '[\n{"instruction": "a", "input": "\\ud800", "output": "b"}]',
-            ":2: 'input' holds half a surrogate pair",
-        ),
-        ('{"text": "a"}\n' + "[" * 100_000, ":2: not JSON: nested too deep"),
-        ('[{"text": "a"},\n' + "[" * 100_000, ":2: not JSON: nested too deep"),
-        ('[\n{"text": "a"},\n{"text" "b"}]', ":3: not JSON"),
-        ('[\n{"text": "a"},\n{"prompt": "b"}\n]', ":3: fields"),
-        ('[{"text": "a"}\n{"text": "b"}]', ":2: not JSON"),
-        ('[{"text": "a"},\n]', ":2: not JSON"),
-        ('[{"text": "a"}]\n{}', ":2: not JSON"),
-        ('[{"text": "a"}', ":1: not JSON"),
-        ("[]", "holds no examples"),
-        ("\n", "holds no examples"),
-    ],
-)
-def test_faults_of_a_file_are_named_with_their_line(text, message, tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(text)
-    with pytest.raises(ValueError) as error:
-        examples.read_records(path)
-    assert str(error.value).startswith(str(path)) and message in str(error.value)
-
-
-def test_a_whole_surrogate_pair_is_a_character(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(r'{"text": "\ud83d\ude00"}')
-    assert examples.read_records(path) == [{"text": "\U0001f600"}]
+# ---------------------------------------------------------------------------- selections
 
 
 @pytest.mark.parametrize(
@@ -165,89 +109,10 @@ def test_what_is_no_selection_is_refused(text, tmp_path):
         finetune.read_selection(path)
 
 
-@pytest.mark.parametrize("extra", ["", "some context"])
-def test_the_loss_is_on_the_output_alone(extra):
-    tokenizer = load_tokenizer("bytes")
-    record = {"instruction": "Say hé.", "input": extra, "output": "hé"}
-    (example,) = examples.encode(record, tokenizer, 512)
-    prompt = (PROMPT_WITH_INPUT if extra else PROMPT).format(**record).encode()
-    output = "hé".encode()
-    assert example["input_ids"] == [byte + 3 for byte in prompt + output] + [1]
-    assert example["labels"] == [IGNORED] * len(prompt) + [byte + 3 for byte in output] + [1]
-
-    (cut,) = examples.encode(record, tokenizer, len(prompt) + 1)
-    assert cut["labels"] == example["labels"][: len(prompt) + 1]
-    assert examples.encode(record, tokenizer, len(prompt)) == []
-
-
-def test_a_text_is_learnt_whole_and_split():
-    tokenizer = load_tokenizer("bytes")
-    runs = examples.encode({"text": "abcdefg"}, tokenizer, 3)
-    assert [run["input_ids"] for run in runs] == [[100, 101, 102], [103, 104, 105], [106, 1]]
-    assert [run["labels"] for run in runs] == [[-100, 101, 102], [-100, 104, 105], [-100, 1]]
-    assert examples.encode({"text": "abc"}, tokenizer, 3)[0]["input_ids"] == [100, 101, 102]
-
-
-def test_rows_are_packed():
-    made = [
-        {"input_ids": list(range(10 * n, 10 * n + n)), "labels": [IGNORED] + [n] * (n - 1)}
-        for n in (2, 5, 3, 6)
-    ]
-    made[2]["labels"][0] = 7  # the token before it is another example's
-    rows = examples.pack(made, 8)
-    assert [row["input_ids"] for row in rows] == [
-        [60, 61, 62, 63, 64, 65, 20, 21],
-        [50, 51, 52, 53, 54, 30, 31, 32],
-    ]
-    assert rows[1]["labels"] == [-100, 5, 5, 5, 5, -100, 3, 3]
-    assert rows[1]["position_ids"] == [0, 1, 2, 3, 4, 0, 1, 2]
-
-
-def test_a_batch_is_padded():
-    short, long = ({"input_ids": [5] * n, "labels": [6] * n} for n in (1, 3))
-    batch = {name: value.tolist() for name, value in examples.collate([short, long], 9).items()}
-    assert batch == {
-        "input_ids": [[5, 9, 9], [5, 5, 5]],
-        "labels": [[6, -100, -100], [6, 6, 6]],
-        "attention_mask": [[1, 0, 0], [1, 1, 1]],
-    }
-    packed = examples.collate(examples.pack([short, long], 3))
-    assert set(packed) == {"input_ids", "labels", "position_ids"}
-
-
-def test_packed_examples_have_the_loss_they_have_alone():
-    model = tiny_model("mistral", vocab_size=259, max_position_embeddings=64)
-    model.config.use_cache = False
-    tokenizer = load_tokenizer("bytes")
-    made = [
-        example
-        for text in ("a first text", "second", "the third one of them", "4th")
-        for example in examples.encode({"text": text}, tokenizer, 64)
-    ]
-    total = sum(
-        model(**examples.collate([example])).loss * (len(example["input_ids"]) - 1)
-        for example in made
-    )
-    rows = examples.pack(made, 32)
-    assert len(rows) == 2
-    labels = sum(len(example["input_ids"]) - 1 for example in made)
-    torch.testing.assert_close(model(**examples.collate(rows)).loss, total / labels)
-    finetune.check_packing(model, rows)
-
-
-def test_a_model_that_mixes_packed_examples_is_refused():
-    model = tiny_model("llama", vocab_size=259)
-    forward = model.forward
-    model.forward = lambda input_ids, **_: forward(input_ids=input_ids)
-    made = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}] * 2
-    with pytest.raises(ValueError, match="does not keep packed examples apart"):
-        finetune.check_packing(model, examples.pack(made, 6))
-
-
 # ---------------------------------------------------------------------------- finetune
 
 
-def test_a_run_lowers_the_held_out_loss(trained, base):
+def test_a_run_lowers_the_held_out_loss(trained, base, data):
     metrics = metrics_of(trained)
     curve = metrics["held_out_loss"]
     assert [step for step, _ in curve] == [0, 3, 6, 9, 12]
@@ -259,27 +124,30 @@ def test_a_run_lowers_the_held_out_loss(trained, base):
         "adapter_model.safetensors",
         "tokenizer_config.json",
         "metrics.json",
-        "options.json",
+        "run.yaml",
         "loss.svg",
     }
     assert not [path for path in trained.iterdir() if path.name.startswith(".")]
 
     # the loss reported is the mean over the tokens of the held-out examples
-    tokenizer = load_tokenizer("bytes")
-    _, held_out = finetune.split(RECORDS, 0.2, 0)
-    made = [example for record in held_out for example in examples.encode(record, tokenizer, 256)]
+    _, held_out = examples.split(examples.read([str(data)])[0], 0.2, 0)
     model = PeftModel.from_pretrained(load(base), trained).eval()
-    with torch.no_grad():
-        losses = [float(model(**examples.collate([example])).loss) for example in made]
-    counts = [sum(label != IGNORED for label in example["labels"]) for example in made]
-    mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
-    assert curve[-1][1] == pytest.approx(mean, rel=1e-5)
+    total = count = 0
+    for record in held_out:
+        prompt = PROMPT.format(**record).encode()
+        ids = [byte + 3 for byte in prompt + record["output"].encode()] + [1]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].double()
+        answer = torch.tensor(ids[len(prompt) :])
+        total += float(torch.nn.functional.cross_entropy(logits, answer, reduction="sum"))
+        count += len(answer)
+    assert curve[-1][1] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_interrupted(trained, base, data, tmp_path):
     output = tmp_path / "resumed"
     shutil.copytree(trained / "checkpoint-6", output / "checkpoint-6")
-    shutil.copy(trained / "options.json", output)
+    shutil.copy(trained / "run.yaml", output)
     (output / "checkpoint-9").mkdir()  # cut off while it was written
     train(base, data, output, "--resume")
     left, right = (load_file(path / "adapter_model.safetensors") for path in (trained, output))
@@ -322,7 +190,7 @@ def test_a_random_model_is_saved_with_its_adapter(data, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
     output = tmp_path / "out"
     cli.main(
-        ["finetune", "--config", str(tmp_path / "config.json"), "--tokenizer", "bytes"]
+        ["finetune", "--model-config", str(tmp_path / "config.json"), "--tokenizer", "bytes"]
         + ["--data", str(data), "--output", str(output), "--max-steps", "1", "--device", "cpu"]
     )
     cli.main(["merge", str(output), "--output", str(tmp_path / "merged")])
@@ -429,15 +297,17 @@ def test_finetune_selects_on_a_share_of_its_training_data(base, data, tmp_path, 
     options = ["--strategy", "activation", "--smallest", "--calibration-share", "0.2"]
     train(base, data, tmp_path, *options, "--max-steps", "2", "--save-steps", "1")
 
-    train_records, _ = finetune.split(examples.read_records(data), 0.2, 0)
     tokenizer = load_tokenizer("bytes")
-    encoded = [examples.encode(record, tokenizer, 256) for record in train_records]
-    sample = finetune.calibration_set(encoded, 0.2, 0)
-    assert len(sample) == 4 and all([example] in encoded for example in sample)  # of 19
+    records, kind, _ = examples.read([str(data)])
+    train_records, _ = examples.split(records, 0.2, 0)
+    pairs = examples.for_trainer(train_records, kind, tokenizer, "auto", 256)
+    rows = training.tokenized(tokenizer, pairs, 256)
+    sample = finetune.calibration_set(rows, 0.2, 0)
+    assert len(sample) == 4 and all(row in list(rows) for row in sample)  # of 19
     chosen = select_indices(
         load(base),
         S2FTConfig(heads=2, channels=0.2, selection="activation", largest=False),
-        [examples.collate([example]) for example in sample],
+        training.batches(sample, tokenizer),
         progress=False,
     )
     adapter = read_adapter(tmp_path)
@@ -493,6 +363,8 @@ def test_mistakes_are_told_in_one_line(base, data, trained, tmp_path, capsys):
     bad.write_text('{"text": "a"}\n{"text": }\n')
     fields = tmp_path / "fields.jsonl"
     fields.write_text('{"prompt": "a"}\n')
+    folder = tmp_path / "folder"
+    folder.mkdir()
     lora = tmp_path / "lora"
     lora.mkdir()
     (lora / "adapter_config.json").write_text('{"peft_type": "LORA"}')
@@ -506,7 +378,14 @@ def test_mistakes_are_told_in_one_line(base, data, trained, tmp_path, capsys):
         (["finetune"], "required"),
         ([*args, tmp_path / "none.json"], "none.json"),
         ([*args, bad], f"{bad}:2: not JSON"),
-        ([*args, fields], f"{fields}:1: fields"),
+        ([*args, fields], f"{fields}: fields"),
+        ([*args, folder], f"{folder} holds no file"),
+        ([*args, data, "--method", "lora", "--heads", "2"], "--heads goes with --method s2ft"),
+        ([*args, data, "--density", "0.1"], "--density goes with --method spiel"),
+        ([*args, data, "--method", "spiel", "--optimizer", "sgd"], "one of its own"),
+        ([*args, data, "--optimizer", "best"], "best"),
+        ([*args, data, "--template", "chat"], "no chat template"),
+        ([*args, data, "--config", bad], "--config"),
         ([*args, data, "--heads", "9"], "9 wanted of 8"),
         ([*args, data, "--channels", "1.5"], "1.5 wanted"),
         ([*args, data, "--channels", "few"], "invalid count or share value"),
@@ -514,9 +393,10 @@ def test_mistakes_are_told_in_one_line(base, data, trained, tmp_path, capsys):
         ([*args, data, "--lr", "nan"], "--lr"),
         ([*args, data, "--batch-size", "0"], "--batch-size"),
         ([*args, data, "--held-out", "0.99"], "leaves none"),
+        ([*args, data, "--held-out", "24"], "leaves none"),
         ([*args, data, "--smallest"], "--smallest ranks by scores"),
         ([*args, data, "--strategy", "best"], "invalid choice"),
-        ([*args, data, "--strategy", "weight", "--selection", bad], "not allowed with"),
+        ([*args, data, "--strategy", "weight", "--selection", bad], "--strategy cannot"),
         ([*args, data, "--strategy", "weight", "--calibration-share", "0"], "share above 0"),
         ([*args, data, "--targets", "no_proj"], "no_proj"),
         ([*args, data, "--targets", "mlp"], "linear"),
@@ -526,16 +406,16 @@ def test_mistakes_are_told_in_one_line(base, data, trained, tmp_path, capsys):
         ([*args[:5], "--data", data], "no tokenizer in"),
         ([*args, data, "--output", trained], "not an empty folder"),
         (["finetune", "--model", tmp_path, *args[3:], data], "has no config.json"),
-        (["finetune", "--config", shrink, *args[3:], data], "259 tokens"),
-        (["finetune", "--config", "{", *args[3:], data], "not JSON"),
-        (["finetune", "--config", "{}", *args[3:], data], "'model_type' wanted"),
+        (["finetune", "--model-config", shrink, *args[3:], data], "259 tokens"),
+        (["finetune", "--model-config", "{", *args[3:], data], "not JSON"),
+        (["finetune", "--model-config", "{}", *args[3:], data], "'model_type' wanted"),
         (
-            ["finetune", "--config", '{"model_type": "llamaz"}', *args[3:], data],
-            "--config: transformers knows no model type 'llamaz'",
+            ["finetune", "--model-config", '{"model_type": "llamaz"}', *args[3:], data],
+            "--model-config: transformers knows no model type 'llamaz'",
         ),
         (
-            ["finetune", "--config", '{"model_type": "t5"}', *args[3:], data],
-            "--config: transformers has no causal language model of type 't5'",
+            ["finetune", "--model-config", '{"model_type": "t5"}', *args[3:], data],
+            "--model-config: transformers has no causal language model of type 't5'",
         ),
         (["inspect", tmp_path], "no adapter_config.json"),
         (["inspect", lora], "holds no adapter of S2FT or SpIEL: its type is 'LORA'"),
@@ -568,15 +448,15 @@ def test_a_base_of_another_shape_is_refused(trained, tmp_path, capsys):
 
 
 def test_an_extra_that_is_missing_is_named(data, base, capsys, monkeypatch, tmp_path):
-    for name in ("finetune", "models", "examples"):
-        monkeypatch.delitem(sys.modules, f"s2kernels.cli.{name}")
+    for name in ("finetune", "models", "examples", "training", "evaluate", "serving"):
+        monkeypatch.delitem(sys.modules, f"s2kernels.cli.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "transformers", None)
     argv = ["finetune", "--model", base, "--data", data, "--output", tmp_path / "new"]
     line = refused(capsys, *argv)
     assert line.endswith("transformers is missing: pip install -e '.[peft]' in the clone")
 
 
-@pytest.mark.parametrize("command", ["", "finetune", "inspect", "merge", "export-lora", "select"])
+@pytest.mark.parametrize("command", ["", *texts.TEXTS])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])

@@ -163,7 +163,7 @@ def test_an_unknown_model_type_is_told_in_a_short_line(fields, message, base, tm
     assert message in line and len(line) < 300
     config = json.dumps({k: v for k, v in fields.items() if v} | {"hidden_size": 8})
     with pytest.raises(SystemExit):
-        argv = ["finetune", "--config", config, "--tokenizer", "bytes", "--data", str(path)]
+        argv = ["finetune", "--model-config", config, "--tokenizer", "bytes", "--data", str(path)]
         cli.main([*argv, "--output", str(tmp_path / "run")])
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import s2kernels.adapter
 from s2kernels import cli
 from s2kernels.adapter import read_adapter
-from s2kernels.cli import finetune, runs
+from s2kernels.cli import runs, training
 from s2kernels.peft import S2FTConfig, indices_of
 
 
@@ -23,7 +23,7 @@ def argv(tmp_path_factory) -> list[str]:
     (path / "data.jsonl").write_text('{"text": "abcdefg"}\n' * 4)
     config = tiny_model("llama", vocab_size=259).config
     (path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
-    argv = ["finetune", "--config", str(path / "config.json"), "--tokenizer", "bytes"]
+    argv = ["finetune", "--model-config", str(path / "config.json"), "--tokenizer", "bytes"]
     return argv + ["--data", str(path / "data.jsonl"), "--max-steps", "1", "--device", "cpu"]
 
 
@@ -43,17 +43,17 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
 
     argv = [*argv, "--output", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(finetune._Trainer, "train", interrupted)
+        patch.setattr(training.Completions, "train", interrupted)
         code, line = stopped(capsys, *argv)
     assert code == 130 and line.endswith("interrupted before the first checkpoint; begin anew")
     (tmp_path / ".writing-left").mkdir()
     found = {path.name for path in tmp_path.iterdir()}
-    assert found == {"options.json", "base", "checkpoint-1", ".writing-left"}
+    assert found == {"run.yaml", "base", "checkpoint-1", ".writing-left"}
     code, line = stopped(capsys, *argv, "--resume")
     assert code == 2 and line.endswith(f"there is no checkpoint in {tmp_path}: leave it out")
 
     cli.main([*argv, "--heads", "3", "--granularity", "8"])
-    options = json.loads((tmp_path / "options.json").read_text())
+    options = runs.read_settings(tmp_path)
     assert (options["heads"], options["granularity"]) == (3, 8)
     parts = read_adapter(tmp_path)
     assert len(parts["model.layers.0.self_attn.o_proj"].index) == 3 * 4
@@ -70,7 +70,7 @@ def test_an_interrupted_run_names_its_last_checkpoint(argv, tmp_path, capsys, mo
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune._Trainer, "train", interrupted)
+    monkeypatch.setattr(training.Completions, "train", interrupted)
     code, line = stopped(capsys, *argv, "--output", tmp_path)
     assert code == 130 and line.endswith("interrupted; --resume goes on from checkpoint-12")
     code, line = stopped(capsys, *argv, "--output", tmp_path)
@@ -84,7 +84,7 @@ def test_an_interrupted_run_names_its_last_checkpoint(argv, tmp_path, capsys, mo
         ([], "ours", True),
         (["base", "checkpoint-3", ".writing-x"], "ours", True),
         (["base"], None, False),
-        (["base"], "mine", False),
+        (["base"], "- mine", False),
         (["base"], "[]", False),
         (["base", "notes.txt"], "ours", False),
         (["base_model"], "ours", False),
@@ -94,8 +94,8 @@ def test_an_interrupted_run_names_its_last_checkpoint(argv, tmp_path, capsys, mo
 )
 def test_what_is_not_a_runs_own_is_not_written_over(others, options, fits, tmp_path):
     if options is not None:
-        ours = json.dumps(dict.fromkeys(runs._LASTING))
-        (tmp_path / "options.json").write_text(ours if options == "ours" else options)
+        ours = "method: s2ft\n"
+        (tmp_path / "run.yaml").write_text(ours if options == "ours" else options)
     for name in others:
         if "." in name[1:]:
             (tmp_path / name).write_text("{}")
@@ -149,8 +149,8 @@ def test_a_selection_is_not_said_to_be_a_draw(argv, tmp_path):
     assert {name: part.index.tolist() for name, part in read_adapter(output).items()} == want
     card = (output / "README.md").read_text()
     assert "(given by their indices)" in card and "selection random" not in card
-    options = json.loads((output / "options.json").read_text())
-    assert [options[name] for name in runs.CHOICE] == [None] * 7
+    options = runs.read_settings(output)
+    assert not options.keys() & set(runs.CHOICE)
 
     argv[argv.index("--max-steps") + 1] = "2"
     cli.main([*argv, "--resume"])
@@ -172,7 +172,7 @@ def test_a_full_disk_is_told_in_one_line(kind, argv, tmp_path, capsys, monkeypat
         raise FULL[kind]
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune._Trainer, "train", full)
+        patch.setattr(training.Completions, "train", full)
         code, line = stopped(capsys, *argv, "--output", tmp_path / "run")
     assert code == 2 and "finetune: error: " in line and "no space left on the disk" in line
 
@@ -194,7 +194,7 @@ def test_another_fault_of_the_training_keeps_its_traceback(argv, tmp_path, monke
     def fail(*args, **options):
         raise RuntimeError("some fault")
 
-    monkeypatch.setattr(finetune._Trainer, "train", fail)
+    monkeypatch.setattr(training.Completions, "train", fail)
     with pytest.raises(RuntimeError, match="some fault"):
         cli.main([*argv, "--output", str(tmp_path / "run")])
 
