@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
-from plots import bars, demo, density, kernels, lines
+from plots import bars, demo, density, kernels, lines, serving
 
 # A results file results/<device>/<suite>.json is drawn by these, into figures/<device>/.
 SUITES = {
     "demo": (demo.draw,),
+    "figure6": (serving.draw,),
     "ops": (kernels.draw,),
     "steps": (bars.draw, lines.draw, density.draw),
+    "tenants": (serving.draw_tenants,),
 }
 
 
