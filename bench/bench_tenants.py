@@ -93,7 +93,7 @@ def with_groups(model: nn.Module, factors: Factors) -> Assign:
 
         def add(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
             x = args[0].flatten(0, 1)
-            u = torch.zeros(len(x), rank)
+            u = torch.zeros(len(x), rank, dtype=x.dtype)
             ops.grouped_out_(u, x, down, chosen[0])
             ops.grouped_in_(y.view(-1, y.shape[-1]), u, up, chosen[0])
             return y

@@ -19,8 +19,8 @@ BLOCKS = (1, 16, 64)
 # together. With 16 to 220 channels of 512 to 4096 the two took equally long at 4 to 16 tokens.
 PRODUCT_TOKENS = 8
 # So are groups of fewer tokens whose rows, adjacent in the pool, hold as many numbers or more: the
-# sum of rows took 1.4 to 2.5 times as long then, and half as long with fewer numbers in a cache.
-PRODUCT_NUMBERS = 2**16
+# sum of rows took 2.5 times as long with so many, and as long as products with half as many.
+PRODUCT_NUMBERS = 2**17
 
 
 @dataclass(frozen=True, eq=False)
