@@ -1,109 +1,29 @@
-"""Serving: what many adapters cost in one batch, and what a switch costs.
+"""Serving: what many adapters cost in one batch.
 
-    python -m pytest bench/bench_serving.py --benchmark-json=bench/results/cpu/serving.json
+    python -m pytest bench/bench_serving.py --results bench/results --again
 
-Every round times the case and, right before it, what it is compared with: extra_info holds the
-median of their ratios and the quartiles. Decoding and prefill are of a Llama of hidden size 512
-with 4 layers, beside the same model without adapters; each adapter trains one head of o_proj and 28
-channels of down_proj in every layer. A switch (Figure 6b of the S2FT paper) is of 32 channels of a
-weight (d, d), beside the two products with which a LoRA of rank 16 leaves and another one comes,
-and beside a copy of as many bytes, or of as many cache lines, which is what it cannot do without.
+Every round times the case and, right before it, what it is compared with. Decoding and prefill are
+of a Llama of hidden size 512 with 4 layers, beside the same model without adapters; each adapter
+trains one head of o_proj and 28 channels of down_proj in every layer.
 """
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from s2kernels.adapter import Slice
+from bench.measure.beside import compare
+from bench.measure.served import HIDDEN, LAYERS, adapter, decoding, llama
 from s2kernels.serve import Serving
-from s2kernels.serve.switch import Switcher
 
-HIDDEN, LAYERS, HEAD, FFN = 512, 4, 64, 1376
-ROUNDS, SECONDS = 60, 15.0
-LINE = 64  # bytes
 MANY = 10_000  # adapters
 
 
 @pytest.fixture(scope="module")
 def model():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HIDDEN // HEAD,
-        num_key_value_heads=HIDDEN // HEAD,
-        vocab_size=2048,
-        max_position_embeddings=256,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def adapter(seed: int, heads_of_o: int = HEAD, channels: int = 28) -> dict[str, Slice]:
-    generator = torch.Generator().manual_seed(seed)
-    slices = {}
-    for layer in range(LAYERS):
-        head = int(torch.randint(HIDDEN // HEAD, (), generator=generator)) * HEAD
-        o_index = torch.arange(head, head + heads_of_o, dtype=torch.int32)
-        ffn_index = torch.randperm(FFN, generator=generator)[:channels].int()
-        for name, index in (("self_attn.o_proj", o_index), ("mlp.down_proj", ffn_index)):
-            delta = torch.randn(HIDDEN, len(index), generator=generator) * 0.02
-            slices[f"model.layers.{layer}.{name}"] = Slice("in", index, delta)
-    return slices
-
-
-def compare(benchmark, run: Callable[[], object], other: Callable[[], object], **info) -> None:
-    """Times `run`, and right before each of its rounds `other`."""
-    if benchmark.disabled:  # each runs once
-        other()
-        benchmark(run)
-        return
-    seconds: list[float] = []
-
-    def timed_other() -> None:
-        began = time.perf_counter()
-        other()
-        seconds.append(time.perf_counter() - began)
-
-    for _ in range(3):
-        run()
-        timed_other()
-    rounds = max(7, min(ROUNDS, int(SECONDS / (2 * min(seconds) + 1e-6))))
-    seconds.clear()
-    benchmark.pedantic(run, setup=timed_other, rounds=rounds, iterations=1)
-    ratios = [a / b for a, b in zip(benchmark.stats.stats.data, seconds, strict=True)]
-    first, median, third = statistics.quantiles(ratios, n=4)
-    benchmark.extra_info.update(
-        info, ratio=median, ratio_quartiles=[first, third], other_seconds=statistics.median(seconds)
-    )
-
-
-def decoding(model: nn.Module, rows: int, length: int = 16) -> Callable[[], Tensor]:
-    """One step of `rows` sequences that are `length` tokens long."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    with torch.no_grad():
-        model(
-            input_ids=torch.randint(0, 2048, (rows, length)), past_key_values=cache, use_cache=True
-        )
-    token = torch.randint(0, 2048, (rows, 1))
-
-    def step() -> Tensor:
-        with torch.no_grad():
-            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-        cache.crop(-1)
-        return logits
-
-    return step
+    return llama()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +47,7 @@ def bench_decode(benchmark, model, base, serving, num):
         serving.register(name, adapter(seed))
     step, other = decoding(model, num), decoding(base, num)
     with serving.rows(names):
-        compare(benchmark, step, other, adapters=num, beside="base")
+        compare(benchmark, step, {"base": other}, adapters=num)
 
 
 @pytest.mark.parametrize(("num", "length"), [(8, 64), (32, 16), (1, 256)])
@@ -150,7 +70,32 @@ def bench_prefill(benchmark, model, base, serving, num, length):
         with serving.rows(names):
             forward(model)()
 
-    compare(benchmark, run, forward(base), adapters=num, tokens=length, beside="base")
+    compare(benchmark, run, {"base": forward(base)}, adapters=num, tokens=length)
+
+
+def bench_peft_mixed(benchmark, base):
+    """PEFT's own mixed batch of 32 adapters in decoding. To hold: at most 1.30 of the base."""
+    from peft import get_peft_model
+
+    from s2kernels.peft import S2FTConfig
+
+    num = 3 if benchmark.disabled else 32
+    names = [f"a{number}" for number in range(num)]
+    model = copy.deepcopy(base)
+    for seed, name in enumerate(names):
+        config = S2FTConfig(heads=1, channels=28, seed=seed)
+        if seed:
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+    model.eval()
+    for name, parameter in model.named_parameters():
+        if "s2ft_delta" in name:
+            parameter.data.normal_(0, 0.02)
+    step, other = decoding(model.base_model, num), decoding(base, num)
+    with model._enable_peft_forward_hooks(adapter_names=names):  # as within generate
+        step()
+        compare(benchmark, step, {"base": other}, adapters=num)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +130,7 @@ def bench_ten_thousand(benchmark, crowds):
 
         return run
 
-    compare(benchmark, stepping(many), stepping(few), registered=MANY, beside="10 registered")
+    compare(benchmark, stepping(many), {"10 registered": stepping(few)}, registered=MANY)
     for name in names:
         many.store.unpin(name)
 
@@ -206,43 +151,4 @@ def bench_past_residency(benchmark, base, crowds, working_set):
 
     for _ in range(0 if benchmark.disabled else 40):
         run()
-    compare(benchmark, run, other, working_set=working_set, resident=256, beside="base")
-
-
-@pytest.mark.parametrize("beside", ["lora", "floor"])
-@pytest.mark.parametrize("kind", ["rows", "run", "columns"])
-@pytest.mark.parametrize("size", [1024, 4096])
-def bench_switch(benchmark, size, kind, beside):
-    """To hold: 2 x its bytes for rows and runs, 1.5 x its lines for columns; beside LoRA at most
-    1/12 and 1/150 for rows, 1/3 and 1/10 for columns.
-    """
-    torch.set_num_threads(1)
-    model = nn.Sequential(nn.Linear(size, size, bias=False))
-    switcher, channels = Switcher(model), 32
-    adapters = []
-    for seed in range(2):
-        generator = torch.Generator().manual_seed(seed)
-        index = torch.randperm(size, generator=generator)[:channels].int()
-        if kind == "run":
-            index = torch.arange(64 + 512 * seed, 64 + 512 * seed + channels, dtype=torch.int32)
-        dim, shape = ("out", (channels, size)) if kind == "rows" else ("in", (size, channels))
-        adapters.append({"0": Slice(dim, index, torch.randn(shape) * 0.02)})
-    turn = [0]
-
-    def run() -> None:
-        turn[0] ^= 1
-        switcher.switch(turn[0], adapters[turn[0]])
-
-    weight = torch.randn(size, size)
-    factors = [(torch.randn(size, 16), torch.randn(16, size)) for _ in range(2)]
-
-    def lora() -> None:
-        turn[0] ^= 1
-        weight.addmm_(*factors[turn[0]], alpha=-1)
-        weight.addmm_(*factors[1 - turn[0]])
-
-    # Two slices are written: so many floats for rows, so many lines for scattered columns.
-    floats = 2 * channels * size * (LINE // 4 if kind == "columns" else 1)
-    source, target = torch.randn(floats), torch.randn(floats)
-    other = lora if beside == "lora" else lambda: target.copy_(source)
-    compare(benchmark, run, other, kind=kind, size=size, beside=beside)
+    compare(benchmark, run, {"base": other}, working_set=working_set, resident=256)

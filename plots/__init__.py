@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
-from plots import bars, demo, density, host, kernels, learning, lines
+from plots import bars, demo, density, host, kernels, learning, lines, serving
 
 # A results file results/<device>/<suite>.json is drawn by these, into figures/<device>/.
 SUITES = {
     "demo": (demo.draw,),
+    "figure6": (serving.draw,),
     "host": (host.draw,),
     "ops": (kernels.draw,),
     "steps": (bars.draw, lines.draw, density.draw),
+    "tenants": (serving.draw_tenants,),
 }
 
 

@@ -1,8 +1,9 @@
-"""Numbers printed in the S2FT paper (arXiv 2412.06289v3, Figure 5), beside which ours are drawn.
+"""Numbers of the S2FT paper (arXiv 2412.06289v3), beside which ours are drawn.
 
-One A100-80G SXM, bf16, LLaMA-2. The latency is the mean of the middle half of 40 last iterations of
-200; the peak is that of a single first iteration, before an optimizer has state, which flatters
-full fine-tuning most. GB are 10^9 bytes: 54 is four times the weights of the 7B model.
+Figure 5, printed: one A100-80G SXM, bf16, LLaMA-2. The latency is the mean of the middle half of 40
+last iterations of 200; the peak is that of a single first iteration, before an optimizer has state,
+which flatters full fine-tuning most. GB are 10^9 bytes: 54 is four times the weights of the 7B
+model. Figure 6, read off its curves: milliseconds, of devices that are not named.
 """
 
 MACHINE = "printed in the paper, A100-80G"
@@ -59,3 +60,25 @@ def series(shape: str, method: str) -> list[tuple[int, float, float]]:
         for (name, length, batch), (peaks, times) in _PRINTED.items()
         if name == shape and times[place] is not None
     )
+
+
+# Figure 6a and 6b: to switch an adapter in a weight (d, d), 32 channels beside a LoRA of rank 16.
+SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
+SWITCH = {
+    "GPU": {
+        "S2FT": (0.051, 0.052, 0.052, 0.051, 0.057, 0.056),
+        "LoRA": (0.018, 0.025, 0.069, 0.203, 0.746, 2.92),
+    },
+    "CPU": {
+        "S2FT": (0.12, 0.13, 0.20, 0.25, 0.33, 0.61),
+        "LoRA": (0.16, 0.51, 1.9, 12.2, 31.0, 123.8),
+    },
+}
+# Figure 6c: a token for each adapter; of S2FT the one that gathers inputs and the one that scatters
+# outputs.
+ADAPTERS = (1, 10, 100, 1000, 10_000, 100_000)
+PARALLEL = {
+    "S2FT, input channels": (0.056, 0.046, 0.073, 0.289, 2.55, 25.0),
+    "S2FT, output channels": (0.045, 0.046, 0.068, 0.256, 2.17, 21.3),
+    "LoRA": (0.064, 0.055, 0.076, 0.330, 3.00, 29.6),
+}

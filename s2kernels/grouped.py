@@ -29,7 +29,7 @@ def grouped_in_(y: Tensor, x: Tensor, pool: Tensor, groups: Groups) -> Tensor:
     """
     if not groups.widest:
         return y
-    bags = groups.bags
+    bags, products = groups.parts(pool.shape[1])
     if bags is not None:
         layout = bags.layout
         places = torch.add(bags.channels, layout.token, alpha=x.shape[1])
@@ -41,7 +41,7 @@ def grouped_in_(y: Tensor, x: Tensor, pool: Tensor, groups: Groups) -> Tensor:
             y.add_(sums)
         else:
             y.index_add_(0, layout.tokens, sums)
-    for product in groups.products:
+    for product in products:
         part = _take(x, product.tokens).index_select(1, product.channels)
         if isinstance(product.tokens, slice):
             y[product.tokens].addmm_(part, _take(pool, product.rows))
@@ -57,10 +57,10 @@ def grouped_out_(y: Tensor, x: Tensor, pool: Tensor, groups: Groups) -> Tensor:
     """
     if not groups.widest:
         return y
-    bags = groups.bags
+    bags, products = groups.parts()
     if bags is not None:
         y.index_put_((bags.layout.token, bags.channels), _dots(x, pool, bags), accumulate=True)
-    for product in groups.products:
+    for product in products:
         part = _take(x, product.tokens) @ _take(pool, product.rows).t()
         if isinstance(product.tokens, slice):
             y[product.tokens].index_add_(1, product.channels, part)

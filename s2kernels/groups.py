@@ -18,6 +18,9 @@ BLOCKS = (1, 16, 64)
 # On a CPU, groups of as many tokens are a matrix product each; all smaller ones are one sum of rows
 # together. With 16 to 220 channels of 512 to 4096 the two took equally long at 4 to 16 tokens.
 PRODUCT_TOKENS = 8
+# So are groups of fewer tokens whose rows, adjacent in the pool, hold as many numbers or more: the
+# sum of rows took 2.5 times as long with so many, and as long as products with half as many.
+PRODUCT_NUMBERS = 2**17
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +70,31 @@ class Groups:
     channels: Tensor
     widest: int
 
-    @cached_property
-    def bags(self) -> "Bags | None":
-        """The groups of few tokens; None if there are none."""
-        return _bags(self)
+    def parts(self, width: int = 0) -> "tuple[Bags | None, list[Product]]":
+        """How plain torch computes: sums of rows, None if there are none, and products.
+
+        width: of the rows, where rows are summed; 0 where each is multiplied by a vector, which
+        has no better way for few tokens.
+        """
+        if width not in self._parts:
+            wide = self._wide(width)
+            self._parts[width] = _bags(self, wide), _products(self, wide)
+        return self._parts[width]
 
     @cached_property
-    def products(self) -> list["Product"]:
-        """The groups of many tokens that have entries."""
-        return _products(self)
+    def _parts(self) -> "dict[int, tuple[Bags | None, list[Product]]]":
+        return {}
+
+    def _wide(self, width: int) -> list[bool]:
+        """Which groups of few tokens are a product each."""
+        if width * self.widest < PRODUCT_NUMBERS:
+            return [False] * len(self.tokens.sizes)
+        return [
+            (last - first) * width >= PRODUCT_NUMBERS
+            and size > 0
+            and isinstance(_run(self.rows[first:last]), slice)
+            for size, (first, last) in zip(self.tokens.sizes, self.bounds.tolist(), strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +177,15 @@ def make_groups(
     )
 
 
-def _bags(groups: Groups) -> Bags | None:
+def _bags(groups: Groups, wide: list[bool]) -> Bags | None:
     order = groups.tokens
     if not len(order.few[0]):
         return None
     counts = groups.bounds[:, 1] - groups.bounds[:, 0]
+    if any(wide):
+        counts = counts * ~torch.tensor(wide, device=counts.device)
+        if not counts[order.few[1]].any():
+            return None
     key = tuple(counts.tolist())
     if key not in order.layouts:
         order.layouts[key] = _layout(*order.few, counts.long())
@@ -179,12 +202,13 @@ def _layout(tokens: Tensor, group: Tensor, counts: Tensor) -> Layout:
     return Layout(tokens, offsets.int(), tokens[bag], bag.int(), group[bag], entry)
 
 
-def _products(groups: Groups) -> list[Product]:
+def _products(groups: Groups, wide: list[bool]) -> list[Product]:
     products, start = [], 0
-    for size, (first, last) in zip(groups.tokens.sizes, groups.bounds.tolist(), strict=True):
+    bounds = groups.bounds.tolist()
+    for size, (first, last), is_wide in zip(groups.tokens.sizes, bounds, wide, strict=True):
         tokens = groups.tokens.order[start : start + size]
         start += size
-        if size >= PRODUCT_TOKENS and last > first:
+        if (size >= PRODUCT_TOKENS or is_wide) and last > first:
             rows, channels = groups.rows[first:last], groups.channels[first:last]
             products.append(Product(_run(tokens), _run(rows), channels.long()))
     return products

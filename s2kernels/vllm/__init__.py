@@ -64,8 +64,8 @@ def _untested(missing: list[tuple[str, str]]) -> str:
     names = ", ".join(f"{module}.{path}" for module, path in missing)
     return (
         f"s2kernels serves S2FT adapters in vLLM {TESTED}, and this is {vllm.__version__}, which "
-        f"has no {names}: install vllm=={TESTED}, or serve the LoRA that `s2kernels export --format"
-        " vllm` makes of the adapter"
+        f"has no {names}: install vllm=={TESTED}, or serve the LoRA that `s2kernels export-lora "
+        "--format vllm` makes of the adapter"
     )
 
 

@@ -121,9 +121,30 @@ def test_rows_that_follow_each_other(op, impl, device):
     problem.pool = Problem.randn(*problem.pool.shape, problem.pool)
     problem.rows, problem.group = rows, torch.arange(2).repeat_interleave(torch.tensor([12, 9]))
     problem.groups = make_groups(problem.group, rows, problem.channels, device)
-    assert all(isinstance(p.tokens, slice) for p in problem.groups.products)
-    assert all(isinstance(p.rows, slice) for p in problem.groups.products)
+    _, products = problem.groups.parts()
+    assert all(isinstance(p.tokens, slice) and isinstance(p.rows, slice) for p in products)
     problem.check(backend.select(problem.x, impl))
+
+
+@pytest.mark.parametrize("tokens", [[1, 1, 2, 1], [1, 9, 2, 1]])
+def test_wide_rows_that_follow_each_other_are_products(tokens, monkeypatch):
+    """In-slices of many numbers for few tokens; one group is not wide, one has scattered rows."""
+    monkeypatch.setattr("s2kernels.groups.PRODUCT_NUMBERS", 5 * 24)
+    problem = Problem("grouped_in_", (tokens, [6, 5, 4, 7], 2, 24, 18), torch.float64, "cpu")
+    problem.pool = Problem.randn(*problem.pool.shape, problem.pool)
+    runs = [torch.arange(first, first + n, dtype=torch.int32) for first, n in ((1, 6), (7, 5))]
+    problem.rows = [*runs, torch.arange(12, 16).int(), torch.randperm(7).int() * 3]
+    problem.groups = make_groups(problem.group, problem.rows, problem.channels)
+    bags, products = problem.groups.parts(24)
+    assert bags is not None and len(products) == 2 and problem.groups.parts()[0] is not None
+    problem.check(reference)
+
+
+def test_without_any_sum_of_rows(monkeypatch):
+    monkeypatch.setattr("s2kernels.groups.PRODUCT_NUMBERS", 24)
+    problem = Problem("grouped_in_", ([1, 2], [1, 1], 1, 24, 18), torch.float64, "cpu")
+    assert problem.groups.parts(24)[0] is None
+    problem.check(reference)
 
 
 def test_without_the_op_of_torch_that_is_not_public(monkeypatch):
