@@ -138,7 +138,7 @@ class S2FTLinear(S2FTLayer):
         adapter_names = rows.of(x, joined=self.structure is not None)
         self.keeper.restore([self])
         y = self._forward_base(x, *args, **kwargs)
-        for name in self._present(sorted(set(adapter_names))):
+        for name in self.present(sorted(set(adapter_names))):
             chosen = [row for row, wanted in enumerate(adapter_names) if wanted == name]
             index = torch.tensor(chosen, device=x.device)
             delta, where = self.s2ft_delta[name], self.positions[name]
