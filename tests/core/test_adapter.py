@@ -380,8 +380,9 @@ def test_a_checkpoint_is_recognised_in_every_dtype_it_is_loaded_in(dim):
             assert torch.equal(fingerprint(weight.to(dtype), dim), prints), (stored, dtype)
 
 
-# b2sum -l 64 of the bytes 803f0040 and 404080c0, read as little-endian integers
-GOLDEN = [-2148885605209827065, 2478679932599080675]
+# the upper 48 bits of b2sum -l 64 of the bytes 803f0040 and 404080c0, as little-endian integers
+EARLIER = [-2148885605209827065, 2478679932599080675]
+GOLDEN = [number >> 16 for number in EARLIER]
 
 
 def test_the_fingerprint_is_the_same_on_every_machine_and_follows_its_channel():
@@ -389,6 +390,24 @@ def test_the_fingerprint_is_the_same_on_every_machine_and_follows_its_channel():
     assert fingerprint(weight, "out").tolist() == GOLDEN
     assert fingerprint(weight.t(), "in").tolist() == GOLDEN  # neither strides nor dim matter
     assert fingerprint(weight.flip(0), "out").tolist() == GOLDEN[::-1]
+    check_fingerprint("o_proj", torch.tensor(EARLIER), weight, "out")  # all 64 bits of them
+    with pytest.raises(ValueError, match="2 of 2 trained channels"):
+        check_fingerprint("o_proj", torch.tensor(EARLIER[::-1]), weight, "out")
+
+
+def test_the_average_of_a_fingerprint_is_still_it():
+    weight = base_weight()
+    prints = fingerprint(weight, "in")
+    averages = [
+        (3 * prints + 5 * prints) // 8,
+        (sum(1000 * prints for _ in range(8)) / 8000).to(torch.int64),
+        (0.3 * prints.float() + 0.7 * prints.float()).to(torch.int64),
+        torch.stack([prints.float()] * 7).mean(0).to(torch.int64),
+    ]
+    for average in averages:
+        check_fingerprint("o_proj", average, weight, "in")
+    with pytest.raises(ValueError, match=f"base: {SIZE} of {SIZE}"):
+        check_fingerprint("o_proj", (prints + prints.roll(1)) // 2, weight, "in")
 
 
 def test_another_base_is_refused_by_name():

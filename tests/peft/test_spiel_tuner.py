@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import Accelerator
 from peft import get_peft_model
 from spiel_regression import AG, MA, config, delta_of, index_of, layer_of, one_step, regression
 from torch import nn
@@ -245,3 +246,60 @@ def test_two_processes_select_the_same(tmp_path):
     assert [seed[2] for seed in first[3]] == [2, 3, 3]  # the first step of a window only names
     support = regression()[3]
     assert torch.isin(support, first[0].long()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("selection", (AG, MA))
+def test_accelerate_saves_and_loads_the_tuner(selection, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    fields = dict(selection=selection, reselection_steps=10, accumulation_steps=4)
+
+    def made():
+        base, x, y, _, _ = regression()
+        model = get_peft_model(base, config(**fields))
+        optimizer = accelerator.prepare(make_optimizer(model, lr=0.02))
+        tuner = SpIELTuner(model, optimizer, total_steps=30)
+        accelerator._custom_objects.clear(), accelerator._models.clear()
+        accelerator._optimizers[:] = [optimizer]
+        model = accelerator.prepare(model)
+        accelerator.register_for_checkpointing(tuner)
+        return model, optimizer, tuner, x, y
+
+    model, optimizer, tuner, x, y = made()
+    for step in range(1, 20):
+        one_step(model, optimizer, tuner, x, y)
+        if step == 13:
+            accelerator.save_state(tmp_path)
+    other, twin, its_tuner, x, y = made()
+    accelerator.load_state(tmp_path)
+    assert its_tuner.steps == 13
+    for _ in range(13, 19):
+        one_step(other, twin, its_tuner, x, y)
+    assert torch.equal(index_of(other), index_of(model))
+    assert torch.equal(delta_of(other), delta_of(model))
+
+
+@pytest.mark.parametrize("name", ("spiel_tuner.json", "spiel_tuner.safetensors"))
+def test_damaged_files_of_a_tuner_are_refused_by_name(name, tmp_path):
+    base, x, y, _, _ = regression()
+    model = get_peft_model(base, config(reselection_steps=10, accumulation_steps=4))
+    optimizer = make_optimizer(model, lr=0.02)
+    tuner = SpIELTuner(model, optimizer, total_steps=30)
+    for _ in range(2):
+        one_step(model, optimizer, tuner, x, y)
+    save_tuner(tmp_path, tuner)
+    path = tmp_path / name
+    whole = path.read_bytes()
+    texts = [whole[: len(whole) // 2], b"", b"\xff\xfe", b"[" * 100_000]
+    if name.endswith("json"):
+        texts += [b"[]", b"{}", b'{"steps": "2", "selection": 3}']
+        texts.append(whole.replace(b'"0": 2', b'"0": "x"'))
+        texts.append(whole.replace(b'"window"', b'"windows"'))
+    for text in texts:
+        assert text != whole
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            load_tuner(tmp_path, tuner)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"there is no {name}"):
+        load_tuner(tmp_path, tuner)
+    assert tuner.steps == 2

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from s2kernels.coupling import not_plain
 from s2kernels.peft.host.holding import Holding, holding
 from s2kernels.peft.host.loading import Sources, changed, moved, sources
+from s2kernels.peft.host.obstacles import refuse_export
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
@@ -40,6 +41,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._seen: dict[str, Sources] = {}
         # adapters whose fingerprint is 0 until somebody asks for the state_dict
         self._renew: dict[str, bool] = {}
+        # why adapters that were loaded cannot be used; the others can
+        self._refused: dict[str, str] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -78,8 +81,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Arguments of the writing op: base + delta, or for None base alone, into held.weight."""
         raise NotImplementedError
 
-    def locate(self) -> None:
-        """Look up where the adapters' values lie in the weight as it is.
+    def place(self, adapter: str) -> None:
+        """Look up where the adapter's values lie in the weight as it is.
 
         Raises ValueError for an index that does not fit the layer.
         """
@@ -112,10 +115,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return call
 
     def active(self) -> list[str]:
-        """The adapters that decide the output: none while they are disabled or merged."""
+        """The adapters that decide the output: none while they are disabled or merged.
+
+        Raises ValueError for one that cannot be used, and under torch.export for what is written.
+        """
         if self.disable_adapters or self.merged:
             return []
-        return self._present(self.active_adapters)
+        names = self.present(self.active_adapters)
+        if any(self.modes[name] != "additive" for name in names):
+            refuse_export()
+        return names
 
     def not_inplace(self) -> str | None:
         """Why nothing can be written into the base weight; None if it can."""
@@ -193,7 +202,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.deltas[adapter] = delta
         self.indices[adapter] = index.to(self.weight.device)
         self.modes[adapter] = mode
-        self.locate()
+        self._refused.pop(adapter, None)
+        if not index.is_meta:
+            self.place(adapter)
         self.fingerprints[adapter] = self._fingerprint(adapter)
         self._seen[adapter] = self._sources(adapter)
         self.keeper.changed()
@@ -210,7 +221,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         delta = self.deltas[source].detach().clone()
         self.deltas[adapter] = nn.Parameter(delta, requires_grad=requires_grad)
         self.indices[adapter] = self.indices[source].clone()
-        self.locate()
+        self.place(adapter)
         known = self.fingerprints[source]  # of the dense base, where this one is quantized
         own = known.clone() if known.any() else self._fingerprint(adapter)
         self.fingerprints[adapter] = own
@@ -224,7 +235,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         loaded: the base may have been loaded, too. Adapters that did not come along are from then
         on those of the new base.
 
-        Raises ValueError for one that does not fit the layer, or was trained on another base.
+        One that does not fit the layer, or was trained on another base, is refused: whoever uses it
+        gets a ValueError, as does, with loaded, who has loaded it.
         """
         if torch.compiler.is_compiling():
             return
@@ -232,19 +244,37 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not found:
             return
         self.keeper.restore([self])
-        self.locate()
+        fault = ""
         for name, is_own in found.items():
             if self.indices[name].is_meta:
                 continue
-            expected = self.fingerprints[name]
-            if is_own or not expected.any():  # the fingerprint did not come along
-                self.fingerprints[name] = torch.zeros_like(expected)
-                self._renew[name] = True
-            elif not self.merged and not_plain(self.weight) is None:
-                self._renew.pop(name, None)
-                self.check_fingerprint(expected, self.take(name).base)
+            refused = self._refused.pop(name, None)
+            try:
+                self._take_note(name, is_own and refused is None)
+            except ValueError as error:
+                self._refused[name] = str(error)
+                if not (is_own and refused):
+                    fault = fault or str(error)
             self._seen[name] = self._sources(name)
         self.keeper.changed()
+        if loaded and fault:
+            raise ValueError(fault)
+
+    def _take_note(self, name: str, is_own: bool) -> None:
+        self.place(name)
+        expected = self.fingerprints[name]
+        if is_own or not expected.any():  # the fingerprint did not come along
+            self.fingerprints[name] = torch.zeros_like(expected)
+            self._renew[name] = True
+        elif not self.merged and not_plain(self.weight) is None:
+            self._renew.pop(name, None)
+            self.check_fingerprint(expected, self.take(name).base)
+
+    def locate(self) -> None:
+        """`place` all adapters, since the basis has changed."""
+        for name, index in self.indices.items():
+            if not index.is_meta and name not in self._refused:
+                self.place(name)
 
     @torch.inference_mode(False)
     def renew_fingerprints(self) -> None:
@@ -326,11 +356,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         Raises ValueError for a base that is not a plain dense weight, and with safe_merge for a
         result that is not finite.
         """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
+        names = self.present(check_adapters_to_merge(self, adapter_names))
         if names and (reason := self.not_inplace()):
             raise ValueError(
-                f"an adapter can only be merged into a plain dense weight: {reason}; "
-                "load the base in a floating dtype to merge"
+                f"an adapter can only be merged into a plain dense weight: {reason}"
+                + ("; load the base in a floating dtype to merge" if self.obstacle() else "")
             )
         self.keeper.restore([self])
         for name in names if safe_merge else []:
@@ -354,8 +384,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.keeper.unmerge(self)
             self.merged_adapters.pop()
 
-    def _present(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.modes]
+    def present(self, names: list[str]) -> list[str]:
+        """Those that the layer has. Raises ValueError for one that was refused when it came."""
+        found = [name for name in names if name in self.modes]
+        for name in found:
+            if name in self._refused:
+                raise ValueError(f"adapter {name!r} cannot be used: {self._refused[name]}")
+        return found
 
 
 def _after_load(layer: AdapterLayer, incompatible_keys) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from s2kernels.adapter import PREFIX
@@ -46,3 +47,23 @@ def check_tensors(
                 f"{'is' if len(absent) == 1 else 'are'} missing, {len(absent)} in all"
             )
         config.digests = None
+
+
+def as_integers(model: nn.Module, loaded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, by their names in the model, with whole numbers where its buffers have them: the
+    average of several adapters' indices is floating.
+
+    Raises ValueError where they are no whole numbers.
+    """
+    found = dict(loaded)
+    for name, buffer in model.named_buffers():
+        value = found.get(name)
+        if value is None or buffer.is_floating_point() or not value.is_floating_point():
+            continue
+        found[name] = value.round().to(buffer.dtype)
+        if not torch.allclose(found[name].to(value.dtype), value, rtol=1e-6, atol=1e-3):
+            raise ValueError(
+                f"{name} must be whole numbers: if it is an average, the adapters did not train "
+                "the same entries"
+            )
+    return found

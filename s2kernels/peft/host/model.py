@@ -10,7 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from s2kernels.peft.host.layer import AdapterLayer
-from s2kernels.peft.host.loaded_tensors import check_tensors
+from s2kernels.peft.host.loaded_tensors import as_integers, check_tensors
 from s2kernels.peft.host.model_hooks import ModelHooks
 from s2kernels.peft.host.targets import name_all_linear, names_for_peft, plain_name
 from s2kernels.peft.host.weights import WeightKeeper
@@ -191,13 +191,14 @@ class AdapterModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Raises ValueError for tensors of the method that the model has no place for, and, where
-        the configuration came from a file with digests, for others than those that were saved.
+        """Raises ValueError for tensors of the method that the model has no place for, for averages
+        of adapters that train different entries, and, where the configuration came from a file with
+        digests, for others than those that were saved.
         """
         given = {cls._plain_key(key): value for key, value in state_dict.items()}
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, given)
         check_tensors(cls.prefix, model, config, adapter_name, given, loaded)
-        return loaded
+        return as_integers(model, loaded)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

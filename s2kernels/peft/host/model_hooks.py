@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2kernels.peft.host.obstacles import refuse_export
 from s2kernels.peft.host.weights import WeightKeeper
 
 
@@ -110,6 +111,7 @@ class ModelForward:
         if keeper is None:
             return self._forward(*args, **kwargs)
         if torch.compiler.is_compiling():
+            refuse_export()
             if not keeper.is_prepared:
                 torch.compiler.disable(keeper.prepare)()
             keeper.write()

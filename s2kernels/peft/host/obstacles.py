@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -30,5 +31,16 @@ class Obstacles:
         assert self._num_owners is not None
         if self.sharded:
             return "FSDP gathers the weights anew for each forward and backward"
+        if not torch.compiler.is_compiling() and weight.is_inference():
+            return "the weight was made in inference mode"
         owners = self._num_owners.get(id(weight), 1)
         return f"the weight is shared by {owners} modules" if owners > 1 else None
+
+
+def refuse_export() -> None:
+    """Raises ValueError under torch.export."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "torch.export would read the weights without what is written into them: merge the "
+            "adapter, or give S2FT mode='additive' before the first forward"
+        )

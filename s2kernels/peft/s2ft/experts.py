@@ -91,16 +91,16 @@ class S2FTExpertTensor(S2FTLayer):
         premises.same_tensor(self.get_base_layer(), self._leaf)
 
     @torch.inference_mode(False)
-    def locate(self) -> None:
-        super().locate()
+    def place(self, adapter: str) -> None:
+        super().place(adapter)
         if self.dim == "in":
             return
-        for name, where in self.positions.items():
-            if isinstance(where, slice):
-                run = torch.arange(where.start, where.stop, dtype=torch.int32, device="cpu")
-                where = run.to(self.weight.device).expand(*self.num_experts, -1)
-            first = torch.arange(len(where), dtype=torch.int32, device=where.device)
-            self.rows[name] = (where + first.unsqueeze(1) * self.out_features).flatten()
+        where = self.positions[adapter]
+        if isinstance(where, slice):
+            run = torch.arange(where.start, where.stop, dtype=torch.int32, device="cpu")
+            where = run.to(self.weight.device).expand(*self.num_experts, -1)
+        first = torch.arange(len(where), dtype=torch.int32, device=where.device)
+        self.rows[adapter] = (where + first.unsqueeze(1) * self.out_features).flatten()
 
     def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
         weight, base, where = held.weight.data, held.base, held.where
@@ -169,7 +169,7 @@ class S2FTExpertTensor(S2FTLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         call, names = self.call_now(), self.keeper.forwards.rows
-        if names is not None and not self.disable_adapters and self._present(sorted(set(names))):
+        if names is not None and not self.disable_adapters and self.present(sorted(set(names))):
             raise ValueError(
                 f"adapter_names: {self.name} is a tensor of experts, which a mixed batch cannot "
                 "have an adapter of for each row; use set_adapter"

@@ -49,7 +49,7 @@ class S2FTLayer(AdapterLayer):
     adapter_layer_names = ("s2ft_delta",)
     other_param_names: tuple[str, ...] = (
         *("s2ft_index", "s2ft_dim", "s2ft_fingerprint"),
-        *("modes", "layouts", "fuse", "positions", "_seen", "_renew"),
+        *("modes", "layouts", "fuse", "positions", "_seen", "_renew", "_refused"),
     )
 
     def __init__(
@@ -103,30 +103,27 @@ class S2FTLayer(AdapterLayer):
         return self.in_features if self.dim == "in" else self.out_features
 
     @torch.inference_mode(False)  # autograd saves positions, which it would not of such a tensor
-    def locate(self) -> None:
-        """Look up, for the present basis, where the channels of each adapter lie.
+    def place(self, adapter: str) -> None:
+        """Look up, for the present basis, where the channels of the adapter lie.
 
         Raises ValueError for an index or a dim that does not fit the layer.
         """
-        arrangement = arrangement_of(self.keeper)
-        for name, index in self.s2ft_index.items():
-            if index.is_meta:
-                continue
-            self._check_index(f"s2ft_index of adapter {name!r}", index)
-            if int(self.s2ft_dim[name]) != self.axis:
-                raise ValueError(
-                    f"s2ft_dim of adapter {name!r} must be {self.axis}, that of {self.dim}put "
-                    f"channels, got {int(self.s2ft_dim[name])}"
-                )
-            working = arrangement.to_working(self, index)
-            if working.is_inference():
-                working = working.clone()
-            here = working.cpu()
-            start = int(here.flatten()[0])
-            stop = start + here.shape[-1]
-            run = torch.arange(start, stop, dtype=torch.int32, device="cpu")
-            is_run = bool((here == run).all())  # the same one in every expert
-            self.positions[name] = slice(start, stop) if is_run else working
+        index, dim = self.s2ft_index[adapter], int(self.s2ft_dim[adapter])
+        self._check_index(f"s2ft_index of adapter {adapter!r}", index)
+        if dim != self.axis:
+            raise ValueError(
+                f"s2ft_dim of adapter {adapter!r} must be {self.axis}, that of {self.dim}put "
+                f"channels, got {dim}"
+            )
+        working = arrangement_of(self.keeper).to_working(self, index)
+        if working.is_inference():
+            working = working.clone()
+        here = working.cpu()
+        start = int(here.flatten()[0])
+        stop = start + here.shape[-1]
+        run = torch.arange(start, stop, dtype=torch.int32, device="cpu")
+        is_run = bool((here == run).all())  # the same one in every expert
+        self.positions[adapter] = slice(start, stop) if is_run else working
 
     def _check_index(self, name: str, index: Tensor) -> int:
         name = f"{self.name}: {name}"

@@ -138,7 +138,7 @@ class S2FTLinear(S2FTLayer):
         adapter_names = rows.of(x, joined=self.structure is not None)
         self.keeper.restore([self])
         y = self._forward_base(x, *args, **kwargs)
-        present = self._present(sorted(set(adapter_names)))
+        present = self.present(sorted(set(adapter_names)))
         parts = {name: (self.s2ft_delta[name], self.positions[name]) for name in present}
         return rows.add(y, x, self, self.dim, adapter_names, parts) if parts else y
 

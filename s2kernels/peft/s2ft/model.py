@@ -45,8 +45,10 @@ class S2FTModel(AdapterModel):
 
     def _prepare_adding(self, model: nn.Module, config: Any, saved: dict[str, Any] | None) -> None:
         """Raises ValueError for a model type that the coupling table lacks (layout="gather" does
-        without it), and a selection that needs calibration data.
+        without it), a selection that needs calibration data, and no indices.
         """
+        if config.indices is not None and not config.indices:
+            raise ValueError("indices must name at least one target, got none")
         try:
             found = structures(model)
         except ValueError:
@@ -265,7 +267,7 @@ class S2FTModel(AdapterModel):
                     )
         layers = {layer.name: layer for layer in self.keeper.layers}
         parts = [
-            {name: layer.slice_of(each) for name, layer in layers.items() if each in layer.modes}
+            {name: layer.slice_of(each) for name, layer in layers.items() if layer.present([each])}
             for each in adapters
         ]
         combined = combine(parts, weights)

@@ -10,12 +10,13 @@ The entries themselves are in the adapter, their states in that of the optimizer
 
 import json
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
+from s2kernels.digests import read_tensors
 from s2kernels.files import replacing
-from s2kernels.peft.spiel.reselection import WINDOW_FIELDS, SpIELTuner
+from s2kernels.peft.spiel.reselection import SpIELTuner
 
 JSON_NAME = "spiel_tuner.json"
 TENSORS_NAME = "spiel_tuner.safetensors"
@@ -23,15 +24,8 @@ TENSORS_NAME = "spiel_tuner.safetensors"
 
 def save_tuner(folder: str | Path, tuner: SpIELTuner) -> None:
     """Write the state of the tuner, between two steps, into the folder."""
-    window: dict[str, int] = {}
-    tensors: dict[str, Tensor] = {}
-    for layer, watch in zip(tuner.layers, tuner.watches, strict=False):
-        if watch.candidates is not None:
-            window[layer.name] = watch.steps
-        for field in WINDOW_FIELDS:
-            if (value := getattr(watch, field)) is not None:
-                tensors[f"{layer.name}.{field}"] = value
-    state = {"steps": tuner.steps, "selection": tuner.selection, "window": window}
+    state = tuner.state_dict()
+    tensors = state.pop("tensors")
     with replacing(folder) as temporary:
         (temporary / JSON_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, temporary / TENSORS_NAME)
@@ -40,24 +34,19 @@ def save_tuner(folder: str | Path, tuner: SpIELTuner) -> None:
 def load_tuner(folder: str | Path, tuner: SpIELTuner) -> None:
     """Take up the state that `save_tuner` has written.
 
-    Raises ValueError, before anything changes, if there is none, or it is that of another model or
-    selection.
+    Raises ValueError, before anything changes, if there is none, if it is damaged, or that of
+    another model or selection.
     """
+    for name in (JSON_NAME, TENSORS_NAME):
+        if not Path(folder, name).is_file():
+            raise ValueError(f"{folder} holds no state of a SpIELTuner: there is no {name}")
     path = Path(folder, JSON_NAME)
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no state of a SpIELTuner: there is no {JSON_NAME}")
-    state = json.loads(path.read_text(encoding="utf-8"))
-    tensors = load_file(Path(folder, TENSORS_NAME))
-    if state["selection"] != tuner.selection:
-        raise ValueError(
-            f"{path} is of selection={state['selection']!r}, the tuner's is {tuner.selection!r}"
-        )
-    sizes = {layer.name: len(tuner.index_of(layer)) for layer in tuner.layers}
-    for key, value in tensors.items():
-        name, _, field = key.rpartition(".")
-        if field not in WINDOW_FIELDS or len(value) != sizes.get(name):
-            raise ValueError(
-                f"{Path(folder, TENSORS_NAME)} does not go with the model: {key} has "
-                f"{len(value)} entries, the layer {sizes.get(name)}"
-            )
-    tuner.resume(state["steps"], state["window"], tensors)
+    try:
+        state: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    tensors = read_tensors(Path(folder, TENSORS_NAME))
+    try:
+        tuner.load_state_dict({**state, "tensors": tensors} if isinstance(state, dict) else state)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None

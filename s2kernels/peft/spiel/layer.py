@@ -7,7 +7,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from s2kernels import backend
-from s2kernels.adapter import fingerprint
+from s2kernels.adapter import alike, fingerprint
 from s2kernels.autograd.sparse import Observer, Weight, check_entries, linear
 from s2kernels.peft.host.holding import Holding, holding
 from s2kernels.peft.host.layer import AdapterLayer
@@ -64,7 +64,7 @@ class SpIELLinear(AdapterLayer):
     adapter_layer_names = ("spiel_delta",)
     other_param_names = (
         *("spiel_index", "spiel_fingerprint", "modes", "observers"),
-        *("_plans", "_renew", "_seen"),
+        *("_plans", "_renew", "_seen", "_refused"),
     )
 
     def __init__(self, base_layer: nn.Module, keeper: WeightKeeper, name: str) -> None:
@@ -117,23 +117,21 @@ class SpIELLinear(AdapterLayer):
     def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
         return [(held.weight, held.base, delta, held.where)]
 
-    def locate(self) -> None:
-        self._plans = {}
-        for name, index in self.spiel_index.items():
-            if index.is_meta:
-                continue
-            num = check_entries(f"{self.name}: spiel_index of adapter {name!r}", index, self.shape)
-            if num != len(self.spiel_delta[name]):
-                raise ValueError(
-                    f"{self.name}: spiel_index of adapter {name!r} must have the "
-                    f"{len(self.spiel_delta[name])} entries of spiel_delta, got {num}"
-                )
+    def place(self, adapter: str) -> None:
+        self._plans.pop(adapter, None)
+        what = f"{self.name}: spiel_index of adapter {adapter!r}"
+        num = check_entries(what, self.spiel_index[adapter], self.shape)
+        if num != len(self.spiel_delta[adapter]):
+            raise ValueError(
+                f"{what} must have the {len(self.spiel_delta[adapter])} entries of spiel_delta, "
+                f"got {num}"
+            )
 
     def fingerprint_of(self, base: Tensor) -> Tensor:
         return fingerprint(base[None], "out")
 
     def check_fingerprint(self, expected: Tensor, base: Tensor) -> None:
-        if not torch.equal(self.fingerprint_of(base).to(expected.device), expected):
+        if not alike(self.fingerprint_of(base), expected.cpu()).all():
             raise ValueError(
                 f"{self.name}: the adapter was trained on another base: what the weight holds at "
                 f"its {len(base)} trained entries is not as it was; load the base that it was "

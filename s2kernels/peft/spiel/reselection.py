@@ -111,10 +111,52 @@ class SpIELTuner:
         """Stop watching the gradients; the model stays as it is."""
         self._close_window()
 
-    def resume(self, steps: int, window: dict[str, int], tensors: dict[str, Tensor]) -> None:
-        """Go on after so many steps. window: for each layer in which one is open, by name, the
-        steps that it has counted; tensors: NAME.candidates, NAME.total and NAME.squares of these.
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes up between two steps, as accelerate's
+        `register_for_checkpointing` wants it: the steps done, the selection, for each layer with an
+        open window, by name, the steps that this has counted, and NAME.candidates, NAME.total and
+        NAME.squares. The entries are in the adapter, their states in that of the optimizer.
         """
+        pairs = list(zip(self.layers, self.watches, strict=False))
+        window = {layer.name: w.steps for layer, w in pairs if w.candidates is not None}
+        tensors = {
+            f"{layer.name}.{field}": value
+            for layer, watch in pairs
+            for field in WINDOW_FIELDS
+            if (value := getattr(watch, field)) is not None
+        }
+        return {
+            "steps": self.steps,
+            "selection": self.selection,
+            "window": window,
+            "tensors": tensors,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. The adapter must have been loaded before.
+
+        Raises ValueError, before anything changes, for a state that is not complete, or that of
+        another model or selection.
+        """
+        steps, selection, window, tensors = _parts(state)
+        if selection != self.selection:
+            raise ValueError(
+                f"the state is of selection={selection!r}, the tuner's is {self.selection!r}"
+            )
+        sizes = {layer.name: len(self.index_of(layer)) for layer in self.layers}
+        for key, value in tensors.items():
+            name, _, field = key.rpartition(".")
+            if field not in WINDOW_FIELDS or len(value) != sizes.get(name):
+                raise ValueError(
+                    f"the state does not go with the model: {key} has {len(value)} entries, "
+                    f"the layer {sizes.get(name)}"
+                )
+        if lost := sorted(name for name in window if f"{name}.candidates" not in tensors):
+            raise ValueError(f"the state has no {lost[0]}.candidates")
+        self.resume(steps, window, tensors)
+
+    def resume(self, steps: int, window: dict[str, int], tensors: dict[str, Tensor]) -> None:
+        """Go on after so many steps; window and tensors as in `state_dict`."""
         self._close_window()
         self.steps = steps
         self._watch()
@@ -187,6 +229,17 @@ class SpIELTuner:
         replaced = replacement(index, smallest(delta, num), chosen)
         move_states(self.optimizer, delta, replaced)
         layer.replace(self.adapter_name, replaced)
+
+
+def _parts(state: Any) -> tuple[int, str, dict[str, int], dict[str, Tensor]]:
+    """Of a tuner's state_dict; ValueError for what is none."""
+    fields = (("steps", int), ("selection", str), ("window", dict), ("tensors", dict))
+    for name, kind in fields:
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise ValueError(f"the state is not that of a SpIELTuner: it has no {name}")
+    if not all(isinstance(steps, int) for steps in state["window"].values()):
+        raise ValueError(f"the state's window must count steps, got {state['window']!r:.100}")
+    return state["steps"], state["selection"], state["window"], state["tensors"]
 
 
 def make_optimizer(
