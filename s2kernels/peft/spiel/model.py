@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
+from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.model import AdapterModel
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.spiel.config import SpIELConfig
@@ -66,7 +67,8 @@ class SpIELModel(AdapterModel):
             self._counts = budgets(self.keeper.model, config)
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         shape = base.out_features, base.in_features
-        index = random_entries(config.seed, current_key, shape, self._counts[current_key])
+        with with_values():
+            index = random_entries(config.seed, current_key, shape, self._counts[current_key])
         dtype = None if config.delta_dtype is None else getattr(torch, config.delta_dtype)
         if isinstance(target, SpIELLinear):
             target.update_layer(adapter_name, index, config.mode, dtype)
