@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from s2kernels.reference import Index
@@ -62,7 +63,7 @@ def check_index(name: str, index: Index, size: int) -> int:
     if not isinstance(index, Tensor):
         raise TypeError(f"{name} must be an int32 tensor or a slice, got {type(index).__name__}")
     check_list(name, index, torch.int32)
-    if torch.compiler.is_compiling() or index.is_meta:
+    if torch.compiler.is_compiling() or index.is_meta or isinstance(index, FakeTensor):
         return index.numel()
     if _checked.get(index) != (version_of(index), size):
         low, high = (int(bound) for bound in torch.aminmax(index))

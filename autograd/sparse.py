@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from s2kernels import backend
@@ -201,7 +202,7 @@ def check_entries(name: str, index: Tensor, shape: tuple[int, int]) -> int:
     if not isinstance(index, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(index).__name__}")
     check_list(name, index, index_dtype(shape))
-    if torch.compiler.is_compiling() or index.is_meta:
+    if torch.compiler.is_compiling() or index.is_meta or isinstance(index, FakeTensor):
         return index.numel()
     if _checked.get(index) != (version_of(index), shape):
         low, high = (int(bound) for bound in torch.aminmax(index))

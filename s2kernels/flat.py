@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from s2kernels.coupling import not_plain
 from s2kernels.flat_block import MOMENTS, Block
@@ -64,11 +65,15 @@ class FlatAdamW(torch.optim.AdamW):
     Where parameters have moved (`.to`, `load_state_dict(assign=True)`, deepcopy, another optimizer
     of this kind), they are laid out anew at the next step or zero_grad, with their states.
 
-    Raises ValueError for parameters that are not plain floating tensors, such as those sharded by
-    FSDP or on the meta device, or that share memory, before any of the group is moved, and
-    RuntimeError for a move that comes to light while a CUDA graph is captured, or between a
-    backward with moments_in_backward and its step. With moments_in_backward, ValueError for
-    parameters that are neither fp32 nor fp64, and beside accumulate_in_backward.
+    Parameters that FSDP2 has sharded (DTensors) stay where FSDP has them: the one launch works on
+    the part that each process holds, with moments that are sharded likewise. The optimizer is made
+    after `fully_shard`, as any of torch's.
+
+    Raises ValueError for parameters that are not plain floating tensors, such as those on the meta
+    device, or that share memory, before any of the group is moved, and RuntimeError for a move that
+    comes to light while a CUDA graph is captured, or between a backward with moments_in_backward
+    and its step. With moments_in_backward, ValueError for parameters that are neither fp32 nor fp64
+    or are sharded, and beside accumulate_in_backward.
     """
 
     def __init__(
@@ -103,7 +108,8 @@ class FlatAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         blocks = [block for i in range(len(self.param_groups)) for block in self._up_to_date(i)]
-        if not set_to_none and not any(block.foreign_grads() for block in blocks):
+        sharded = any(_sharded(group["params"]) for group in self.param_groups)
+        if not (set_to_none or sharded or any(block.foreign_grads() for block in blocks)):
             for block in blocks:
                 block.grads.zero_()
             return
@@ -169,11 +175,30 @@ class FlatAdamW(torch.optim.AdamW):
                 exp_avgs.append(block.moments[0][span])
                 exp_avg_sqs.append(block.moments[1][span])
                 steps.append(block.steps[run.start])
+        for p in _sharded(group["params"]):
+            if p.grad is None:
+                continue
+            if not (state := self.state[p]):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state.update((name, torch.zeros_like(p)) for name in MOMENTS)
+            torch.autograd.graph.increment_version(p)
+            grad = p.grad.redistribute(placements=p.placements)
+            parts = (each.to_local() for each in (p, grad, *(state[name] for name in MOMENTS)))
+            for tensors, part in zip((values, grads, exp_avgs, exp_avg_sqs), parts, strict=True):
+                tensors.append(part)
+            steps.append(state["step"])
         return False  # nothing complex
 
     def _up_to_date(self, index: int) -> list["Block"]:
         """The blocks of a group, laid out anew if a parameter has moved or come to need one."""
         params = self.param_groups[index]["params"]
+        sharded = _sharded(params)
+        if any(p.is_meta for p in sharded) or (sharded and self.moments_in_backward):
+            raise ValueError(
+                "params must be plain floating parameters for moments_in_backward, and have "
+                f"values, got a DTensor on {sharded[0].device}"
+            )
+        params = [p for p in params if not isinstance(p, DTensor)]
         while len(self._blocks) <= index:
             self._blocks.append([])
         blocks = self._blocks[index]
@@ -233,3 +258,7 @@ class FlatAdamW(torch.optim.AdamW):
         if "_blocks" not in self.__dict__:  # a copy, whose parameters are copies, too
             self._blocks = []
         super().__setstate__(state)
+
+
+def _sharded(params: Iterable[Tensor]) -> list[DTensor]:
+    return [p for p in params if isinstance(p, DTensor)]

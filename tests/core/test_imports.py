@@ -25,6 +25,7 @@ ROOMS = (
     ("s2kernels.peft.s2ft", "s2kernels.peft.spiel"),
     ("s2kernels.peft",),
     ("s2kernels.serve",),
+    ("s2kernels.vllm",),
     ("s2kernels.cli",),
 )
 # Rooms on one level that do not know each other.

@@ -9,9 +9,17 @@ from torch import Tensor, nn
 
 from s2kernels.coupling import not_plain
 from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.kept_buffers import (
+    KeptBuffers,
+    has_values,
+    home_of,
+    replicated,
+    with_values,
+)
 from s2kernels.peft.host.loading import Sources, changed, moved, sources
 from s2kernels.peft.host.obstacles import refuse_export
 from s2kernels.peft.host.premises import Premises
+from s2kernels.peft.host.sharding import check_is_dense_here, check_not_partitioned
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
 
@@ -34,8 +42,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.keeper, self.name = keeper, name
         setattr(self, self.delta_name, nn.ParameterDict())
-        setattr(self, self.index_name, BufferDict({}, persistent=True))
-        setattr(self, self.fingerprint_name, BufferDict({}, persistent=True))
+        setattr(self, self.index_name, KeptBuffers())
+        setattr(self, self.fingerprint_name, KeptBuffers())
         self.modes: dict[str, str] = {}
         # the indices and fingerprints that were looked at, and their versions
         self._seen: dict[str, Sources] = {}
@@ -47,6 +55,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self._call: Any = None
+        self.register_state_dict_post_hook(_as_saved)
         self.register_load_state_dict_post_hook(_after_load)
 
     def __getstate__(self) -> dict:
@@ -109,6 +118,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         call = self._call
         if call is None or call.changes != self.keeper.changes or not call.premises.hold():
             with torch.inference_mode(False):  # views made there could not be saved for a backward
+                check_is_dense_here(self.name, self.weight)
                 self.keeper.notice_weight(self)
                 self.refresh()
                 call = self._call = self.prepare()
@@ -136,15 +146,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def written_adapter(self) -> str | None:
         """The adapter whose values belong in the weight now; None where there is none.
 
-        Raises ValueError where an adapter demands mode="inplace" and is not the only active one, or
-        the weight itself is trained: it would get no gradient.
+        Raises ValueError where an adapter demands mode="inplace" and the weight does not admit it,
+        it is not the only active one, or the weight itself is trained: it would get no gradient.
         """
         names = self.active()
         trained = self.weight.requires_grad
         if len(names) == 1 and not trained:
-            mode = self.modes[names[0]]
-            legal = mode == "inplace" or (mode == "auto" and self.not_inplace() is None)
-            return names[0] if legal else None
+            if self.modes[names[0]] == "additive":
+                return None
+            self.check_mode(self.modes[names[0]])
+            return names[0] if self.not_inplace() is None else None
         for name in names:
             if self.modes[name] == "inplace":
                 wanted = "a frozen weight" if trained else "exactly one active adapter"
@@ -166,6 +177,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         premises.same_child(self, "base_layer")
         premises.same_tensor(base, "weight")
         premises.as_trainable(self.weight)
+        check_not_partitioned([self.weight])
+        premises.as_partitioned(self.weight)
         if adapter is not None:
             premises.same_tensor(self.deltas, adapter)
             for buffers in (self.indices, self.fingerprints):
@@ -193,19 +206,22 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             )
 
     def check_mode(self, mode: str) -> None:
-        """Raises ValueError for mode="inplace" where the base layer does not admit it."""
-        if mode == "inplace" and (reason := self.not_inplace()):
+        """Raises ValueError for mode="inplace" where the base layer does not admit it. A weight on
+        the meta device is loaded later.
+        """
+        if mode == "inplace" and not self.weight.is_meta and (reason := self.not_inplace()):
             raise ValueError(f"mode='inplace' needs a plain dense weight: {reason}")
 
     def add(self, adapter: str, mode: str, delta: nn.Parameter, index: Tensor) -> None:
         """Have an adapter of these tensors, of which the caller has checked the shapes."""
         self.deltas[adapter] = delta
-        self.indices[adapter] = index.to(self.weight.device)
+        self.indices[adapter] = index.to(home_of(self.weight))
         self.modes[adapter] = mode
         self._refused.pop(adapter, None)
-        if not index.is_meta:
-            self.place(adapter)
-        self.fingerprints[adapter] = self._fingerprint(adapter)
+        with with_values():
+            if not index.is_meta:
+                self.place(adapter)
+            self.fingerprints[adapter] = self._fingerprint(adapter)
         self._seen[adapter] = self._sources(adapter)
         self.keeper.changed()
 
@@ -290,7 +306,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return sources(self.indices[adapter], self.fingerprints[adapter])
 
     def _fingerprint(self, adapter: str) -> Tensor:
-        if not_plain(self.weight) or self.indices[adapter].is_meta:
+        if not_plain(self.weight) or not has_values(self.weight):
             return self.unknown_fingerprint(adapter)
         return self.fingerprint_of(self.take(adapter).base).to(self.weight.device)
 
@@ -321,7 +337,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         found = changed(self.indices, self.fingerprints, self._seen, loaded=False)
         self.keeper.moving(self)
         before = self.weight
+        empty = [name for name, delta in self.deltas.items() if delta.is_meta]
         super()._apply(fn, recurse)
+        for name in empty:  # as a new adapter is; on the meta device this does nothing
+            nn.init.zeros_(self.deltas[name])
         self._seen = moved(self.indices, self.fingerprints, self._seen, found)
         self.keeper.moved(self, before, fn)
         return self
@@ -331,15 +350,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """PEFT's, which would also cast the delta to the dtype of the weight."""
         to = self.weight.device if device is None else torch.device(device)
+        home = to if has_values(self.weight) else home_of(self.weight)
         for name in (*self.adapter_layer_names, *self.other_param_names):
             tensors = getattr(self, name)
             if not isinstance(tensors, (nn.ParameterDict, BufferDict)):
                 continue
             tensor = tensors[adapter_name] if adapter_name in tensors else None
-            if tensor is None or tensor.is_meta or tensor.device == to:
-                continue
-            moved = tensor.detach().to(to)
             is_delta = isinstance(tensor, nn.Parameter)
+            where = to if is_delta else home
+            if tensor is None or tensor.is_meta or tensor.device == where:
+                continue
+            moved = tensor.detach().to(where)
             tensors[adapter_name] = nn.Parameter(moved, tensor.requires_grad) if is_delta else moved
 
     # Merging
@@ -391,6 +412,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             if name in self._refused:
                 raise ValueError(f"adapter {name!r} cannot be used: {self._refused[name]}")
         return found
+
+
+def _as_saved(layer: AdapterLayer, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for part, buffers in layer.named_children():
+        for name in buffers if isinstance(buffers, KeptBuffers) else ():
+            key = f"{prefix}{part}.{name}"
+            if key in state:
+                state[key] = replicated(state[key], layer.deltas[name])
 
 
 def _after_load(layer: AdapterLayer, incompatible_keys) -> None:

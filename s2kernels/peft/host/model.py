@@ -8,10 +8,12 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from s2kernels.peft.host.layer import AdapterLayer
 from s2kernels.peft.host.loaded_tensors import as_integers, check_tensors
 from s2kernels.peft.host.model_hooks import ModelHooks
+from s2kernels.peft.host.sharding import check_is_whole
 from s2kernels.peft.host.targets import name_all_linear, names_for_peft, plain_name
 from s2kernels.peft.host.weights import WeightKeeper
 
@@ -43,10 +45,10 @@ class AdapterModel(BaseTuner):
         `AdapterConfig`. Where it is another adapter's, too, the new one starts as a copy of that.
 
         Raises ValueError for what the configuration asks for and the model does not admit, for a
-        target that another tuner has, and for weights that are offloaded or partitioned; TypeError
-        for a target of a wrong kind.
+        target that another tuner has, and for weights that are offloaded or sharded; TypeError for
+        a target of a wrong kind.
         """
-        self._check_is_whole(model)
+        check_is_whole(model)
         given: Any = self.peft_config[adapter_name]
         others = (name for name, config in self.peft_config.items() if config is given)
         self._template = next((name for name in others if name != adapter_name), None)
@@ -109,14 +111,6 @@ class AdapterModel(BaseTuner):
                 state = module.modules_to_save[template].state_dict()
                 module.modules_to_save[adapter_name].load_state_dict(state)
 
-    def _check_is_whole(self, model: nn.Module) -> None:
-        """Raises ValueError for a model that DeepSpeed has partitioned."""
-        if any(hasattr(value, "ds_id") for value in model.parameters()):
-            raise ValueError(
-                "the parameters are partitioned by DeepSpeed ZeRO-3, which gathers them for the "
-                "forward of their own module alone: use FSDP2"
-            )
-
     def _existing_layers(self, model: nn.Module) -> list[Any]:
         """Those that the adapters before have made.
 
@@ -169,6 +163,18 @@ class AdapterModel(BaseTuner):
             if existing:
                 self._attach()
             raise
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """PEFT's, which moves the layer to the device of the weight. It is there already, and fake
+        tensors cannot be moved.
+        """
+        weight = next(child.parameters(), None)
+        if weight is not None and isinstance(weight, FakeTensor):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     # Tensors on their way out and in
 

@@ -4,11 +4,12 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+
+from s2kernels.peft.host.sharding import is_gathered
 
 
 class Obstacles:
-    """Weights that modules share, and FSDP2, as they were at the last `look`. A copy looks anew."""
+    """Weights that modules share, and FSDP, as they were at the last `look`. A copy looks anew."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -22,7 +23,7 @@ class Obstacles:
         """Look at the model as it is now."""
         parameters = self._model.named_parameters(remove_duplicate=False)
         self._num_owners = Counter(id(value) for _, value in parameters)
-        self.sharded = any(isinstance(module, FSDPModule) for module in self._model.modules())
+        self.sharded = is_gathered(self._model)
 
     def of(self, weight: Tensor) -> str | None:
         """Why nothing can be written into this weight; None if it can."""

@@ -65,6 +65,10 @@ class Premises:
         owner = module._parameters if name in module._parameters else module._buffers
         self._same.append((owner, name, owner.get(name)))
 
+    def as_partitioned(self, tensor: Tensor) -> None:
+        """DeepSpeed ZeRO-3, which keeps the tensor object, has partitioned it if it has now."""
+        self._same.append((vars(tensor), "ds_id", vars(tensor).get("ds_id")))
+
     def bare(self, module: nn.Module) -> None:
         """A call of the module runs the forward of its class, without hooks of its own."""
         self._same.append((vars(module), "forward", None))

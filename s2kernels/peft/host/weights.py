@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from s2kernels.coupling import not_plain
 from s2kernels.peft.host.forwards import Forwards
 from s2kernels.peft.host.obstacles import Obstacles
 from s2kernels.peft.host.premises import Premises
+from s2kernels.peft.host.sharding import check_not_partitioned
 from s2kernels.peft.host.written_layer import Arrangement, Held, WrittenLayer
 
 
@@ -207,11 +207,13 @@ class WeightKeeper:
         """Look at the model again: FSDP2 comes after the adapter was made, and anybody may assign a
         weight.
 
-        Raises RuntimeError for weights that were sharded while they held what was trained.
+        Raises ValueError for weights that DeepSpeed ZeRO-3 has partitioned, and RuntimeError for
+        those that were sharded while they held what was trained.
         """
+        check_not_partitioned(layer.weight for layer in self.layers)
         self.obstacles.look()
         held = self.held_by_layer or (self.arrangement is not None and self.arrangement.moved)
-        if held and any(isinstance(layer.weight, DTensor) for layer in self.layers):
+        if held and self.obstacles.sharded:
             raise RuntimeError(
                 "the model was sharded after its first forward, while the weights held what was "
                 "trained: shard it before, or call state_dict() first"

@@ -20,6 +20,7 @@ from s2kernels.architectures import Member
 from s2kernels.autograd.experts import Routing, expert_delta, expert_linear, experts_forward
 from s2kernels.coupling import Structure
 from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.kept_buffers import beside, has_values, keep
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
@@ -98,7 +99,7 @@ class S2FTExpertTensor(S2FTLayer):
         where = self.positions[adapter]
         if isinstance(where, slice):
             run = torch.arange(where.start, where.stop, dtype=torch.int32, device="cpu")
-            where = run.to(self.weight.device).expand(*self.num_experts, -1)
+            where = beside(run, self.weight).expand(*self.num_experts, -1)
         first = torch.arange(len(where), dtype=torch.int32, device=where.device)
         self.rows[adapter] = (where + first.unsqueeze(1) * self.out_features).flatten()
 
@@ -181,7 +182,9 @@ class S2FTExpertTensor(S2FTLayer):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        self.rows = {name: fn(rows) for name, rows in self.rows.items()}
+        self.rows = {
+            name: keep(rows, fn) if has_values(rows) else rows for name, rows in self.rows.items()
+        }
         return self
 
 

@@ -20,6 +20,7 @@ from s2kernels.autograd.mlp import mlp
 from s2kernels.capturing import is_capturing
 from s2kernels.coupling import Structure
 from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.s2ft.arranged_weights import arrangement_of
@@ -184,7 +185,7 @@ class FusedMLP:
         written = {layer: layer.written_adapter() for layer in layers}
         modes = {written[layer] is not None for layer in trained}
         positions = [layer.positions[adapter] for layer in trained]
-        if len(modes) > 1 or not _are_the_same(positions):
+        if len(modes) > 1 or not _are_the_same([layer.s2ft_index[adapter] for layer in trained]):
             return None
 
         biases: list[Tensor | None] = [linear.bias for linear in linears]
@@ -210,9 +211,6 @@ class FusedMLP:
         )
 
 
-def _are_the_same(positions: list[Index]) -> bool:
-    first = positions[0]
-    if any(isinstance(each, slice) for each in positions):
-        return all(isinstance(each, slice) and each == first for each in positions)
-    tensors = [each for each in positions if isinstance(each, Tensor)]
-    return all(not each.is_meta and torch.equal(tensors[0], each) for each in tensors[1:])
+def _are_the_same(indices: list[Tensor]) -> bool:
+    with with_values():
+        return all(torch.equal(indices[0], each) for each in indices[1:])

@@ -1,13 +1,20 @@
 """What every S2FT layer is: a base weight of which each adapter trains a slice."""
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from s2kernels import backend
 from s2kernels.adapter import Slice, check_fingerprint, fingerprint
 from s2kernels.architectures import Member
 from s2kernels.autograd.experts import check_positions
+from s2kernels.peft.host.kept_buffers import (
+    KeptBuffers,
+    beside,
+    has_values,
+    home_of,
+    keep,
+    with_values,
+)
 from s2kernels.peft.host.layer import AdapterLayer
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
@@ -42,8 +49,8 @@ class S2FTLayer(AdapterLayer):
     out_features: int
 
     s2ft_delta: nn.ParameterDict
-    s2ft_index: BufferDict
-    s2ft_fingerprint: BufferDict
+    s2ft_index: KeptBuffers
+    s2ft_fingerprint: KeptBuffers
     delta_name, index_name = "s2ft_delta", "s2ft_index"
     fingerprint_name = "s2ft_fingerprint"
     adapter_layer_names = ("s2ft_delta",)
@@ -62,7 +69,7 @@ class S2FTLayer(AdapterLayer):
     ) -> None:
         super().__init__(keeper, name)
         self.dim, self.structure, self.member = dim, structure, member
-        self.s2ft_dim = BufferDict({}, persistent=True)
+        self.s2ft_dim = KeptBuffers()
         self.layouts: dict[str, str] = {}
         self.fuse: dict[str, bool] = {}  # whether it may be computed together with others
         # where the channels of each adapter lie in the present basis
@@ -81,14 +88,15 @@ class S2FTLayer(AdapterLayer):
         self.check_is_loaded()
         self.check_mode(mode)
         weight = self.weight
-        num = self._check_index("index", index)
+        with with_values():
+            num = self._check_index("index", index)
+            self.s2ft_dim[adapter_name] = torch.tensor(
+                self.axis, dtype=torch.int32, device=home_of(weight)
+            )
         shape = (self.out_features, num) if self.dim == "in" else (num, self.in_features)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
         zeros = torch.zeros(*self.num_experts, *shape, dtype=dtype, device=weight.device)
-        self.s2ft_dim[adapter_name] = torch.tensor(
-            self.axis, dtype=torch.int32, device=weight.device
-        )
         self.layouts[adapter_name], self.fuse[adapter_name] = layout, fuse
         self.add(adapter_name, mode, nn.Parameter(zeros), index)
 
@@ -123,7 +131,7 @@ class S2FTLayer(AdapterLayer):
         stop = start + here.shape[-1]
         run = torch.arange(start, stop, dtype=torch.int32, device="cpu")
         is_run = bool((here == run).all())  # the same one in every expert
-        self.positions[adapter] = slice(start, stop) if is_run else working
+        self.positions[adapter] = slice(start, stop) if is_run else beside(working, self.weight)
 
     def _check_index(self, name: str, index: Tensor) -> int:
         name = f"{self.name}: {name}"
@@ -162,9 +170,11 @@ class S2FTLayer(AdapterLayer):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        for name, where in self.positions.items():
-            if isinstance(where, Tensor):
-                self.positions[name] = fn(where)
+        tensors = {name: at for name, at in self.positions.items() if isinstance(at, Tensor)}
+        if tensors and all(map(has_values, (self.weight, *tensors.values()))):
+            self.positions |= {name: keep(at, fn) for name, at in tensors.items()}
+        elif tensors:
+            self.locate()
         return self
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from s2kernels.adapter import combine
 from s2kernels.architectures import TABLE, Member, in_projections
 from s2kernels.coupling import find, is_conv1d, structures
+from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.model import AdapterModel
 from s2kernels.peft.host.targets import plain_name
 from s2kernels.peft.host.weights import WeightKeeper
@@ -158,15 +159,16 @@ class S2FTModel(AdapterModel):
         else:
             structure, member = place
             name, dim = structure.name, member.dim
-        if config.indices is not None:
-            index = _given_index(config, current_key)
-        elif place is None:
-            in_features, _ = features(base)
-            block = config.granularity
-            count = own_budget(config, "channels", current_key, in_features, block)
-            index = random_units(config.seed, current_key, in_features, count, block)
-        else:
-            index = drawn_index(config, structure, current_key.removeprefix(f"{name}."))
+        with with_values():
+            if config.indices is not None:
+                index = _given_index(config, current_key)
+            elif place is None:
+                in_features, _ = features(base)
+                block = config.granularity
+                count = own_budget(config, "channels", current_key, in_features, block)
+                index = random_units(config.seed, current_key, in_features, count, block)
+            else:
+                index = drawn_index(config, structure, current_key.removeprefix(f"{name}."))
 
         if isinstance(target, S2FTLinear):
             target.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
@@ -202,7 +204,8 @@ class S2FTModel(AdapterModel):
         for leaf in leaves:
             key = f"{name}.{leaf}"
             drawn = config.indices is None
-            index = drawn_index(config, structure, leaf) if drawn else _given_index(config, key)
+            with with_values():
+                index = drawn_index(config, structure, leaf) if drawn else _given_index(config, key)
             tensor = layer.tensor(leaf)
             tensor.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
             if adapter_name not in self.active_adapters:

@@ -3,13 +3,13 @@
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from s2kernels import backend
 from s2kernels.adapter import alike, fingerprint
 from s2kernels.autograd.sparse import Observer, Weight, check_entries, linear
 from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.kept_buffers import KeptBuffers, beside, has_values, with_values
 from s2kernels.peft.host.layer import AdapterLayer
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
@@ -57,8 +57,8 @@ class SpIELLinear(AdapterLayer):
     """
 
     spiel_delta: nn.ParameterDict
-    spiel_index: BufferDict
-    spiel_fingerprint: BufferDict
+    spiel_index: KeptBuffers
+    spiel_fingerprint: KeptBuffers
     delta_name, index_name = "spiel_delta", "spiel_index"
     fingerprint_name = "spiel_fingerprint"
     adapter_layer_names = ("spiel_delta",)
@@ -89,7 +89,8 @@ class SpIELLinear(AdapterLayer):
         check_order(self.get_base_layer())
         self.check_mode(mode)
         weight = self.weight
-        num = check_entries("index", index, self.shape)
+        with with_values():
+            num = check_entries("index", index, self.shape)
         if dtype is None:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
@@ -182,13 +183,17 @@ class SpIELLinear(AdapterLayer):
             return y
         delta, index = self.spiel_delta[name], self.spiel_index[name]
         if name not in self._plans and torch.is_grad_enabled() and delta.requires_grad:
-            self._plans[name] = tile_plan(index, self.shape)
+            with with_values():
+                self._plans[name] = tile_plan(index, self.shape)
+        plan = self._plans.get(name)
+        if not has_values(x):
+            index, plan = beside(index, x), plan and _plan_beside(plan, x)
         weight: Weight | None = call.weight
         if weight is None:
             weight = panels_of(self.get_base_layer())
         mode = "additive" if call.written is None else "inplace"
         return linear(
-            *(x, weight, delta, index, call.bias, mode, self._plans.get(name), call.holding),
+            *(x, weight, delta, index, call.bias, mode, plan, call.holding),
             observe=self.observers.get(name),
         )
 
@@ -217,3 +222,8 @@ class SpIELLinear(AdapterLayer):
 
     def extra_repr(self) -> str:
         return f"entries={ {name: len(index) for name, index in self.spiel_index.items()} }"
+
+
+def _plan_beside(plan: TilePlan, x: Tensor) -> TilePlan:
+    tensors = (plan.tiles, plan.offsets, plan.order, plan.places)
+    return TilePlan(plan.shape, *(beside(each, x) for each in tensors))

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
+from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.model import AdapterModel
 from s2kernels.peft.host.targets import plain_name
 from s2kernels.peft.host.weights import WeightKeeper
@@ -70,7 +71,9 @@ class SpIELModel(AdapterModel):
         base = self._base_of(target, current_key)
         check_is_linear(current_key, base)
         shape = base.out_features, base.in_features
-        index = random_entries(config.seed, current_key, shape, self._count(config, current_key))
+        with with_values():
+            count = self._count(config, current_key)
+            index = random_entries(config.seed, current_key, shape, count)
         dtype = None if config.delta_dtype is None else getattr(torch, config.delta_dtype)
         if isinstance(target, SpIELLinear):
             target.update_layer(adapter_name, index, config.mode, dtype)

@@ -1,0 +1,55 @@
+"""What FSDP, DeepSpeed's ZeRO-3 and tensor parallelism have done to the weights of a model."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def is_gathered(model: nn.Module) -> bool:
+    """Whether FSDP gathers weights of the model for each forward and backward: as parts of it were
+    wrapped, or the whole, or what the model is a part of.
+    """
+    return any(
+        isinstance(module, FSDPModule) or getattr(module, "_is_fsdp_managed_module", False)
+        for module in model.modules()
+    )
+
+
+def check_not_partitioned(weights: Iterable[Tensor]) -> None:
+    """Raises ValueError for weights that DeepSpeed ZeRO-3 has partitioned."""
+    if any("ds_id" in vars(weight) for weight in weights):
+        raise ValueError(
+            "the parameters are partitioned by DeepSpeed ZeRO-3, which gathers them for the "
+            "forward of their own module alone: use FSDP2, or ZeRO 1 or 2"
+        )
+
+
+def check_is_whole(model: nn.Module) -> None:
+    """Raises ValueError for a model to which no adapter can be added, since its weights are spread
+    over processes.
+    """
+    parameters = list(model.parameters())
+    check_not_partitioned(parameters)
+    if is_gathered(model):
+        raise ValueError(
+            "the model is sharded already, and FSDP would not reduce the gradients of an adapter "
+            "that is added now: add it first, then shard the model"
+        )
+    if any(isinstance(value, DTensor) for value in parameters):
+        raise ValueError(
+            "the weights are DTensors, as tensor parallelism makes them, and an adapter that is "
+            "trained beside them needs all of a weight: load the model without a tp_plan, and "
+            "shard it by FSDP2 once the adapter is added"
+        )
+
+
+def check_is_dense_here(name: str, weight: Tensor) -> None:
+    """Raises ValueError for a weight that is a DTensor where its layer `name` computes."""
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"{name}: the weight is a DTensor where it is multiplied: after tensor parallelism "
+            "(shard by FSDP2), or where a layer is called outside of the forward of the module "
+            "that fully_shard was given"
+        )
