@@ -14,6 +14,8 @@ from bench.steps import bench_steps, cases, step
 from bench.steps.cases import Case
 from bench.steps.model_shapes import TABLE
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 
@@ -49,7 +51,6 @@ def measured(case: Case) -> dict:
     return benchmark.extra_info
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "s2ft_inplace", "s2ft_permuted_additive"])
 def test_what_is_known_of_a_case(method):
     extra = measured(toy_case(method))
@@ -106,7 +107,6 @@ def test_rounds_with_the_floor_first_and_last_take_turns(monkeypatch):
     assert all(first[1] == second[1] for first, second in pairs)  # on one batch
 
 
-@pytest.mark.slow
 def test_periodic_work_is_a_share_of_every_step(monkeypatch):
     class Pauses(LoRA):
         period = 4
@@ -130,7 +130,6 @@ def test_periodic_work_is_a_share_of_every_step(monkeypatch):
     assert min(in_floors) > extra["seconds"]["periodic"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, each", [("lisa", 0.1), ("spiel", 0.3)])
 def test_steps_with_periodic_work_are_not_timed(monkeypatch, name, each):
     """In 60 steps LISA draws thrice, and SpIEL watches gradients in 6 steps of 20."""
@@ -224,7 +223,6 @@ def test_out_of_memory_and_unavailable_are_results(monkeypatch):
     assert benchmark.extra_info["status"] == "unavailable: nowhere-torch is not installed"
 
 
-@pytest.mark.slow
 def test_two_models_that_do_not_fit_together_are_timed_apart(monkeypatch):
     monkeypatch.setattr(bench_steps, "fit_together", lambda peak, device: False)
     order, real = [], step.laps
@@ -249,7 +247,6 @@ def run(run_pytest):
     return lambda *arguments: run_pytest("bench/steps", *arguments)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(run, tmp_path):
     """And pytest-benchmark's own file of the same run says the same."""
     path, own = tmp_path / "cpu" / "steps.json", tmp_path / "own.json"
@@ -274,14 +271,12 @@ def test_a_run_goes_on_where_it_was_stopped(run, tmp_path):
     assert status == 0 and "3 results are there already" in said
 
 
-@pytest.mark.slow
 def test_disabled_benchmarks_take_one_toy_step_each(run, tmp_path):
     status, said = run("--benchmark-disable", "-k", "1x8", "--results", str(tmp_path))
     assert status == 0 and "3 passed" in said
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_a_spent_budget_begins_nothing(run):
     status, said = run("--suite", "toy", "-k", "1x8", "--budget-s", "0")
     assert status == 0 and "3 skipped" in said

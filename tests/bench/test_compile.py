@@ -10,6 +10,8 @@ from bench.kernels import compile
 from bench.kernels.chips import TARGETS
 from bench.kernels.ops import CASES
 
+pytestmark = pytest.mark.slow
+
 HALF = (torch.bfloat16, torch.float16)
 # fp16 shares its launch parameters with bf16 and differs by one word of the instructions: one chip.
 MODEL_JOBS = [
@@ -60,7 +62,6 @@ def _check(reports, job) -> list[dict]:
     return launches
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("job", MODEL_JOBS, ids=_name)
 def test_launch_at_model_shapes(reports, job):
     for launch in _check(reports, job):
@@ -79,7 +80,6 @@ def test_launch_without_alignment(reports, job):
     _check(reports, job)
 
 
-@pytest.mark.slow
 def test_every_kernel_has_a_case(reports):
     # tests/serve/test_grouped_compile.py compiles those of many adapters
     assert reports["uncovered"].result() == {"_grouped_in_kernel", "_grouped_out_kernel"}

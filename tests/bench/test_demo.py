@@ -10,6 +10,8 @@ from bench.demo import corpus, job, training
 from bench.demo.job import ENTRANTS, FLOOR, S2FT
 from bench.measure import machine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
@@ -26,7 +28,6 @@ def toy_arguments(folder):
     return ["--toy", "--budget-s", "1.5", *options]
 
 
-@pytest.mark.slow
 def test_main_writes_results_figures_and_adapters(toy):
     code, results, figures, folder = toy
     assert code == 0
@@ -82,7 +83,6 @@ def test_results_tell_the_methods_apart(toy):
     assert all(extra["ratio_as_run"] > 0 for extra in (*equal, small))
 
 
-@pytest.mark.slow
 def test_main_fails_on_one_leaked_activation(tmp_path, monkeypatch):
     """The trap of the method: the slice of x saved as a view, which pins all of x."""
     monkeypatch.setattr("s2kernels.autograd.linear.take", lambda x, where: x[:, where])
@@ -132,7 +132,6 @@ def test_schedule_warms_up_and_ends_at_zero():
     assert values[5:] == sorted(values[5:], reverse=True)
 
 
-@pytest.mark.slow
 def test_corpus_is_there_and_held_out_text_is_not_trained_on():
     assert b"import" in corpus.source_code()
     text = corpus.reference_text()

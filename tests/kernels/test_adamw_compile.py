@@ -12,6 +12,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 HALF = torch.bfloat16
 # name: backend, architecture, lanes of a warp, multiprocessors, bytes of shared memory of a block
 TARGETS = {
@@ -111,7 +113,6 @@ def reports(request):
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job)))
 def test_it_builds_without_spills(reports, job):
     launches = reports[job].result()

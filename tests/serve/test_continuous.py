@@ -14,6 +14,8 @@ from transformers.generation.continuous_batching.cache_allocators import cache_a
 from s2kernels.serve import Serving, continuous
 from s2kernels.serve.scheduling import Requests
 
+pytestmark = pytest.mark.slow
+
 NAMES = [f"a{number}" for number in range(8)]
 EVERYONE = [None, *NAMES]
 GREEDY = GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=10)
@@ -79,7 +81,6 @@ def wait(condition, seconds=30):
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["fifo", "prefill_first"])
 def test_every_request_is_as_if_alone(serve, alone, scheduler):
     names = [EVERYONE[i % 9] for i in range(27)]
@@ -95,7 +96,6 @@ def test_every_request_is_as_if_alone(serve, alone, scheduler):
         assert output.generated_tokens == alone(name, tokens)
 
 
-@pytest.mark.slow
 def test_one_prompt_for_all_is_never_shared_across_adapters(serve, alone):
     """Prefixes are shared within an adapter, which is seen, and not between any two."""
     tokens = prompt(1, 40)
@@ -153,7 +153,6 @@ def test_marks_differ_and_are_of_32_bits():
     assert len(hashes) == len(seen)
 
 
-@pytest.mark.slow
 def test_more_adapters_than_the_pool_holds(serve, alone, adapters):
     """They wait for room in line; what runs keeps its rows."""
     served = serve(pool_bytes=ROWS_OF * 2 * max(map(size, adapters.values())))
@@ -170,7 +169,6 @@ def test_more_adapters_than_the_pool_holds(serve, alone, adapters):
     assert len(served.store.resident()) < 8
 
 
-@pytest.mark.slow
 def test_forks_keep_the_adapter(serve, alone, model, adapters):
     config = copy.deepcopy(GREEDY)
     config.num_return_sequences = 3  # the constructor wants beams or sampling for it
@@ -190,7 +188,6 @@ def test_forks_keep_the_adapter(serve, alone, model, adapters):
             assert output.generated_tokens == alone(names[place], inputs[place])
 
 
-@pytest.mark.slow
 def test_a_cache_without_room_sends_requests_back(serve, alone):
     """Requests that are begun anew, with what they had, keep their adapters."""
     names = [EVERYONE[i % 9] for i in range(9)]
@@ -223,7 +220,6 @@ def test_cancelled_requests_give_their_room_back(serve, alone, adapters):
         assert manager.results(["running"])[0].generated_tokens == alone("a1", tokens)
 
 
-@pytest.mark.slow
 def test_staggered_while_adapters_come_and_go(serve, alone, model):
     names = [EVERYONE[(7 * number) % 9] for number in range(24)]
     known = [(name, prompt(400 + i), alone(name, prompt(400 + i))) for i, name in enumerate(names)]

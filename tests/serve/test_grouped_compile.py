@@ -13,6 +13,8 @@ from bench.steps import work
 from s2kernels import kernels
 from s2kernels.groups import BLOCKS, make_groups
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Sizes of LLaMA-2-7B in all of them; without any alignment, which makes other code, in one chip.
 JOBS = [("7b", block, dtype, target) for block in BLOCKS for dtype in DTYPES for target in TARGETS]
@@ -64,7 +66,6 @@ def reports():
         return {job: future.result() for job, future in futures.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job)))
 def test_compiles(reports, job):
     _, block, dtype, target = job
