@@ -32,7 +32,7 @@ def draw(results: Path, out: Path) -> list[Path]:
         written.append(theory(documents["theory"], folder / "theory.svg"))
     found = read(results)
     captions = {name: f"{style.machine(document)}." for name, document in documents.items()}
-    if of(found, method="frozen") and chosen(found, **ENTRANTS["lora"]):
+    if of(found, method="frozen") and len(found) > 1 and "learn" in captions:
         written.append(learning(found, folder / "learning.svg", captions["learn"]))
     if any("rank" in run for run, _ in found):
         written.append(share(found, folder / "share.svg", captions["learn"]))
@@ -49,25 +49,19 @@ def learning(found: list[Found], path: Path, caption: str) -> Path:
         axes.axhline(frozen[side], color="#777777", linestyle=":", linewidth=1)
         axes.plot(frozen["easy loss"], frozen[side], "k*", markersize=8, label="frozen")
         for label, fields in ENTRANTS.items():
-            best = chosen(found, **fields)
-            if best is None:
-                continue
-            look = LOOKS[label]
+            look, best = LOOKS[label], chosen(found, **fields)
             drawn = {"color": look.color if label != "full" else "#777777"}
             first = [f for f in of(found, **fields) if not f[0].get("seed")]
             first.sort(key=lambda f: f[0]["lr"])
+            if not first:
+                continue
             points = [[r["measures"][name] for _, r in first] for name in ("easy loss", side)]
-            axes.plot(*points, linestyle=look.dashes, marker=look.marker, markersize=4, **drawn)
+            drawn["marker"] = look.marker
+            axes.plot(*points, linestyle=look.dashes, markersize=4, label=label, **drawn)
+            if best is None:
+                continue
             at = [[r["measures"][name] for _, r in best[1]] for name in ("easy loss", side)]
-            axes.plot(
-                *at,
-                linestyle="none",
-                marker=look.marker,
-                markersize=8,
-                markeredgecolor="black",
-                label=label,
-                **drawn,
-            )
+            axes.plot(*at, linestyle="none", markersize=8, markeredgecolor="black", **drawn)
         axes.set(xlabel="loss on the easy test, nats per token", ylabel=SIDES[side])
     handles, labels = panels[0].get_legend_handles_labels()
     style.legend(fig, dict(zip(labels, handles, strict=True)), columns=4, bottom=0.2)

@@ -34,6 +34,12 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 TASKS = ("math", "choice", "docs")
 COMMAND = "`python -m bench.learning {} --model DIR --data DIR --resume`"
 
+# Runs of each study, without rates beyond the grid; what studies share is counted once.
+NEEDED = {
+    **{"learn": 40, "channels": 24, "projections": 7, "fusion": 9, "sequential": 4},
+    **{"overlap": 1, "spiel": 14, "memory": 7},
+}
+
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -233,6 +239,18 @@ def memory(found: list[Found]) -> list[Table]:
     return tables if rows else []
 
 
+def state(results: Path) -> str:
+    """How many runs of each study there are, and how long one took."""
+    rows = []
+    for study, needed in NEEDED.items():
+        path = results / "cpu" / "learning" / f"{study}.json"
+        runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+        seconds = sorted(run["result"].get("seconds in all", 0.0) for run in runs)
+        between = f"{seconds[0]:.0f} to {seconds[-1]:.0f}" if seconds else ""
+        rows.append([study, str(len(runs)), str(needed), between])
+    return _text([(["study", "runs done", "needed", "seconds a run"], rows)])
+
+
 def theory(results: Path) -> str:
     """How often each bound is broken; a layer with an activation, by gradient descent."""
     path = results / "cpu" / "learning" / "theory.json"
@@ -304,12 +322,15 @@ def _text(tables: list[Table]) -> str:
 def _of(study: str, table: Callable[[list[Found]], list[Table]]) -> Callable[[Path], str]:
     def make(results: Path) -> str:
         tables = [each for each in table(read(results)) if each[1]]
-        return _text(tables) if tables else f"Not run yet: {COMMAND.format(study)}.\n"
+        return (
+            _text(tables) if tables else f"Not run yet, or not enough: {COMMAND.format(study)}.\n"
+        )
 
     return make
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "learning state": state,
     "learning theory": theory,
     "learning learn": _of("learn", learn),
     "learning grid": _of("learn", grid),

@@ -12,6 +12,7 @@ MEASURES = ("easy loss", "easy exact", "hard loss", "knowledge", "text loss")
 # of a run: what tells it from another of the same entrant
 SETTINGS = ("lr", "seed")
 DOWN = ["down_proj"]
+GRID = 3  # learning rates that are tried of every method
 
 Found = tuple[dict, dict]  # a run and its result
 Values = dict[int, float]  # by seed
@@ -39,12 +40,17 @@ def of(found: Iterable[Found], **fields) -> list[Found]:
 
 
 def chosen(found: list[Found], **fields) -> tuple[float, list[Found]] | None:
-    """The rate with the lowest validation loss at the first seed, and the runs at it by seed."""
+    """The rate with the lowest validation loss at the first seed, and the runs at it by seed.
+
+    None until the whole grid was tried, and a higher rate where its highest is the best.
+    """
     runs = of(found, **fields)
     first = {run["lr"]: result["validation loss"] for run, result in runs if not run.get("seed")}
-    if not first:
+    if len(first) < GRID:
         return None
     lr = min(first, key=first.__getitem__)
+    if lr == max(first) and len(first) == GRID:
+        return None
     return lr, sorted((f for f in runs if f[0]["lr"] == lr), key=lambda f: f[0].get("seed", 0))
 
 

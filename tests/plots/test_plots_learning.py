@@ -39,10 +39,12 @@ def results(tmp_path):
     runs = [entry(1.5, method="frozen")]
     runs.append(entry(0.2, validation=0.9, method="lora", lr=1e-3))  # best on the test alone
     runs.append(entry(0.6, validation=0.5, method="lora", lr=3e-3))
+    runs.append(entry(0.7, validation=0.6, method="lora", lr=9e-3))
     runs += [entry(0.6 + 0.1 * s, method="lora", lr=3e-3, seed=s) for s in (1, 2)]
     down = {"method": "s2ft", "projections": DOWN}
     runs.append(entry(0.9, validation=0.8, **down, lr=1e-3))
     runs.append(entry(0.5, validation=0.4, **down, lr=3e-3))
+    runs.append(entry(0.5, validation=0.6, **down, lr=9e-3))
     runs += [entry(0.5 + 0.1 * s, **down, lr=3e-3, seed=s) for s in (1, 2)]
     runs.append(entry(0.4, **down, lr=3e-3, rank=13))
     write(tmp_path, "learn", runs)
@@ -94,9 +96,21 @@ def test_the_rate_is_that_of_the_lowest_validation_loss(results):
     assert less["text loss"].endswith("no difference shown")
 
 
+def test_no_rate_is_chosen_before_the_grid_is_complete():
+    def found(*losses):
+        rates = (1e-3, 3e-3, 9e-3, 27e-3)
+        pairs = zip(rates, losses, strict=False)
+        return [({"method": "lora", "lr": lr}, {"validation loss": loss}) for lr, loss in pairs]
+
+    assert studies.chosen(found(0.5, 0.4), method="lora") is None
+    assert studies.chosen(found(0.5, 0.4, 0.3), method="lora") is None  # a higher one is due
+    assert studies.chosen(found(0.5, 0.4, 0.3, 0.35), method="lora")[0] == 9e-3
+    assert studies.chosen(found(0.5, 0.4, 0.45), method="lora")[0] == 3e-3
+
+
 def test_every_rate_is_shown(results):
     text = tables.TABLES["learning grid"](results)
-    assert text.count("| lora |") == 2 and "| 0.001 | 0.900 | 0.200 |" in text
+    assert text.count("| lora |") == 3 and "| 0.001 | 0.900 | 0.200 |" in text
 
 
 def test_channels_are_compared_with_random_ones(results):
@@ -117,7 +131,12 @@ def test_results_of_another_protocol_are_left_out(results):
 @pytest.mark.parametrize("name", learning_tables.TABLES)
 def test_a_study_that_was_not_run_says_which_command_runs_it(name, tmp_path):
     text = tables.TABLES[name](tmp_path)
-    assert text.startswith("Not run yet: `python -m bench.learning ")
+    if name == "learning state":
+        assert cells(text, "learn") == {
+            **{"study": "learn", "runs done": "0", "needed": "40", "seconds a run": ""}
+        }
+    else:
+        assert text.startswith("Not run yet") and "`python -m bench.learning " in text
 
 
 def test_figures_are_drawn_of_what_there_is(results, tmp_path):
