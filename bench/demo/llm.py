@@ -121,7 +121,7 @@ def finetune(method: str, model: Path, data: Path, args: argparse.Namespace, *op
     cli.main(
         ["finetune", "--method", method, "--model", str(model), "--data", str(data), *options]
         + ["--output", str(output), "--targets", *TARGETS, "--max-steps", str(args.steps)]
-        + ["--batch-size", "8", "--max-length", "128", "--held-out", "64", "--lr", "1e-3"]
+        + ["--batch-size", "8", "--max-length", "128", "--held-out", "32", "--lr", "1e-3"]
         + ["--prompt", "What does math.gcd of Python's standard library do?"]
         + ["What does shutil.copytree of Python's standard library do?"]
     )
