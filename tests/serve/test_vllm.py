@@ -199,6 +199,19 @@ def test_slots_hold_rows_and_no_padding(engine, manager):
     assert pool.shape == (SLOTS * CHANNELS, 128)
 
 
+def test_without_the_setting_slots_are_as_large_as_those_of_loras(engine, folder, manager):
+    """The memory is taken with the first S2FT adapter, not before."""
+    config = engine.llm_engine.vllm_config
+    names = ("parallel_config", "compilation_config", "model_config")
+    fields = {name: getattr(config, name) for name in names}
+    adapters = native.NativeAdapters(manager, SimpleNamespace(**fields, additional_config={}))
+    assert adapters._store is None
+    assert len(adapters.load(1, str(folder / "s0")).adapter.rows)
+    of_loras = SLOTS * native._bytes_of_a_slot(manager)
+    row = 128 * 4
+    assert of_loras - SLOTS * row < adapters._store.pool.rows.nbytes <= of_loras
+
+
 def remove_all(engine):
     for lora_id in list(engine.llm_engine.list_loras()):
         engine.llm_engine.remove_lora(lora_id)
