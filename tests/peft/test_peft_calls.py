@@ -5,6 +5,7 @@ longer. Calls do not depend on the machine, times do: see bench/bench_host.py fo
 """
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,19 +23,22 @@ S2FT = dict(heads=1, channels=8, seed=3)
 MOST = {"inplace": 290, "additive": 290, "unfused": 230, "spiel": 420}
 
 
-def prepared(method: str, num_layers: int):
+def prepared(method: str, num_layers: int, inactive: int = 0):
     """A step of the method, with dx down to the embeddings, as Python calls it on a GPU."""
     model = tiny_model("llama", torch.float32, num_hidden_layers=num_layers)
     model.requires_grad_(False)
     inner, optimizer = model, None
     if method == "spiel":
-        model = get_peft_model(model, SpIELConfig(density=0.02, seed=3, mode="inplace"))
+        config = SpIELConfig(density=0.02, seed=3, mode="inplace")
+        model = get_peft_model(model, config)
     else:
         mode = "additive" if method == "additive" else "inplace"
         config = S2FTConfig(mode=mode, fuse=method != "unfused", **S2FT)
         model = get_peft_model(model, config)
         deltas = [p for p in model.parameters() if p.requires_grad]
         optimizer = FlatAdamW(deltas, accumulate_in_backward=True)
+    for i in range(inactive):
+        model.add_adapter(f"other{i}", replace(config, seed=i))
     inner.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
     model.train()
 
@@ -79,3 +83,8 @@ def _as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("method", MOST)
 def test_python_calls_of_a_layer(method):
     assert calls_of_a_layer(method) <= MOST[method]
+
+
+@pytest.mark.parametrize("method", MOST)
+def test_adapters_that_are_not_active_cost_no_calls(method):
+    assert calls(prepared(method, 2, inactive=10)) == calls(prepared(method, 2))

@@ -1,10 +1,13 @@
 """Our tuners in a model that has another tuner's layers, or our own, already."""
 
+import copy
+
 import pytest
 import torch
-from adapter_models import EVERY_CONFIG, randomized
+from adapter_models import EVERY_CONFIG, layers, randomized
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny_models import tiny_model, token_ids
+from torch import nn
 
 from s2kernels.peft import S2FTConfig, SpIELConfig
 
@@ -56,6 +59,58 @@ def test_layers_beside_those_of_another_tuner(config):
     randomized(model, "ours")(IDS).logits.square().sum().backward()
     trained = [name for name, value in model.named_parameters() if value.grad is not None]
     assert any("lora_A" in name for name in trained) and any("_delta" in name for name in trained)
+
+
+@EVERY_CONFIG
+@pytest.mark.parametrize("layout", ("gather", "permute"))
+@pytest.mark.parametrize("forward_first", (False, True))
+def test_another_tuner_on_top_of_ours(config, layout, forward_first):
+    """Exactly the sum of both, in whatever order heads lie, and whatever was computed before."""
+    fields = dict(layout=layout) if config is S2FTConfig else {}
+    lora = LoraConfig(r=2, target_modules=["o_proj", "up_proj", "q_proj"], init_lora_weights=False)
+
+    def add_lora(model):
+        torch.manual_seed(3)
+        model.add_adapter(lora, "lora")
+
+    model = tiny_model("llama")
+    model.add_adapter(config(**fields), "ours")
+    randomized(model, "ours")
+    if forward_first:
+        model(IDS)
+    add_lora(model)
+    model.set_adapter(["ours", "lora"])
+    if layout == "permute" and config is S2FTConfig:  # the LoRA is in the order of the checkpoint
+        with pytest.raises(ValueError, match="layout='permute' cannot be had for .*: .*lora_"):
+            model(IDS)
+        base = tiny_model("llama").state_dict()
+        for name, value in model.state_dict().items():
+            own = name.replace(".base_layer", "")
+            assert own not in base or torch.equal(value, base[own])
+        return
+    merged = tiny_model("llama")
+    merged.add_adapter(config(**fields), "ours")
+    randomized(merged, "ours")
+    for layer in layers(merged):
+        layer.merge()
+        name, _, leaf = layer.name.rpartition(".")
+        setattr(merged.get_submodule(name), leaf, layer.get_base_layer())
+    add_lora(merged)
+    torch.testing.assert_close(model(IDS).logits, merged(IDS).logits)
+
+
+@pytest.mark.parametrize("layout", ("gather", "permute"))
+def test_a_projection_that_is_replaced_after_a_forward(layout):
+    model, base = (
+        get_peft_model(tiny_model("llama"), S2FTConfig(layout=layout)),
+        tiny_model("llama"),
+    )
+    model(IDS)
+    old = base.model.layers[0].mlp.up_proj
+    new = nn.Linear(old.in_features, old.out_features, dtype=old.weight.dtype)
+    for each in (model.get_base_model(), base):
+        each.model.layers[0].mlp.up_proj = copy.deepcopy(new)
+    torch.testing.assert_close(model(IDS).logits, base(IDS).logits)
 
 
 @EVERY_CONFIG

@@ -386,7 +386,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.keeper.restore([self])
         for name in names if safe_merge else []:
             if not torch.isfinite(self.merged_values(name).to(self.weight.dtype)).all():
-                raise ValueError(f"adapter {name!r} gives a merged weight that is not finite")
+                raise ValueError(  # PEFT's words
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: "
+                    "what it gives is not finite"
+                )
         return names
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -170,6 +170,8 @@ class WeightKeeper:
             wanted = [(layer, name) for layer, name in adapters.items() if name is not None]
             entries = self._taken(wanted)
         self._premises = Premises()
+        if self.arrangement is not None:
+            self.arrangement.note(self._premises)
         for layer in self.layers:
             layer.note(self._premises, adapters[layer])
         self._writes = self._by_device(entries)
@@ -218,6 +220,8 @@ class WeightKeeper:
                 "the model was sharded after its first forward, while the weights held what was "
                 "trained: shard it before, or call state_dict() first"
             )
+        if self.arrangement is not None and not self.arrangement.intact:
+            self.release()
         for layer in self.layers:
             self.notice_weight(layer)
 

@@ -75,6 +75,13 @@ class Arrangement(Protocol):
     @property
     def moved(self) -> bool: ...
 
+    @property
+    def intact(self) -> bool:
+        """Whether what was reordered is still there, and nothing of others lies beside it."""
+
+    def note(self, premises: Premises) -> None:
+        """Note what was reordered."""
+
     def moves(self, layers: Sequence[Any]) -> bool:
         """Whether `engage` puts channels into another order."""
 

@@ -7,13 +7,15 @@ reads the weights.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2kernels.autograd.joined import is_alone, join_
-from s2kernels.coupling import Structure, obstacle
+from s2kernels.coupling import Structure, base_layer, obstacle
+from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.permute import Permutation, apply_, plan, undo_
 
@@ -28,6 +30,7 @@ class ArrangedWeights:
         self.engaged = False
         # layers whose weights are joined wherever they lie on a GPU
         self.pairs: list[tuple[nn.Linear, nn.Linear]] = []
+        self._permuted: dict[str, list[nn.Module]] = {}  # by structure, the layer of each member
         self._joined: list[nn.Parameter] = []
 
     @property
@@ -51,6 +54,7 @@ class ArrangedWeights:
                 if name not in self.permutations:  # a release may have failed half-way
                     apply_(self.model, self.structures[name], permutation)
                     self.permutations[name] = permutation
+                    self._permuted[name] = self._layers_of(name)
             self.engaged = True
         finally:
             if not self.engaged:
@@ -69,6 +73,28 @@ class ArrangedWeights:
                 weight.data = weight.data.clone()
         self._joined = []
         return found
+
+    @property
+    def intact(self) -> bool:
+        """Whether the layers that were permuted are all there, without an adapter of others."""
+        return all(
+            layers == self._layers_of(name) and not obstacle(self.model, self.structures[name])
+            for name, layers in self._permuted.items()
+        )
+
+    def note(self, premises: Premises) -> None:
+        """Note which layers are permuted."""
+        for name in self._permuted:
+            for member in self.structures[name].members:
+                owner, _, leaf = f"{name}.{member.suffix}".rpartition(".")[0].rpartition(".")
+                premises.same_child(self.model.get_submodule(owner), leaf)
+
+    def _layers_of(self, name: str) -> list[nn.Module]:
+        members = self.structures[name].members
+        return [
+            base_layer(self.model, f"{name}.{member.suffix}".rpartition(".")[0])
+            for member in members
+        ]
 
     def join(self, first: nn.Parameter, second: nn.Parameter) -> bool:
         """Lay two frozen weights one after the other, unless that would cost lasting memory.
@@ -125,8 +151,14 @@ class ArrangedWeights:
 
     def _undo(self) -> None:
         for name in list(self.permutations):
-            undo_(self.model, self.structures[name], self.permutations[name])
+            structure, layers = self.structures[name], self._permuted.get(name, [])
+            if layers:  # those that have come in their places since are in the original basis
+                pairs = zip(structure.members, layers, self._layers_of(name), strict=True)
+                kept = tuple(member for member, before, now in pairs if before is now)
+                structure = replace(structure, members=kept)
+            undo_(self.model, structure, self.permutations[name])
             del self.permutations[name]
+            self._permuted.pop(name, None)
 
 
 def arrangement_of(keeper: WeightKeeper) -> ArrangedWeights:

@@ -72,6 +72,15 @@ class S2FTLinear(S2FTLayer):
         weight = self.matrix_of(self.weight).data
         return take(weight, where) if self.dim == "in" else take(weight.t(), where).t().contiguous()
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to W0, dense, shaped like the weight, in the dtype of the delta."""
+        delta, index = self.s2ft_delta[adapter].detach(), self.s2ft_index[adapter]
+        dense = delta.new_zeros(self.out_features, self.in_features)
+        return self.matrix_of(dense.index_copy_(self.axis, index.long(), delta))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
     def prepare(self) -> LinearCall:
         written = self.written_adapter()
         names = self.active()

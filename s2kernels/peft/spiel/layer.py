@@ -149,6 +149,15 @@ class SpIELLinear(AdapterLayer):
             raise ValueError(f"one SpIEL adapter can be active at a time, got {names}")
         return names
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to W0, dense (N, K), in the dtype of the delta."""
+        delta, index = self.spiel_delta[adapter].detach(), self.spiel_index[adapter]
+        dense = delta.new_zeros(self.out_features * self.in_features)
+        return dense.index_copy_(0, index.long(), delta).view(self.shape)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
     def prepare(self) -> EntriesCall:
         written, premises = self.written_adapter(), Premises()
         name = next(iter(self.active()), None)
