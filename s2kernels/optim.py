@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from s2kernels import backend
@@ -107,7 +108,7 @@ class SM3(Optimizer):
     of its axes, and the least of them counts. weight_decay pulls the parameter, that is the delta,
     to 0, as in AdamW.
 
-    Raises ValueError for a negative lr, eps or weight_decay.
+    Raises ValueError for a negative lr, eps or weight_decay, and in a step for a sharded delta.
     """
 
     def __init__(
@@ -139,6 +140,11 @@ class SM3(Optimizer):
                 if support is None:
                     nu = _dense_update(self.state[p], grad)
                 else:
+                    if isinstance(p, DTensor):
+                        raise ValueError(
+                            "SM3 cannot train the delta of a model that FSDP2 has sharded: its "
+                            "statistics are of whole rows and columns; use AgedAdamW or AdamW"
+                        )
                     shape, index = support
                     state = self.state[p]
                     if not state:

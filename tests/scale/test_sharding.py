@@ -118,6 +118,17 @@ def test_what_would_be_wrong_is_refused(ranks, method):
         assert "mode='inplace' needs a plain dense weight: " in said["inplace"]
 
 
+def _permuted(rank, by_layer):
+    model = shard(adapted("s2ft", layout="permute"), by_layer=by_layer)
+    with pytest.raises(ValueError, match="layout='permute' cannot be had.*FSDP"):
+        train(model, 1, rank, 2)
+
+
+@pytest.mark.parametrize("by_layer", (True, False))
+def test_permuted_weights_are_refused(ranks, by_layer):
+    ranks.run(_permuted, by_layer)
+
+
 def _late(rank):
     model = adapted("s2ft")
     train(model, num=1)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from s2kernels import backend
 from s2kernels.optim import SM3, AgedAdamW, Support
+from s2kernels.peft.host.sharding import is_gathered
 from s2kernels.peft.spiel.config import SpIELConfig
 from s2kernels.peft.spiel.gradient_window import GradientWindow, agree, close_step
 from s2kernels.peft.spiel.layer import SpIELLinear
@@ -59,8 +59,11 @@ class SpIELTuner:
         self.selection = config.selection
         self.schedule = config.schedule(total_steps)
         self.optimizer: Optimizer = bare_optimizer(optimizer, self.selection)
-        if any(isinstance(delta, DTensor) for delta in self.deltas):
-            raise ValueError("the deltas are sharded (FSDP2), and entries cannot be replaced then")
+        if is_gathered(model):
+            raise ValueError(
+                "the model is sharded by FSDP, and entries cannot be replaced then: train without "
+                "SpIELTuner, or on replicas (DistributedDataParallel)"
+            )
         known = {id(p) for held in self.optimizer.param_groups for p in held["params"]}
         if missing := [
             layer.name
