@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from s2kernels.autograd.checks import is_autocast
 from s2kernels.peft.host.premises import Premises
@@ -47,10 +48,13 @@ def is_silu(activation: nn.Module) -> bool:
 
 
 def are_alike(weights: Sequence[Tensor]) -> bool:
-    """Whether all weights are plain, frozen, of one dtype and on one device."""
+    """Whether all weights are plain, frozen, of one dtype and on one device.
+
+    A parameter under FakeTensorMode stands for a plain one.
+    """
     first = weights[0]
     return all(
-        type(weight) is nn.Parameter
+        type(weight) in (nn.Parameter, FakeTensor)
         and not weight.requires_grad
         and weight.is_floating_point()
         and weight.dtype == first.dtype
