@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from plots import bars, demo, density, kernels, lines
+from plots import bars, demo, density, kernels, lines, plan
 
 # A results file results/<device>/<suite>.json is drawn by these, into figures/<device>/.
 SUITES = {
     "demo": (demo.draw,),
     "ops": (kernels.draw,),
+    "plan": (plan.draw,),
     "steps": (bars.draw, lines.draw, density.draw),
 }
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from plots import steps, style
+from plots import plan, steps, style
 from plots.steps import Step
 
 PLACE = re.compile(r"^<!-- ([^/\n].*?) -->\n", re.MULTILINE)
@@ -117,6 +117,12 @@ def gpu(results: Path) -> str:
     return "\n".join(map(laboratory, documents)) or NOT_MEASURED
 
 
+def plans(document: dict) -> str:
+    """A row for each plan of `python -m bench.plan`, then what it was counted with."""
+    columns, *rows = plan.rows(document)
+    return f"{markdown(columns, rows)}\n\nCounted with {style.machine(document)}.\n"
+
+
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """A table: the first column to the left, the others to the right."""
     rule = ["---"] + ["---:"] * (len(columns) - 1)
@@ -207,4 +213,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "steps cpu, short": _from("cpu/steps.json", short),
     "steps cpu": _from("cpu/steps.json", laboratory),
     "steps gpu": gpu,
+    "plan": _from("predicted/plan.json", plans),
 }

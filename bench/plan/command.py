@@ -75,7 +75,7 @@ def _plan(args: argparse.Namespace, model: str, method: str, rank: int) -> dict:
     gpus = args.gpus or CASES.get(model, 8)
     case = (shape, method, gpus, args.sequences, args.tokens, rank)
     cluster = _cluster(args)
-    found = count(*case)
+    found = count(*case, whole=args.whole)
     times = seconds(*case, found, cluster)
     label = f"lora r{rank}" if method == "lora" else method
     params = {"model": model, "layers": shape.layers, "gpus": gpus, "method": label}
@@ -134,6 +134,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--rank", type=positive, nargs="+", default=[16, 64], help="of LoRA (default 16 and 64)")
     add("--layers", type=positive, help="only so many layers of the model")
+    add("--whole", action="store_true", help="run every layer: minutes for 70B, else seconds")
     add("--tokens", type=positive, default=4096, help="of a sequence (default 4096)")
     add("--sequences", type=positive, default=1, help="of a rank's batch (default 1)")
     add("--gpu", choices=list(CLUSTERS), default="H200", help="whose rates to take (default H200)")

@@ -3,7 +3,7 @@
 The code is that of a real run: the model of transformers, `get_peft_model`, torch's `fully_shard`
 on each decoder layer, the embedding and the head. The process group is torch's fake one, which
 takes every collective and does nothing. The tensors are torch's FakeTensors, which have sizes and
-no numbers. So a model of any size runs at its full depth on one small machine.
+no numbers. So a model of any size runs on one small machine, at its full depth if asked.
 
 Torch's FSDPMemTracker says which bytes are alive after the forward and at the peak. A dispatch mode
 counts the collectives. The ops of s2kernels are those of a CPU, in plain torch. They keep what the
@@ -13,7 +13,8 @@ kernels keep, but have temporaries that these do without: the peak is a bound fr
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -40,6 +41,7 @@ from s2kernels.peft import S2FTConfig
 from s2kernels.peft.host import premises
 
 METHODS = ("full", "lora", "s2ft")
+FEW = 3  # layers
 GATHER, SCATTER = "_allgather_base_", "_reduce_scatter_base_"
 
 
@@ -77,13 +79,23 @@ class Rank:
     checkpointed: Step
 
 
-def count(shape: Shape, method: str, gpus: int, batch: int, length: int, rank: int = 16) -> Rank:
+def count(
+    shape: Shape,
+    method: str,
+    gpus: int,
+    batch: int,
+    length: int,
+    rank: int = 16,
+    whole: bool = False,
+) -> Rank:
     """One of `gpus` ranks that train a model of `shape` with `method` under FSDP2.
 
     Each rank has its own batch (batch, length) of tokens. Products and all-gathers are bf16. What
     is frozen is held in bf16. What is trained, its gradients and the states of AdamW are fp32.
     method: "full"; "lora", with matrices of `rank` beside all linear layers; "s2ft", as
     `S2FTConfig` is by default.
+    whole: run all layers. Otherwise models of 3 and of 4 layers are run and continued to all
+    layers, which are alike: all numbers but the peak are a straight line in depth.
 
     Raises ValueError for another method and for fewer than 2 GPUs.
     """
@@ -91,6 +103,22 @@ def count(shape: Shape, method: str, gpus: int, batch: int, length: int, rank: i
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
     if gpus < 2:
         raise ValueError(f"gpus must be at least 2, or nothing is sharded, got {gpus}")
+    case = (method, gpus, batch, length, rank)
+    if whole or shape.layers <= FEW + 1:
+        return _counted(shape, *case)
+    low, high = (_counted(shape.cut(n, shape.vocab), *case) for n in (FEW, FEW + 1))
+    return _line(low, high, shape.layers - FEW)
+
+
+def _line(low: Any, high: Any, times: int) -> Any:
+    """`low` and `times` what `high` has more; of dataclasses, for each number."""
+    if isinstance(low, int):
+        return low + times * (high - low)
+    parts = [(getattr(low, each.name), getattr(high, each.name)) for each in fields(low)]
+    return type(low)(*(_line(*pair, times) for pair in parts))
+
+
+def _counted(shape: Shape, method: str, gpus: int, batch: int, length: int, rank: int) -> Rank:
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # the indices of S2FT are real
     with _fake_ranks(gpus) as mesh:
         model = _adapted(shape, method, rank, length, fake)

@@ -10,7 +10,7 @@ leaves out: latencies, launches, slow ranks, links that do not reach their data 
 
 from dataclasses import dataclass, replace
 
-from bench.methods import Options, comparable
+from bench.methods import Budget, Options, comparable
 from bench.plan.rank import Rank, Step
 from bench.steps.model_shapes import Shape
 from bench.steps.predict import GPUS, Ceilings, predict
@@ -55,10 +55,15 @@ class Seconds:
     computing: float
     exchanging: float
 
-    @property
-    def between(self) -> tuple[float, float]:
-        """All exchanged while something is computed, and nothing."""
-        return max(self.computing, self.exchanging), self.computing + self.exchanging
+
+def defaults(shape: Shape, rank: int) -> Budget:
+    """What `bench.plan.rank.count` trains, for the methods of the laboratory."""
+    config = S2FTConfig()
+    return replace(
+        comparable(shape.config(1), rank=rank),
+        heads=budget(config.heads, shape.heads, "heads"),
+        channels=budget(config.channels, shape.intermediate, "channels"),
+    )
 
 
 def seconds(
@@ -75,13 +80,7 @@ def seconds(
 
     counted: what `bench.plan.rank.count` says with the same arguments.
     """
-    sizes = comparable(shape.config(length), rank=rank)
-    config = S2FTConfig()
-    sizes = replace(
-        sizes,
-        heads=budget(config.heads, shape.heads, "heads"),
-        channels=budget(config.channels, shape.intermediate, "channels"),
-    )
+    sizes = defaults(shape, rank)
     bandwidth = cluster.ceilings.bytes
     # Parameters and two states are read and written, gradients are read, all of them fp32.
     updating = 7 * 4 * counted.trained / gpus / bandwidth
