@@ -19,11 +19,12 @@ help:
 	@echo "make results renew the committed results and figures: the demo and the benchmarks again"
 	@echo "make static  what the kernels compile to on GPUs that are not here, into bench/results/static/"
 	@echo "make tune    launch parameters of the kernels, measured on the GPU here"
+	@echo "make plan    what 7B to 405B take on many GPUs, counted without one, into bench/results/predicted/"
 	@echo "make plots   every committed figure and table, from the committed results"
 
 PYTEST_BENCH := $(BIN)/python -m pytest -q --disable-warnings --benchmark-quiet
 DEVICE = $$($(BIN)/python -c "from bench.measure import machine as m; print(m.device_name(m.default_device()))")
-PAGES := README.md docs/benchmarks.md docs/learning.md
+PAGES := README.md docs/benchmarks.md docs/learning.md docs/scaling.md
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo
@@ -86,6 +87,10 @@ static: $(VENV)/.installed
 
 tune: $(VENV)/.installed
 	$(BIN)/python -m bench.kernels.tune
+
+.PHONY: plan
+plan: $(VENV)/.installed
+	$(BIN)/python -m bench.plan --results bench/results
 
 plots: $(VENV)/.installed
 	$(BIN)/python -m plots --pages $(PAGES)

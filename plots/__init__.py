@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from plots import bars, demo, density, host, kernels, learning, lines, serving
+from plots import bars, demo, density, host, kernels, learning, lines, plan, serving
 
 # A results file results/<device>/<suite>.json is drawn by these, into figures/<device>/.
 SUITES = {
@@ -11,6 +11,7 @@ SUITES = {
     "figure6": (serving.draw,),
     "host": (host.draw,),
     "ops": (kernels.draw,),
+    "plan": (plan.draw,),
     "steps": (bars.draw, lines.draw, density.draw),
     "tenants": (serving.draw_tenants,),
 }

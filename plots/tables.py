@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from plots import host, learning_tables, steps, style
+from plots import host, learning_tables, plan, steps, style
 from plots.markdown import markdown
 from plots.steps import Step
 
@@ -132,6 +132,12 @@ def gpu(results: Path) -> str:
     return "\n".join(map(laboratory, documents)) or NOT_MEASURED
 
 
+def plans(document: dict) -> str:
+    """A row for each plan of `python -m bench.plan`, then what it was counted with."""
+    columns, *rows = plan.rows(document)
+    return f"{markdown(columns, rows)}\n\nCounted with {style.machine(document)}.\n"
+
+
 def _heading(of_size: list[Step]) -> str:
     first = of_size[0]
     return f"{first.model_name}, {first.dtype}, length {first.length:,}, batch {first.batch}"
@@ -218,4 +224,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "steps cpu": _from("cpu/steps.json", laboratory),
     "steps gpu": gpu,
     **learning_tables.TABLES,
+    "plan": _from("predicted/plan.json", plans),
 }

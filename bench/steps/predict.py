@@ -68,6 +68,7 @@ class Prediction:
     kernels    (FLOPs, bytes, dtype) -> how often; a continued count may be negative
     saved      bytes that autograd keeps for the backward; unseen: others that the forward leaves
     peaks      phase of the step -> the most bytes alive, weights included
+    updating   bytes that the optimizer moves, which are in kernels, too
     """
 
     trained: int
@@ -75,6 +76,7 @@ class Prediction:
     saved: int
     unseen: int
     peaks: dict[str, int]
+    updating: int
 
     @property
     def flops(self) -> int:
@@ -135,6 +137,7 @@ def predict(
             for phase, peak in low.peaks.items()
             if phase in high.peaks
         },
+        updating=line(low.updating, high.updating),
     )
 
 
@@ -180,6 +183,7 @@ def counted(
             saved=kept.saved,
             unseen=kept.unseen,
             peaks=run.peaks,
+            updating=sum(nbytes * n for (_, nbytes, _), n in run.kernels[run.phase].items()),
         )
 
 
@@ -268,17 +272,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", nargs="+", choices=list(TABLE), default=["llama-2-7b"], metavar="MODEL")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    add("--tokens", type=_positive, default=4096, help="of a sequence (default 4096)")
-    add("--sequences", type=_positive, default=1, help="of a batch (default 1)")
+    add("--tokens", type=positive, default=4096, help="of a sequence (default 4096)")
+    add("--sequences", type=positive, default=1, help="of a batch (default 1)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the model (default bfloat16)")
-    add("--rank", type=_positive, default=16, help="of LoRA, and as much of the rest (default 16)")
+    add("--rank", type=positive, default=16, help="of LoRA, and as much of the rest (default 16)")
     add("--gpu", nargs="*", choices=list(GPUS), default=list(GPUS), help="whose rates to take")
     add("--ceiling", nargs=2, type=float, metavar=("TFLOPS", "TBS"), help="rates of another one")
     parser.epilog = f"models: {', '.join(models)}; methods: {', '.join(METHODS)}"
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")

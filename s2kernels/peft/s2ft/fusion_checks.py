@@ -48,7 +48,10 @@ def is_silu(activation: nn.Module) -> bool:
 
 
 def are_alike(weights: Sequence[Tensor]) -> bool:
-    """Whether all weights are plain, frozen, of one dtype and on one device."""
+    """Whether all weights are plain, frozen, of one dtype and on one device.
+
+    A parameter under FakeTensorMode stands for a plain one.
+    """
     first = weights[0]
     return all(
         type(weight) in (nn.Parameter, FakeTensor)

@@ -1,0 +1,1 @@
+"""What training on many GPUs takes on each of them, counted without one."""
