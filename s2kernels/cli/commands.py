@@ -199,17 +199,20 @@ def select(args: Namespace) -> None:
         raise ValueError(f"--strategy {args.strategy} needs --data")
     import torch
 
-    from s2kernels.cli import training
-    from s2kernels.cli.examples import for_trainer, read
     from s2kernels.cli.figures import draw_scores
     from s2kernels.cli.models import device_of, length_of, load_model, load_tokenizer
     from s2kernels.coupling import structures
     from s2kernels.files import replacing
     from s2kernels.select import budget, check_scope, ranked_units, scores
 
-    training.without_bars()
-    if args.data is not None:
+    if args.strategy != "weight":
+        from s2kernels.cli import training
+        from s2kernels.cli.examples import for_trainer, read
+
+        training.without_bars()
         records, kind, _ = read(args.data)
+        if kind == "preference":
+            raise ValueError("--data: completions wanted, got preferences")
     model = load_model(args.model, "auto").eval().to(device_of(args.device))
     found = structures(model)
     counts: dict[int, dict[str, int]] = {}  # by the block that heads or channels are selected in

@@ -178,7 +178,9 @@ def _runs(batch: dict[str, list], tokenizer: Any, length: int, **_: Any) -> dict
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ids = ids if ids[-1:] == end else ids + end
         runs += [ids[i : i + length] for i in range(0, len(ids), length)]
-    return {"input_ids": [run for run in runs if len(run) > 1]}
+    runs = [run for run in runs if len(run) > 1]
+    # A first token has nothing to be predicted from; not every model's loss knows.
+    return {"input_ids": runs, "labels": [[-100, *run[1:]] for run in runs]}
 
 
 def _pairs(

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 SETTINGS_NAME = "run.yaml"
 BASE_NAME = "base"  # the folder of the random model of --model-config
 
@@ -100,6 +98,8 @@ def settings_of(args: Namespace, sources: Mapping[str, Sequence[Any]]) -> dict[s
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """What run.yaml in a folder says; empty where there is none of ours."""
+    import yaml
+
     try:
         found = yaml.safe_load((folder / SETTINGS_NAME).read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -128,6 +128,8 @@ def as_arguments(path: Path, others: Sequence[str]) -> list[str]:
 
     Raises ValueError unless it is a mapping of options to values.
     """
+    import yaml
+
     try:
         found = yaml.safe_load(path.read_text("utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:

@@ -40,11 +40,11 @@ def arguments(folder, *options, names=NAMES):
     ]
 
 
-def expected(folder, name, prompt, num):
+def expected(folder, name, prompt, num, end=()):
     model, tokenizer = llama(vocab_size=259), load_tokenizer("bytes")
     if name is not None:
         model = with_slices(model, random_slices(model, NAMES.index(name)))
-    ids = torch.tensor([[byte + 3 for byte in prompt.encode()]])
+    ids = torch.tensor([[*(byte + 3 for byte in prompt.encode()), *end]])
     out = model.generate(ids, do_sample=False, max_new_tokens=num, pad_token_id=0)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -155,7 +155,7 @@ def test_serve_until_a_signal(folder, number):
         )
         with urllib.request.urlopen(request, timeout=60) as response:
             (choice,) = json.load(response)["choices"]
-        assert choice["text"] == expected(folder, "b", "Two and two", 9)
+        assert choice["text"] == expected(folder, "b", "Two and two", 9, end=[1])
         process.send_signal(number)
         out, error = process.communicate(timeout=60)
         assert process.returncode == 0, error
