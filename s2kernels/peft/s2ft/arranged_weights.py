@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from s2kernels.autograd.joined import is_alone, join_
-from s2kernels.coupling import Structure, base_layer, obstacle
+from s2kernels.coupling import Structure, base_layer, obstacle, parameter
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
-from s2kernels.permute import Permutation, apply_, plan, undo_
+from s2kernels.permute import Permutation, apply_, plan, reorder_, undo_
 
 
 class ArrangedWeights:
@@ -86,6 +86,20 @@ class ArrangedWeights:
             for member in self.structures[name].members:
                 owner, _, leaf = f"{name}.{member.suffix}".rpartition(".")[0].rpartition(".")
                 premises.same_child(self.model.get_submodule(owner), leaf)
+
+    def put_back_copies(self, state: dict[str, Any]) -> None:
+        """Put copies in the original basis in the place of permuted weights in a state_dict."""
+        moved = {
+            parameter(self.model, self.structures[name], member).data_ptr(): (name, member)
+            for name in self.permutations
+            for member in self.structures[name].members
+        }
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.data_ptr() in moved:
+                name, member = moved[value.data_ptr()]
+                state[key] = value.detach().clone()
+                inverse = self.permutations[name].inverse()
+                reorder_(state[key], self.structures[name], member, inverse)
 
     def _layers_of(self, name: str) -> list[nn.Module]:
         members = self.structures[name].members
