@@ -167,19 +167,18 @@ def _reorder_all_(model: nn.Module, structure: Structure, permutation: Permutati
     done = []
     try:
         for member in structure.members:
-            _reorder_(model, structure, member, permutation)
+            reorder_(parameter(model, structure, member), structure, member, permutation)
             done.append(member)
     except BaseException:
         for member in done:
-            _reorder_(model, structure, member, inverse)
+            reorder_(parameter(model, structure, member), structure, member, inverse)
         raise
 
 
 @torch.no_grad()
-def _reorder_(
-    model: nn.Module, structure: Structure, member: Member, permutation: Permutation
-) -> None:
-    value, axis = parameter(model, structure, member), member.axis
+def reorder_(value: Tensor, structure: Structure, member: Member, permutation: Permutation) -> None:
+    """Permute in place a tensor that is, or is a copy of, the parameter of a member."""
+    axis = member.axis
     orders = permutation.channels_of_each_expert(member).to(value.device)
     if structure.kind != "experts":
         # one expression: a name for the copy would keep it alive while the next one is made

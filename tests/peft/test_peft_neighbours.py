@@ -107,7 +107,7 @@ def test_a_projection_that_is_replaced_after_a_forward(layout):
     )
     model(IDS)
     old = base.model.layers[0].mlp.up_proj
-    new = nn.Linear(old.in_features, old.out_features, dtype=old.weight.dtype)
+    new = nn.Linear(old.in_features, old.out_features, dtype=old.weight.dtype).requires_grad_(False)
     for each in (model.get_base_model(), base):
         each.model.layers[0].mlp.up_proj = copy.deepcopy(new)
     torch.testing.assert_close(model(IDS).logits, base(IDS).logits)
@@ -137,3 +137,18 @@ def test_get_peft_model_of_the_peft_model_of_another_method(config):
     assert torch.equal(outer(IDS).logits, want)
     randomized(outer, "ours")
     assert not torch.equal(outer(IDS).logits, want)
+
+
+def test_a_weight_that_is_trained_whole_in_a_permuted_block_is_refused():
+    """Neither its gradient nor the optimizer's states would move along with it."""
+    base = tiny_model("llama").state_dict()
+    for unfrozen in ("gate_proj.weight", "up_proj.bias", "down_proj.base_layer.weight"):
+        model = randomized(get_peft_model(tiny_model("llama"), S2FTConfig(layout="permute")))
+        model(IDS)
+        name = f"base_model.model.model.layers.1.mlp.{unfrozen}"
+        model.get_parameter(name).requires_grad_()
+        with pytest.raises(ValueError, match=r"layers.1.mlp: \w+.\w+ is trained whole"):
+            model(IDS)
+        for name, value in model.get_base_model().state_dict().items():
+            own = name.replace(".base_layer", "")
+            assert own not in base or torch.equal(value, base[own])

@@ -9,6 +9,7 @@ import torch
 from model_states import assert_same, base_state
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, peft_model
 from s2ft_models import EVERY_COMBINATION, LAYOUTS, WIDE, config, deltas, randomized, train
+from safetensors.torch import load_file
 from tiny_models import tiny_model, token_ids
 
 from s2kernels.peft import S2FTConfig, S2FTLinear, save_pretrained
@@ -280,17 +281,40 @@ def test_fingerprints_are_those_of_w0(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ("permute", "gather"))
-def test_a_state_dict_inside_a_forward_is_an_error_or_harmless(layout):
-    model = wrapped(layout=layout)
-    want = model(IDS).logits
-    inner = model.base_model.model
-    hook = inner.model.layers[0].register_forward_hook(lambda *args: inner.state_dict() and None)
-    if layout == "permute":
-        with pytest.raises(RuntimeError, match="inside a forward"):
-            model(IDS)
-    else:
-        assert torch.equal(model(IDS).logits, want)
+@pytest.mark.parametrize("targets", (None, "all-linear"))
+def test_a_state_dict_inside_a_forward_is_right_and_harmless(layout, targets, tmp_path):
+    """As where a signal's handler saves: of the adapter alone, and of the whole model."""
+    model = wrapped(layout=layout, target_modules=targets)
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "before")
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    want, states = model(IDS).logits, []
+
+    def save(*args):
+        states.append(model.state_dict())
+        states.append(model.base_model.model.model.layers[1].state_dict())
+        model.save_pretrained(tmp_path / "inside")
+
+    hook = model.base_model.model.model.layers[0].register_forward_hook(save)
+    output = model(input_ids=IDS, labels=IDS)
+    assert (output.logits - want).abs().max() < 1e-12
+    output.loss.backward()
     hook.remove()
+    for name, value in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(value.grad, gradients[name])
+    assert states[0].keys() == wanted.keys()
+    if layout == "permute":  # else they are the weights themselves, which the forward goes on with
+        assert all(torch.equal(states[0][name], value) for name, value in wanted.items())
+        for name, value in states[1].items():
+            assert torch.equal(value, wanted[f"base_model.model.model.layers.1.{name}"])
+    files = [
+        load_file(tmp_path / each / "adapter_model.safetensors") for each in ("before", "inside")
+    ]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     assert (model(IDS).logits - want).abs().max() < 1e-12
 
 

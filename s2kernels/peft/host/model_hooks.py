@@ -54,7 +54,11 @@ class ModelHooks:
             )
 
     def _before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        self.keeper.release()
+        arrangement = self.keeper.arrangement
+        if self.keeper.forwards.here and arrangement is not None and arrangement.moved:
+            self.keeper.restore()  # the rest of the forward wants the order: see _AfterStateDict
+        else:
+            self.keeper.release()
         self.keeper.renew_fingerprints()
 
     def _before_load_state_dict(self, module: nn.Module, *args: Any) -> None:
@@ -68,7 +72,8 @@ class ModelHooks:
 
 class _AfterStateDict:
     """Copies the weights that are written to, where other threads use the model: what they write
-    later would change what this one is about to save.
+    later would change what this one is about to save. So it does inside a forward over permuted
+    weights, as where a signal's handler saves: the copies are in the order of the checkpoint.
     """
 
     def __init__(self, keeper: WeightKeeper) -> None:
@@ -78,6 +83,9 @@ class _AfterStateDict:
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
     ) -> None:
         keeper = self.keeper
+        if keeper.forwards.here and keeper.arrangement is not None and keeper.arrangement.moved:
+            keeper.arrangement.put_back_copies(state)
+            return
         if not keeper.forwards.elsewhere or keeper.forwards.here:
             return
         with keeper.forwards.alone():

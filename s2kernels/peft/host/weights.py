@@ -261,7 +261,7 @@ class WeightKeeper:
         moved = arrangement is not None and arrangement.moved
         if moved and self.forwards.here:
             raise RuntimeError(
-                "the base weights cannot be given back inside a forward, by a state_dict in a hook "
+                "the base weights cannot be given back inside a forward, by a merge in a hook "
                 "for one: call it after the forward, or use layout='gather'"
             )
         with self.forwards.alone():

@@ -82,6 +82,9 @@ class Arrangement(Protocol):
     def note(self, premises: Premises) -> None:
         """Note what was reordered."""
 
+    def put_back_copies(self, state: dict[str, Any]) -> None:
+        """Put copies in the order of the checkpoint in the place of weights in a state_dict."""
+
     def moves(self, layers: Sequence[Any]) -> bool:
         """Whether `engage` puts channels into another order."""
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from s2kernels.autograd.joined import is_alone, join_
-from s2kernels.coupling import Structure, base_layer, obstacle
+from s2kernels.coupling import Structure, base_layer, obstacle, parameter
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
-from s2kernels.permute import Permutation, apply_, plan, undo_
+from s2kernels.permute import Permutation, apply_, plan, reorder_, undo_
 
 
 class ArrangedWeights:
@@ -78,7 +78,7 @@ class ArrangedWeights:
     def intact(self) -> bool:
         """Whether the layers that were permuted are all there, without an adapter of others."""
         return all(
-            layers == self._layers_of(name) and not obstacle(self.model, self.structures[name])
+            layers == self._layers_of(name) and not self._obstacle(self.structures[name])
             for name, layers in self._permuted.items()
         )
 
@@ -88,6 +88,30 @@ class ArrangedWeights:
             for member in self.structures[name].members:
                 owner, _, leaf = f"{name}.{member.suffix}".rpartition(".")[0].rpartition(".")
                 premises.same_child(self.model.get_submodule(owner), leaf)
+                premises.as_trainable(parameter(self.model, self.structures[name], member))
+
+    def _obstacle(self, structure: Structure) -> str | None:
+        """Why it cannot be permuted; None if it can."""
+        if reason := obstacle(self.model, structure):
+            return reason
+        for member in structure.members:
+            if parameter(self.model, structure, member).requires_grad:
+                return f"{member.suffix} is trained whole, and its gradient would not move along"
+        return None
+
+    def put_back_copies(self, state: dict[str, Any]) -> None:
+        """Put copies in the original basis in the place of permuted weights in a state_dict."""
+        moved = {
+            parameter(self.model, self.structures[name], member).data_ptr(): (name, member)
+            for name in self.permutations
+            for member in self.structures[name].members
+        }
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.data_ptr() in moved:
+                name, member = moved[value.data_ptr()]
+                state[key] = value.detach().clone()
+                inverse = self.permutations[name].inverse()
+                reorder_(state[key], self.structures[name], member, inverse)
 
     def _layers_of(self, name: str) -> list[nn.Module]:
         members = self.structures[name].members
@@ -135,7 +159,7 @@ class ArrangedWeights:
             first = [layer for layer, each in candidates if each == name]
             layer = next((layer for layer in first if layer.dim == "in"), first[0])
             structure = self.structures[structure_name]
-            reason = why_not or obstacle(self.model, structure)
+            reason = why_not or self._obstacle(structure)
             permutation = None
             if reason is None:  # else the index may have no values either
                 units = structure.units_at(layer.member, layer.s2ft_index[name].cpu())
