@@ -177,13 +177,14 @@ def counted(
         losses.pop().backward()
         run.phase = "optimizer"
         method.update()
+        updates = run.kernels.get(run.phase, Counter())  # none where nothing is trained
         return Prediction(
             trained=method.trained_parameters(),
             kernels=sum(run.kernels.values(), Counter()),
             saved=kept.saved,
             unseen=kept.unseen,
             peaks=run.peaks,
-            updating=sum(nbytes * n for (_, nbytes, _), n in run.kernels[run.phase].items()),
+            updating=sum(nbytes * n for (_, nbytes, _), n in updates.items()),
         )
 
 
