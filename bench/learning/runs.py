@@ -19,7 +19,6 @@ from bench.learning.protocol import RANK, Protocol
 from bench.measure import machine
 from bench.methods import METHODS, Budget, Method, comparable
 from bench.methods.spiel import SpIEL
-from s2kernels.cli.examples import collate
 from s2kernels.coupling import structures
 from s2kernels.peft import S2FTConfig, indices_of, select_indices
 from s2kernels.peft.spiel.schedule import Schedule
@@ -270,8 +269,11 @@ def inputs(examples: list[Example]) -> list[dict[str, Tensor]]:
     """Examples one by one, as the scores of channels take them."""
     found = []
     for example in examples:
-        labels = [-100] * len(example.prompt) + example.answer
-        found.append(collate([{"input_ids": example.prompt + example.answer, "labels": labels}]))
+        tokens = torch.tensor([example.prompt + example.answer])
+        labels = tokens.clone()
+        labels[:, : len(example.prompt)] = -100
+        mask = torch.ones_like(tokens)
+        found.append({"input_ids": tokens, "labels": labels, "attention_mask": mask})
     return found
 
 
