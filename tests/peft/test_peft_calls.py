@@ -4,6 +4,7 @@ A GPU finishes a layer of a 7B model at 512 tokens in about a millisecond, so Py
 longer. Calls do not depend on the machine, times do: see bench/bench_host.py for these.
 """
 
+import gc
 import sys
 from dataclasses import replace
 
@@ -61,11 +62,13 @@ def calls(step) -> int:
         nonlocal count
         count += event == "call"
 
+    gc.disable()  # a collection in the middle would call what waits for others' end
     sys.setprofile(profile)
     try:
         step()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
