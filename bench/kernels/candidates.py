@@ -49,7 +49,7 @@ class Problem:
         rank = k if self.op == "slice_grad" else min(FUSED_RANK, n, k)
         case = CASES["slice_grad-in-256" if self.op == "slice_grad" else self.op]
         sizes = Sizes("tuned", self.tokens, n, k, rank)
-        return next(case.calls(Operands(device, self.dtype), sizes))
+        return next(iter(case.calls(Operands(device, self.dtype), sizes)))
 
 
 def _slice_grad_torch(dy: Tensor, x: Tensor, index: None, dim: str) -> Tensor:

@@ -34,13 +34,13 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Unique storages: identity -> bytes."""
     found = {}
     for tensor in tensors:
-        for part in _dense_parts(tensor):
+        for part in dense_parts(tensor):
             storage = part.untyped_storage()
             found[storage._cdata] = storage.nbytes()
     return found
 
 
-def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """What has a storage: of a sparse tensor its indices and its values."""
     if tensor.layout is torch.sparse_coo:
         return tensor._indices(), tensor._values()
@@ -204,10 +204,10 @@ class _Allocations(TorchDispatchMode):
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inputs = storages(_tensors((args, kwargs)))
+        inputs = storages(tensors((args, kwargs)))
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            for part in _dense_parts(tensor):
+        for tensor in tensors(result):
+            for part in dense_parts(tensor):
                 storage = part.untyped_storage()
                 if storage._cdata not in inputs:
                     self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
@@ -217,5 +217,5 @@ class _Allocations(TorchDispatchMode):
         return {key: size for key, (ref, size) in self._seen.items() if not ref.expired()}
 
 
-def _tensors(tree) -> Iterator[Tensor]:
+def tensors(tree) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
