@@ -20,9 +20,8 @@ import argparse
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,19 +100,20 @@ class Files:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         path = folder / machine.device_name(device)
-        self.steps = results.Results(path / "steps.json", device)
-        self.captured = results.Results(path / "captured.json", device)
+        self.steps, self.captured = (
+            results.Results(path / f"{name}.json", device) for name in ("steps", "captured")
+        )
 
     def of(self, job: Job) -> results.Results:
         return self.captured if job.kind == "captured" else self.steps
 
     def lack(self, job: Job) -> bool:
         """Whether any of what the job measures is missing."""
-        file = self.of(job)
-        return not all(
-            file.has(fullname(case))
-            and (job.kind != "bytes" or "bytes" in file.entries[fullname(case)]["extra_info"])
-            for case in job.cases
+        file, names = self.of(job), list(map(fullname, job.cases))
+        if not all(map(file.has, names)):
+            return True
+        return job.kind == "bytes" and any(
+            "bytes" not in file.entries[name]["extra_info"] for name in names
         )
 
     def add(self, job: Job, case: Case, stats: dict | None, found: dict) -> None:
@@ -122,17 +122,18 @@ class Files:
         budget = asdict(comparable(case.shape.config(case.length)))
         known = {"total_parameters": case.shape.parameters(), "budget": budget}
         if file.has(name):
-            entry = file.entries[name]
-            stats, known = stats or entry["stats"], entry["extra_info"]
-        entry = {
-            "group": "/".join(case.id.split("/")[:3]),
-            "name": f"bench_step[{case.id}]",
-            "fullname": name,
-            "params": case.params(),
-            "stats": stats,
-            "extra_info": known | found | {"status": "measured"},
-        }
-        file.add(entry)
+            stats = stats or file.entries[name]["stats"]
+            known = file.entries[name]["extra_info"]
+        file.add(
+            {
+                "group": "/".join(case.id.split("/")[:3]),
+                "name": f"bench_step[{case.id}]",
+                "fullname": name,
+                "params": case.params(),
+                "stats": stats,
+                "extra_info": known | found | {"status": "measured"},
+            }
+        )
 
 
 def fullname(case: Case) -> str:
@@ -163,26 +164,20 @@ class Bench:
         method = step.build(job.cases[-1], budget, self.device, TIMING_LR)
         trained = {"trained_parameters": method.trained_parameters()}
         for case in job.cases:
-            runs = [partial(step.laps, each, device=self.device) for each in (self._floor, method)]
-            if job.kind == "captured":
-                batch = next(step.random_batches(case, self.device))
-                runs = [
-                    _one_lap(replayed(each, batch, self.device), self.device)
-                    for each in (self._floor, method)
-                ]
+            run = captured if job.kind == "captured" else timed
+            runs = [run(each, case, self.device) for each in (self._floor, method)]
             stats, found = time_together(*runs, case, self.device)
-            if not bool(torch.isfinite(method.loss(next(step.random_batches(case, self.device))))):
-                raise step.WrongMethod(f"the loss of {case.id} is not finite after its timed steps")
+            step.check_loss(method, next(step.random_batches(case, self.device)))
             self.files.add(job, case, stats, found | trained)
 
-    def forget(self) -> None:
-        """Gives all memory back, after a job that failed."""
-        self._floor = None
-        machine.release(self.device)
+
+def timed(method: Method, case: Case, device: torch.device) -> Run:
+    return lambda batch: step.laps(method, batch, device)
 
 
-def _one_lap(action: Callable[[Tensor], object], device: torch.device) -> Run:
-    return lambda batch: timing.laps([lambda: action(batch)], device)
+def captured(method: Method, case: Case, device: torch.device) -> Run:
+    replay = replayed(method, next(step.random_batches(case, device)), device)
+    return lambda batch: timing.laps([lambda: replay(batch)], device)
 
 
 def time_together(floor: Run, method: Run, case: Case, device: torch.device) -> tuple[dict, dict]:
@@ -199,19 +194,7 @@ def time_together(floor: Run, method: Run, case: Case, device: torch.device) -> 
         laps.append(method(batch))
         if number % 2 == 1:
             floors.append(sum(floor(batch)))
-    steps = [sum(each) for each in laps]
-    found = {
-        "ratio_to_floor": timing.quartiles(timing.paired_ratios(steps, floors)),
-        "floor_seconds": timing.quartiles(floors),
-        "paired": True,
-    }
-    if len(laps[0]) > 1:
-        zeroing, forward, backward, update = (
-            timing.quartiles(part)["median"] for part in zip(*laps, strict=True)
-        )
-        parts = {"forward": forward, "backward": backward, "optimizer": zeroing + update}
-        found["seconds"] = parts | {"periodic": 0.0}
-    return timing.stats(steps), found
+    return timing.stats([sum(each) for each in laps]), step.times(laps, floors)
 
 
 def replayed(method: Method, like: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -246,10 +229,6 @@ def replayed(method: Method, like: Tensor, device: torch.device) -> Callable[[Te
     return replay
 
 
-def left(listed: list[Job], files: Files) -> Iterator[Job]:
-    return (job for job in listed if files.lack(job))
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     listed = jobs(args.toy)
@@ -260,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     device, end = machine.default_device(), time.monotonic() + args.budget_s
     files = Files(args.results, device)
     bench, failed = Bench(files, device), False
-    for job in list(left(listed, files)):
+    for job in filter(files.lack, listed):
         expected = 0.0 if args.toy else job.expected_seconds()
         rest = end - time.monotonic()
         if expected >= rest:
@@ -273,11 +252,12 @@ def main(argv: list[str] | None = None) -> int:
             failed = True
             traceback.print_exc()
             timing.synchronize(device)  # raises again what broke the GPU
-            bench.forget()
+            bench = Bench(files, device)  # gives all memory back
+            machine.release(device)
         print(f"{job.name}: {time.monotonic() - began:.1f} s, expected {expected:.0f}", flush=True)
     for file in (files.steps, files.captured):
         print(overview(file.entries))
-    if any(left(listed, files)) and not failed:
+    if any(map(files.lack, listed)) and not failed:
         print("the budget is spent: the same command goes on with the rest")
     return 1 if failed else 0
 
