@@ -54,7 +54,7 @@ TOY_TESTS = [("tests/kernels/test_swiglu_kernel.py", "float16")]
 # What a step of S2FT launches, and what calls it; then other kernels.
 FILES = (
     *(f"kernels/test_{name}_kernel" for name in ("slice_grad", "slice_write", "swiglu")),
-    *(f"autograd/test_autograd_{name}" for name in ("linear", "mlp", "joined")),
+    *(f"autograd/test_autograd_{name}" for name in ("layers", "linear", "mlp", "joined")),
     *("core/test_captured_step", "core/test_flat_moments"),
     *("core/test_fast_ops", "core/test_attention"),
     *(f"kernels/test_{name}_kernel" for name in ("linear", "fused_linear", "slice_linear")),
