@@ -5,10 +5,10 @@
 LLaMA-2-7B in bf16. First it says which backend torch's SDPA takes. Then the most valuable numbers
 come first:
 
-    times     of each method at three sizes, in rounds with one floor that stays in memory
+    steps     of each method: bytes at the largest of three sizes, counted on a model of its own;
+              times at all, in rounds with one floor that stays in memory
     captured  S2FT's step as one CUDA graph beside the floor's, at the smallest size
     depth     S2FT with the modules of the model and dx in full depth, at the largest size
-    bytes     of each method at the largest size, counted on a model of its own
 
 The results are in FOLDER/<device>/steps.json, in the form of `pytest bench/steps`, but for bytes at
 the other sizes; those of captured steps in captured.json. Each is written as soon as it is known,
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import machine, results, timing
-from bench.methods import Method, comparable
+from bench.methods import Budget, Method, comparable
 from bench.steps import step
 from bench.steps.bench_steps import TIMING_LR, WARM_UP
 from bench.steps.cases import FLOOR, FULL_DEPTH, Case
@@ -54,27 +54,25 @@ Run = Callable[[Tensor], list[float]]  # takes a step on a batch; seconds of its
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured with one build of a method: "times", "captured" or "bytes" of cases."""
+    """What is measured with one build of a method: steps of cases, captured or not."""
 
-    kind: str
-    cases: tuple[Case, ...]
+    cases: tuple[Case, ...]  # the largest comes last
+    captured: bool = False
 
     @property
     def name(self) -> str:
         method = self.cases[0].id.split("/")[3]
         sizes = ", ".join(f"{case.batch}x{case.length}" for case in self.cases)
-        return f"{self.kind} of {method} at {sizes}"
+        return f"{'captured steps' if self.captured else 'steps'} of {method} at {sizes}"
 
     def expected_seconds(self) -> float:
         """On an H200. Predicted, to decide whether there is time for it."""
         found = BUILD + (COMPILE if self.cases[0].method.startswith("s2ft") else 0)
-        for case in self.cases:
-            tokens = case.batch * case.length
-            if self.kind == "bytes":
-                found += 8 * tokens * TOKEN + 4  # a step with hooks takes longer
-            else:
-                pair = tokens * (FLOOR_TOKEN + TOKEN)
-                found += WARM_UP * pair + max(ROUNDS * pair, min(SECONDS, MOST_ROUNDS * pair))
+        for tokens in (case.batch * case.length for case in self.cases):
+            pair = tokens * (FLOOR_TOKEN + TOKEN)
+            found += WARM_UP * pair + max(ROUNDS * pair, min(SECONDS, MOST_ROUNDS * pair))
+        if not self.captured:  # another build, and steps with hooks, which take longer
+            found += BUILD + 8 * tokens * TOKEN + 4
         return found
 
 
@@ -88,10 +86,9 @@ def jobs(toy: bool) -> list[Job]:
     }
     deep = replace(cases["s2ft_inplace"][-1], suites=("depth",), method="s2ft_unfused")
     return [
-        *(Job("times", cases[method]) for method in METHODS),
-        Job("captured", cases["s2ft_inplace"][:1]),
-        Job("times", (replace(deep, options=FULL_DEPTH),)),
-        *(Job("bytes", cases[method][-1:]) for method in METHODS),
+        *(Job(cases[method]) for method in METHODS),
+        Job(cases["s2ft_inplace"][:1], captured=True),
+        Job((replace(deep, options=FULL_DEPTH),)),
     ]
 
 
@@ -105,35 +102,24 @@ class Files:
         )
 
     def of(self, job: Job) -> results.Results:
-        return self.captured if job.kind == "captured" else self.steps
+        return self.captured if job.captured else self.steps
 
     def lack(self, job: Job) -> bool:
         """Whether any of what the job measures is missing."""
-        file, names = self.of(job), list(map(fullname, job.cases))
-        if not all(map(file.has, names)):
-            return True
-        return job.kind == "bytes" and any(
-            "bytes" not in file.entries[name]["extra_info"] for name in names
-        )
+        return not all(self.of(job).has(fullname(case)) for case in job.cases)
 
-    def add(self, job: Job, case: Case, stats: dict | None, found: dict) -> None:
-        """Adds what was found to what is known of a case."""
-        file, name = self.of(job), fullname(case)
-        budget = asdict(comparable(case.shape.config(case.length)))
-        known = {"total_parameters": case.shape.parameters(), "budget": budget}
-        if file.has(name):
-            stats = stats or file.entries[name]["stats"]
-            known = file.entries[name]["extra_info"]
-        file.add(
-            {
-                "group": "/".join(case.id.split("/")[:3]),
-                "name": f"bench_step[{case.id}]",
-                "fullname": name,
-                "params": case.params(),
-                "stats": stats,
-                "extra_info": known | found | {"status": "measured"},
-            }
-        )
+
+def entry(case: Case, budget: Budget, stats: dict, found: dict) -> dict:
+    """Of a measured case, as `pytest bench/steps` writes it."""
+    known = {"total_parameters": case.shape.parameters(), "budget": asdict(budget)}
+    return {
+        "group": "/".join(case.id.split("/")[:3]),
+        "name": f"bench_step[{case.id}]",
+        "fullname": fullname(case),
+        "params": case.params(),
+        "stats": stats,
+        "extra_info": known | found | {"status": "measured"},
+    }
 
 
 def fullname(case: Case) -> str:
@@ -141,7 +127,7 @@ def fullname(case: Case) -> str:
 
 
 class Bench:
-    """Does the jobs. The floor stays from one to the next, until bytes are counted."""
+    """Does the jobs. The floor stays from one to the next."""
 
     def __init__(self, files: Files, device: torch.device) -> None:
         self.files, self.device = files, device
@@ -149,26 +135,24 @@ class Bench:
 
     def do(self, job: Job) -> None:
         """Measures and writes what is missing of it."""
-        budget = comparable(job.cases[-1].shape.config(job.cases[-1].length))
-        machine.release(self.device)
-        if job.kind == "bytes":
-            self._floor = None
-            machine.release(self.device)
-            for case in job.cases:
-                self.files.add(job, case, None, step.count(case, budget, self.device))
-            return
+        largest, device = job.cases[-1], self.device
+        budget = comparable(largest.shape.config(largest.length))
+        machine.release(device)
         if self._floor is None:
-            self._floor = step.build(job.cases[-1].floor(), budget, self.device, TIMING_LR)
+            self._floor = step.build(largest.floor(), budget, device, TIMING_LR)
             for case in job.cases:
                 print(torch_choice(self._floor.base, case.length))
-        method = step.build(job.cases[-1], budget, self.device, TIMING_LR)
+        counted = {} if job.captured else step.count(largest, budget, device)
+        machine.release(device)
+        method = step.build(largest, budget, device, TIMING_LR)
         trained = {"trained_parameters": method.trained_parameters()}
         for case in job.cases:
-            run = captured if job.kind == "captured" else timed
-            runs = [run(each, case, self.device) for each in (self._floor, method)]
-            stats, found = time_together(*runs, case, self.device)
-            step.check_loss(method, next(step.random_batches(case, self.device)))
-            self.files.add(job, case, stats, found | trained)
+            run = captured if job.captured else timed
+            runs = [run(each, case, device) for each in (self._floor, method)]
+            stats, found = time_together(*runs, case, device)
+            step.check_loss(method, next(step.random_batches(case, device)))
+            found |= trained | (counted if case is largest else {})
+            self.files.of(job).add(entry(case, budget, stats, found))
 
 
 def timed(method: Method, case: Case, device: torch.device) -> Run:

@@ -27,6 +27,7 @@ def _entries(folder: Path) -> list[dict]:
     return json.loads(text)["benchmarks"]
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_rehearsal(tmp_path, monkeypatch, capsys):
     ops = ["--ops", "linear", "slice_grad"]
