@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import cache
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 from bench.measure import memory
 from bench.methods import METHODS
+from bench.plan import rank
 from bench.plan.command import main
-from bench.plan.rank import count
 from bench.plan.times import CLUSTERS, LABORATORY, Cluster, defaults, seconds
 from bench.steps.model_shapes import Shape
 from bench.steps.predict import Ceilings, counted
@@ -19,6 +20,7 @@ from s2kernels.peft import S2FTConfig
 # 97 tokens and 6 heads of 16 for 48 channels: shards have padding, and one rank more than another.
 SHAPE = Shape("grouped", "llama", 48, 104, 2, 6, 2, 16, 97, 2, 97)
 BATCH, LENGTH, RANK = 3, 10, 5
+count = cache(rank.count)  # several tests look at one plan
 HEADS, CHANNELS = 1, 2  # 5 % of 6 heads, 2 % of 104 channels
 
 
@@ -73,7 +75,7 @@ def real_model(method):
     return model
 
 
-@pytest.mark.parametrize("gpus", [2, 4])
+@pytest.mark.parametrize("gpus", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", LABORATORY)
 def test_a_rank_holds_and_exchanges_what_hand_counting_gives(method, gpus):
     found = count(SHAPE, method, gpus, BATCH, LENGTH, RANK)
@@ -88,6 +90,7 @@ def test_a_rank_holds_and_exchanges_what_hand_counting_gives(method, gpus):
     assert found.trained == (added or SHAPE.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", LABORATORY)
 def test_activations_are_what_a_real_forward_keeps(method):
     model = real_model(method)
@@ -111,6 +114,7 @@ def test_activations_are_what_a_real_forward_keeps(method):
     assert found.checkpointed.activations == kept()
 
 
+@pytest.mark.slow
 def test_few_layers_continue_to_all():
     deep = replace(SHAPE, layers=6, of_layers=6)
     line, whole = (
@@ -122,6 +126,7 @@ def test_few_layers_continue_to_all():
     assert line == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", LABORATORY)
 def test_times_are_those_of_the_same_model(method):
     found = count(SHAPE, method, 4, BATCH, LENGTH, RANK)
@@ -137,6 +142,7 @@ def test_times_are_those_of_the_same_model(method):
     assert times["plain"].exchanging == pytest.approx(moved * 3 / 4 / 1e6)
 
 
+@pytest.mark.slow
 def test_the_optimizer_has_a_shard():
     wide = Cluster(Ceilings("wide", {"bfloat16": 1e30, "float32": 1e30}, 1e9), 1e30, 1e30)
     found = count(SHAPE, "full", 2, BATCH, LENGTH)
@@ -156,6 +162,7 @@ def test_the_slower_link_decides():
     assert cluster.exchanging(10**12, 2) == pytest.approx(1e12 / 2 / 450e9)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_every_plan(capsys, tmp_path):
     size = ["--model", "toy", "--gpus", "2", "--tokens", "16", "--rank", "4", "8"]
     assert main([*size, "--json", "--results", str(tmp_path)]) == 0
