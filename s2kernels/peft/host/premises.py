@@ -65,6 +65,10 @@ class Premises:
         owner = module._parameters if name in module._parameters else module._buffers
         self._same.append((owner, name, owner.get(name)))
 
+    def same_attribute(self, owner: object, name: str) -> None:
+        """The attribute is the very object that it is now."""
+        self._same.append((vars(owner), name, vars(owner).get(name)))
+
     def as_partitioned(self, tensor: Tensor) -> None:
         """DeepSpeed ZeRO-3, which keeps the tensor object, has partitioned it if it has now."""
         self._same.append((vars(tensor), "ds_id", vars(tensor).get("ds_id")))
