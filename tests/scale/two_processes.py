@@ -16,7 +16,7 @@ def _work(rank, port, calls):
         init_method=f"tcp://localhost:{port}",
         rank=rank,
         world_size=WORLD,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=300),
     )
     while (call := calls.recv()) is not None:
         function, arguments = call
@@ -34,7 +34,9 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        # A server imports what is slow to import, and both processes are forks of it.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "sharded_models"])
         self.pipes, self.processes = [], []
         for rank in range(WORLD):
             here, there = context.Pipe()
@@ -48,7 +50,7 @@ class Ranks:
             pipe.send((function, arguments))
         answers = []
         for pipe in self.pipes:
-            assert pipe.poll(150), "a process hangs"
+            assert pipe.poll(600), "a process hangs"
             answers.append(pipe.recv())
         assert all(done for done, _ in answers), [what for done, what in answers if not done]
         return [what for _, what in answers]

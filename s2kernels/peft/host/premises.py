@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from s2kernels.autograd.checks import version_of
+from s2kernels.peft.host.kept_buffers import has_values
 
 # torch calls these around every module
 GLOBAL_HOOKS = (
@@ -97,5 +98,5 @@ class Premises:
 
     def unmoved(self, tensor: Tensor) -> None:
         """The tensor stays where it lies in memory."""
-        if not tensor.is_meta:
+        if has_values(tensor):
             self._addresses.append((tensor, tensor.data_ptr()))

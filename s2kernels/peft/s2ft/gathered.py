@@ -68,6 +68,13 @@ class Gathered:
         if self.adapter != adapter:
             self._raise(adapter)
 
+    def check_given_back(self) -> None:
+        """Raises RuntimeError where a gathered weight holds a slice and whoever reads it next does
+        not know of it.
+        """
+        if not isinstance(self.layer.weight, DTensor):
+            self.check(None)
+
     def _raise(self, wanted: str | None) -> None:
         raise RuntimeError(
             f"{self.layer.name}: FSDP holds the weight with adapter {self.adapter!r}, and "
