@@ -17,7 +17,7 @@ def base(**fields):
         torch.manual_seed(0)
         config = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, vocab_size=128)
         config |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
-        return LlamaForCausalLM(LlamaConfig(**config, use_cache=False, **fields))
+        return LlamaForCausalLM(LlamaConfig(**config | fields, use_cache=False))
 
 
 def s2ft(**fields):
