@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from s2kernels.architectures import Member
 from s2kernels.autograd.linear import delta_linear, linear
 from s2kernels.coupling import is_conv1d, is_dense
-from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.holding import Holding, holding, keep_w0_for_backward_of
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
@@ -117,7 +117,7 @@ class S2FTLinear(S2FTLayer):
             return self._forward_mixed(x, rows, *args, **kwargs)  # type: ignore[arg-type]
         if keeper.are_ready({self: call.written}):
             return self._compute(x, call, *args, **kwargs)
-        with keeper.lock:
+        with keeper.forwards.lock:
             keeper.ensure_written({self: call.written})
             return self._compute(x, call, *args, **kwargs)
 
@@ -134,7 +134,7 @@ class S2FTLinear(S2FTLayer):
 
     def _forward_base(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        self.keep_w0_for_backward_of(y)
+        keep_w0_for_backward_of(y, self)
         return y
 
     def _forward_mixed(self, x: Tensor, rows: Rows, *args, **kwargs) -> Tensor:
