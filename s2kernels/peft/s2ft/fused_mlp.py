@@ -144,7 +144,7 @@ class FusedMLP:
         operands: Any = call[3:]
         if keeper.are_ready(call.written):
             return mlp(x, *operands)
-        with keeper.lock:
+        with keeper.forwards.lock:
             keeper.ensure_written(call.written)
             return mlp(x, *operands)
 
@@ -154,7 +154,7 @@ class FusedMLP:
         modules = [getattr(self.module, name) for name in names]
         layers = [each for each in modules if isinstance(each, S2FTLinear)]
         for layer in layers:
-            layer.refresh()
+            layer.known.look()
         operands = self._operands(modules, layers)
         premises = Premises()
         premises.unwatched()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from s2kernels.architectures import Member
 from s2kernels.autograd.linear import delta_linear, linear
 from s2kernels.coupling import is_conv1d, is_dense
-from s2kernels.peft.host.holding import holding
+from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
@@ -142,7 +142,7 @@ class S2FTLinear(S2FTLayer):
             return self._forward_mixed(x, rows, *args, **kwargs)  # type: ignore[arg-type]
         if keeper.are_ready({self: call.written}):
             return self._compute(x, call, *args, **kwargs)
-        with keeper.lock:
+        with keeper.forwards.lock:
             keeper.ensure_written({self: call.written})
             return self._compute(x, call, *args, **kwargs)
 
@@ -158,7 +158,7 @@ class S2FTLinear(S2FTLayer):
 
     def _forward_base(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        self.keep_w0_for_backward_of(y)
+        keep_w0_for_backward_of(y, self)
         return y
 
     def _forward_mixed(self, x: Tensor, rows: Rows, *args, **kwargs) -> Tensor:
