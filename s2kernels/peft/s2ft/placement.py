@@ -47,7 +47,7 @@ def fsdp_placement(model: nn.Module) -> Callable[[nn.Parameter], Shard]:
         )
     for layer in layers:
         if layer.gathered is None:
-            layer.renew_fingerprints()
+            layer.known.renew()
             layer.gathered = Gathered(layer)
             give(layer.get_base_layer(), layer.gathered)
             layer.keeper.changed()
