@@ -242,6 +242,9 @@ def results(places, tmp_path_factory):
         for name in ("RATES", "FULL_RATES", "MOMENTUM_RATES"):
             patch.setattr(studies, name, (1e-3,))
         patch.setattr(studies, "SEEDS", (0,))
+        patch.setattr(studies, "RANKS", (1,))
+        patch.setattr(studies, "DENSITIES", (0.01,))
+        patch.setattr(studies, "PROJECTIONS", ("k_proj", "up_proj", "down_proj"))
         for study in studies.STUDIES:
             assert learning.main(arguments(places, folder, study)) == 0
             path = folder / f"{study}.json"

@@ -293,6 +293,7 @@ def test_select_ranks_heads_and_channels(strategy, base, data, tmp_path):
         assert stop.value.code == 2
 
 
+@pytest.mark.slow
 def test_finetune_selects_on_a_share_of_its_training_data(base, data, tmp_path, monkeypatch):
     options = ["--strategy", "activation", "--smallest", "--calibration-share", "0.2"]
     train(base, data, tmp_path, *options, "--max-steps", "2", "--save-steps", "1")
