@@ -1,11 +1,9 @@
 """Bases that have no values yet: on the meta device, and of fake tensors."""
 
-import accelerate.state
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -15,6 +13,7 @@ from sharded_models import (
     base,
     batches,
     distance,
+    engaging_fsdp,
     shard,
     train,
     trained,
@@ -121,23 +120,8 @@ def test_a_model_of_fake_tensors_has_the_adapter_of_a_real_one(mode):
             assert p.grad.shape == dict(real.named_parameters())[name].shape
 
 
-def _with_fsdp(init):
-    """accelerate shards on accelerators alone; what it does is the same on a CPU."""
-
-    def changed(self, *args, fsdp_plugin=None, **options):
-        init(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None:
-            self.distributed_type = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    return changed
-
-
 def _loads_on_rank_0_alone(rank, method):
-    original = AcceleratorState.__init__
-    accelerate.state.AcceleratorState.__init__ = _with_fsdp(original)
-    try:
+    with engaging_fsdp():
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             cpu_ram_efficient_loading=True,
@@ -152,9 +136,6 @@ def _loads_on_rank_0_alone(rank, method):
         optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
         model, optimizer = accelerator.prepare(model, optimizer)
         return train(model, rank=rank, world=2, optimizer=optimizer), values(model)
-    finally:
-        AcceleratorState.__init__ = original
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("method", CONFIGS)

@@ -119,7 +119,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if call is None or call.changes != self.keeper.changes or not call.premises.hold():
             with torch.inference_mode(False):  # views made there could not be saved for a backward
                 check_is_dense_here(self.name, self.weight)
-                self.keeper.notice_weight(self)
+                self.keeper.notice_call(self)
                 self.refresh()
                 call = self._call = self.prepare()
         return call
