@@ -24,7 +24,7 @@ from tiny_models import tiny_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.models.llama import modeling_llama
 
-from s2kernels.peft import S2FTConfig, save_pretrained
+from s2kernels.peft import S2FTConfig, fsdp_placement, save_pretrained
 
 CASES = [("s2ft", mode) for mode in ("auto", "inplace", "additive")] + [("spiel", "auto")]
 
@@ -120,7 +120,7 @@ def test_a_model_of_fake_tensors_has_the_adapter_of_a_real_one(mode):
             assert p.grad.shape == dict(real.named_parameters())[name].shape
 
 
-def _loads_on_rank_0_alone(rank, method):
+def _loads_on_rank_0_alone(rank, method, inplace):
     with engaging_fsdp():
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -130,19 +130,24 @@ def _loads_on_rank_0_alone(rank, method):
         )
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
         model = adapted(method)
+        if inplace:  # the default targets are in place without a placement of their own
+            fsdp_placement(model)
         if rank:
             for p in model.parameters():
                 torch.nn.init.constant_(p, float("nan"))
         optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
         model, optimizer = accelerator.prepare(model, optimizer)
-        return train(model, rank=rank, world=2, optimizer=optimizer), values(model)
+        losses = train(model, rank=rank, world=2, optimizer=optimizer)
+        layers = model.base_model.keeper.layers
+        assert not inplace or all(layer.gathered.adapter == "default" for layer in layers)
+        return losses, values(model)
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-def test_accelerate_loads_the_base_on_one_process_alone(ranks, method):
+@pytest.mark.parametrize(("method", "inplace"), [("s2ft", False), ("s2ft", True), ("spiel", False)])
+def test_accelerate_loads_the_base_on_one_process_alone(ranks, method, inplace):
     wanted = adapted(method)
     losses = train(wanted)
-    for got, deltas in ranks.run(_loads_on_rank_0_alone, method):
+    for got, deltas in ranks.run(_loads_on_rank_0_alone, method, inplace):
         assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 2e-6
         assert distance(values(wanted), deltas) < 1e-5
 
