@@ -44,43 +44,43 @@ class WrittenShard(Tensor):
     Nothing can be computed with it before it is sharded: see `check_is_dense_here`.
     """
 
-    inner: Tensor
+    held: Tensor
     owner: Owner
 
     @staticmethod
-    def __new__(cls, inner: Tensor, owner: Owner) -> "WrittenShard":
+    def __new__(cls, held: Tensor, owner: Owner) -> "WrittenShard":
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            layout=inner.layout,
-            device=inner.device,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
+            device=held.device,
             requires_grad=False,
         )
 
-    def __init__(self, inner: Tensor, owner: Owner) -> None:
-        self.inner, self.owner = inner, owner
+    def __init__(self, held: Tensor, owner: Owner) -> None:
+        self.held, self.owner = held, owner
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override] # torch's takes contents
-        return f"WrittenShard({self.inner!r})"
+        return f"WrittenShard({self.held!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Owner]:
-        return ["inner"], self.owner
+        return ["held"], self.owner
 
     @staticmethod
     def __tensor_unflatten__(
         tensors: dict[str, Tensor], owner: Owner, size: Any, stride: Any
     ) -> "WrittenShard":
-        return WrittenShard(tensors["inner"], owner)
+        return WrittenShard(tensors["held"], owner)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override] # torch's is said to be a function
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         shards = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, WrittenShard)]
-        plain = pytree.tree_map_only(WrittenShard, lambda x: x.inner, (args, kwargs or {}))
+        plain = pytree.tree_map_only(WrittenShard, lambda x: x.held, (args, kwargs or {}))
         made = func(*plain[0], **plain[1])
         if func._schema.name.endswith("_"):  # in place
             return args[0]
@@ -102,7 +102,7 @@ class WrittenShard(Tensor):
         """What this process gives to the all-gather: in the dtype of products, and of the same size
         on all processes.
         """
-        copy = self.inner.clone()
+        copy = self.held.clone()
         self.owner.write_into(copy)
         copy = copy.to(mp_policy.param_dtype or copy.dtype)
         rows = -(-outer_size[0] // mesh.size())
@@ -160,4 +160,4 @@ def _without_owner(value: Tensor) -> Tensor:
             shape=value.shape,
             stride=value.stride(),
         )
-    return value.inner if isinstance(value, WrittenShard) else value
+    return value.held if isinstance(value, WrittenShard) else value
