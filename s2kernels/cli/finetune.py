@@ -32,6 +32,7 @@ from s2kernels.peft import (
     S2FTConfig,
     SpIELCallback,
     SpIELConfig,
+    gathered_state,
     indices_of,
     save_pretrained,
     select_indices,
@@ -86,13 +87,14 @@ class Job:
             "held_out_loss": _curve(trainer.state.log_history, "eval_loss"),
             "seconds": round(seconds, 3),  # since it was last resumed
         }
+        state = gathered_state(trainer.model)  # of all processes, where FSDP2 has sharded the model
         if self.is_main:
-            self._write(metrics)
+            self._write(metrics, state)
         return metrics
 
-    def _write(self, metrics: dict[str, Any]) -> None:
+    def _write(self, metrics: dict[str, Any], state: dict[str, torch.Tensor] | None) -> None:
         with replacing(self.args.output) as folder:
-            save_pretrained(self.trainer.model, folder)
+            save_pretrained(self.trainer.model, folder, state_dict=state)
             self.tokenizer.save_pretrained(folder)
             text = json.dumps(metrics | {"options": self.settings}, indent=1)
             (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")

@@ -103,7 +103,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
         if call is None or call.changes != self.keeper.changes or not call.premises.hold():
             with torch.inference_mode(False):  # views made there could not be saved for a backward
                 check_is_dense_here(self.name, self.weight)
-                self.keeper.notice_weight(self)
+                self.keeper.notice_call(self)
                 self.known.look()
                 call = self._call = self.prepare()
         return call

@@ -201,6 +201,13 @@ class WeightKeeper:
         those that were sharded while they held what was trained.
         """
         check_not_partitioned(layer.weight for layer in self.layers)
+        self._look()
+        if self.arrangement is not None and not self.arrangement.intact:
+            self.release()
+        for layer in self.layers:
+            self.notice_weight(layer)
+
+    def _look(self) -> None:
         self.obstacles.look()
         held = self.held_by_layer or (self.arrangement is not None and self.arrangement.moved)
         if held and self.obstacles.sharded:
@@ -208,10 +215,15 @@ class WeightKeeper:
                 "the model was sharded after its first forward, while the weights held what was "
                 "trained: shard it before, or call state_dict() first"
             )
-        if self.arrangement is not None and not self.arrangement.intact:
-            self.release()
-        for layer in self.layers:
-            self.notice_weight(layer)
+
+    def notice_call(self, layer: WrittenLayer) -> None:
+        """A layer is called, perhaps not from the forward of the model: then nobody has looked
+        whether FSDP2 has come. Where it has, the weight is another one. Raises RuntimeError as
+        `prepare` does.
+        """
+        if layer.weight is not self._weights.get(layer) and not self.obstacles.sharded:
+            self._look()
+        self.notice_weight(layer)
 
     def notice_weight(self, layer: WrittenLayer) -> None:
         """A layer whose dense weight is another one than it was has another base."""

@@ -44,42 +44,44 @@ class WrittenShard(Tensor):
     Nothing can be computed with it before it is sharded: see `check_is_dense_here`.
     """
 
-    values: Tensor
+    held: Tensor
     owner: Owner
 
     @staticmethod
-    def __new__(cls, values: Tensor, owner: Owner) -> "WrittenShard":
+    def __new__(cls, held: Tensor, owner: Owner) -> "WrittenShard":
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
-            values.size(),
-            strides=values.stride(),
-            storage_offset=values.storage_offset(),
-            dtype=values.dtype,
-            layout=values.layout,
-            device=values.device,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
+            device=held.device,
             requires_grad=False,
         )
 
-    def __init__(self, values: Tensor, owner: Owner) -> None:
-        self.values, self.owner = values, owner
+    def __init__(self, held: Tensor, owner: Owner) -> None:
+        self.held, self.owner = held, owner
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override] # torch's takes contents
-        return f"WrittenShard({self.values!r})"
+        return f"WrittenShard({self.held!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Owner]:
-        return ["values"], self.owner
+        return ["held"], self.owner
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], owner: Owner, size: Any, stride: Any
+        tensors: dict[str, Tensor], owner: Owner, size: Any, stride: Any
     ) -> "WrittenShard":
-        return WrittenShard(inner["values"], owner)
+        return WrittenShard(tensors["held"], owner)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override] # torch's is said to be a function
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         shards = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, WrittenShard)]
-        inner = pytree.tree_map_only(WrittenShard, lambda x: x.values, (args, kwargs or {}))
-        made = func(*inner[0], **inner[1])
+        plain = pytree.tree_map_only(WrittenShard, lambda x: x.held, (args, kwargs or {}))
+        made = func(*plain[0], **plain[1])
         if func._schema.name.endswith("_"):  # in place
             return args[0]
         if func in _GIVE_A_SHARD:
@@ -100,7 +102,7 @@ class WrittenShard(Tensor):
         """What this process gives to the all-gather: in the dtype of products, and of the same size
         on all processes.
         """
-        copy = self.values.clone()
+        copy = self.held.clone()
         self.owner.write_into(copy)
         copy = copy.to(mp_policy.param_dtype or copy.dtype)
         rows = -(-outer_size[0] // mesh.size())
@@ -130,7 +132,8 @@ def give(module: nn.Module, owner: Owner) -> None:
 
     The weight is frozen, not sharded yet, and no other module's.
     """
-    weight = WrittenShard(module.weight.detach(), owner)
+    original: Any = module.weight
+    weight = WrittenShard(original.detach(), owner)
     module.weight = nn.Parameter(weight, requires_grad=False)
 
     def plain(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -157,4 +160,4 @@ def _without_owner(value: Tensor) -> Tensor:
             shape=value.shape,
             stride=value.stride(),
         )
-    return value.values if isinstance(value, WrittenShard) else value
+    return value.held if isinstance(value, WrittenShard) else value

@@ -154,6 +154,7 @@ class FusedMLP:
         modules = [getattr(self.module, name) for name in names]
         layers = [each for each in modules if isinstance(each, S2FTLinear)]
         for layer in layers:
+            self.keeper.notice_call(layer)
             layer.known.look()
         operands = self._operands(modules, layers)
         premises = Premises()
