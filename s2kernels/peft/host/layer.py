@@ -109,9 +109,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
         return call
 
     def active(self) -> list[str]:
-        """The adapters that decide the output: none while they are disabled or merged.
-
-        Raises ValueError for one that cannot be used, and under torch.export for what is written.
+        """The adapters that decide the output: none while they are disabled or merged. ValueError
+        for one that cannot be used, and under torch.export for written ones.
         """
         if self.disable_adapters or self.merged:
             return []
@@ -204,9 +203,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
 
     @torch.inference_mode(False)  # or it could never be trained
     def copy_adapter(self, source: str, adapter: str) -> None:
-        """Have an adapter of this layer hold what another one, `source`, does.
-
-        The weight must hold W0. Raises ValueError where `source` was trained on another base.
+        """Have an adapter of this layer hold what another one, `source`, does; the weight holds W0.
+        Raises ValueError where `source` was trained on another base.
         """
         self.known.look()
         self.known.renew()
@@ -230,6 +228,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
         super().set_adapter(adapter_names, inference_mode)
         if self.active_adapters != before:
             self.keeper.changed()
+        self.keeper.first_gradients.watch(self)
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
@@ -241,7 +240,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         self.keeper.release()  # the basis may be that of the adapter
         super().delete_adapter(adapter_name)
-        self.known.forget(adapter_name)
+        for owner in (self.known, self.keeper.first_gradients):
+            owner.forget(adapter_name)
         self.keeper.changed()
 
     def _apply(self, fn, recurse: bool = True):

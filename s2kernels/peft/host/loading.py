@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2kernels.adapter import PREFIX
 from s2kernels.autograd.checks import version_of
 from s2kernels.coupling import not_plain
+from s2kernels.digests import check_digests
 from s2kernels.peft.host.kept_buffers import has_values
 
 
@@ -51,11 +53,13 @@ class KnownAdapters:
         known = self._known.get(adapter)
         return None if known is None else known.refused
 
-    def fingerprint_now(self, adapter: str) -> Tensor:
-        """The fingerprint of what the weight, which holds W0, has where the adapter lies. Zeros,
-        for "not known", where that cannot be read.
+    def fingerprint_now(self, adapter: str) -> Tensor | None:
+        """The fingerprint of what the weight, which holds W0, has where the adapter lies: zeros
+        where that can never be read, None where it cannot now, since another adapter is merged.
         """
         layer = self._layer
+        if layer.merged:
+            return None
         if not_plain(layer.weight) or not has_values(layer.weight):
             return layer.unknown_fingerprint(adapter)
         return layer.fingerprint_of(layer.take(adapter).base).to(layer.weight.device)
@@ -82,6 +86,8 @@ class KnownAdapters:
                 continue
             before = self.refused(name)
             try:
+                if not (loaded or is_own):
+                    self._check_digests(name)
                 self._take_note(name, is_own and before is None)
             except ValueError as error:
                 self._known[name] = _Known(self._sources(name), refused=str(error))
@@ -112,6 +118,19 @@ class KnownAdapters:
         known = self._known.get(name)
         unknown = known is not None and known.unknown and not plain
         self._known[name] = _Known(self._sources(name), unknown)
+
+    def _check_digests(self, adapter: str) -> None:
+        """Raises ValueError for tensors that do not have their digests, where these are still to be
+        checked: transformers' `load_adapter` puts tensors here without asking PEFT.
+        """
+        layer, config = self._layer, self._layer.keeper.configs.get(adapter)
+        given = config.digests if config is not None and config.digests else {}
+        parts = {f"{layer.name}.{part}": held for part, held in layer.named_children()}
+        own = {key: parts.get(key.removeprefix(PREFIX)) for key in given}
+        tensors = {key: held[adapter] for key, held in own.items() if held is not None}
+        if tensors:
+            config.digests = {key: given[key] for key in given if key not in tensors}
+            check_digests(f"the adapter {adapter!r}", {key: given[key] for key in tensors}, tensors)
 
     def moved(self) -> None:
         """The layer's buffers were moved, or cast, right after a `look`."""

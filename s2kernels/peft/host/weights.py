@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from s2kernels.coupling import not_plain
+from s2kernels.peft.host.first_gradients import FirstGradients
 from s2kernels.peft.host.forwards import Forwards
 from s2kernels.peft.host.obstacles import Obstacles
 from s2kernels.peft.host.premises import Premises
@@ -44,15 +45,17 @@ class WeightKeeper:
     ) -> None:
         self.model, self._launch, self.arrangement = model, launch, arrangement
         self.forwards = Forwards()
+        self.first_gradients = FirstGradients()
         self.obstacles = Obstacles(model)
         self.hooks: Any = None  # those on the model while it is attached
         self.layers: list[Any] = []  # each is a WrittenLayer
         self.attached = False
         self.changes = 0
-        # by adapter, what this model made of its configuration: see `AdapterConfig.resolved`
+        # by adapter: its configuration, and what this model made of it (`AdapterConfig.resolved`)
+        self.configs: dict[str, Any] = {}
         self.resolved: dict[str, dict[str, tuple[Any, Any]]] = {}
         self.held_by_layer: dict[WrittenLayer, Held] = {}  # of those that hold an adapter
-        self._merged: dict[WrittenLayer, list[Held]] = {}
+        self.merged: dict[WrittenLayer, list[Held]] = {}  # what merged adapters took the place of
         self._weights: dict[WrittenLayer, Tensor] = {}  # when they were last looked at
         # of a forward: what it writes, by device, and what that was prepared from
         self._writes: list[list[tuple]] | None = None
@@ -277,7 +280,7 @@ class WeightKeeper:
 
     def _engage(self) -> None:
         """Bring the weights into the working basis, if there is one and nothing is merged."""
-        if self.arrangement is None or self.arrangement.engaged or self._merged:
+        if self.arrangement is None or self.arrangement.engaged or self.merged:
             return
         try:
             self.arrangement.engage(self.layers, self.obstacles.of(self.layers[0].weight))
@@ -298,20 +301,15 @@ class WeightKeeper:
             self.release()
             held = layer.take(adapter)
             self._launch_all(layer.entries(held, held.delta))
-            self._merged.setdefault(layer, []).append(held)
+            self.merged.setdefault(layer, []).append(held)
             self.changed()
-
-    @property
-    def merged(self) -> bool:
-        """Whether an adapter is merged into any weight."""
-        return bool(self._merged)
 
     def unmerge(self, layer: WrittenLayer) -> None:
         """Undo the last `merge` of the layer: the weight is what it was before, bit for bit."""
         with self.forwards.alone():
-            held = self._merged[layer].pop()
-            if not self._merged[layer]:
-                del self._merged[layer]
+            held = self.merged[layer].pop()
+            if not self.merged[layer]:
+                del self.merged[layer]
             self._launch_all(layer.entries(held, None))
             self.changed()
 
@@ -325,7 +323,7 @@ class WeightKeeper:
     def moved(self, layer: WrittenLayer, before: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
         """The layer's weight, which was `before`, was moved or cast by fn."""
         held = self.held_by_layer.get(layer)
-        for each in [*([held] if held is not None else []), *self._merged.get(layer, [])]:
+        for each in [*([held] if held is not None else []), *self.merged.get(layer, [])]:
             each.base = fn(each.base)
             if isinstance(each.where, Tensor):
                 each.where = fn(each.where)

@@ -63,10 +63,12 @@ class Arrangement(Protocol):
     """How the weights of a model lie in memory: the order of their channels, and beside which.
 
     engaged: whether that is as the layers want it. moved: whether channels are in another order
-    than in the checkpoint.
+    than in the checkpoint. heads: by structure, the order of heads that are moved; it is replaced,
+    never changed.
     """
 
     engaged: bool
+    heads: dict[str, list[list[int]]]
 
     @property
     def moved(self) -> bool: ...
