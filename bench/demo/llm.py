@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="another model")
     parser.add_argument("--fetch", type=Path, metavar="DIR", help="write the model there, no more")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=30, metavar="N", help="default %(default)s")
     return parser.parse_args(argv)
 
 
