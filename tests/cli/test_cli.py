@@ -26,7 +26,6 @@ RECORDS = [
     {"instruction": f"Name colour {i % 4}.", "input": "", "output": COLOURS[i % 4], "answer": i}
     for i in range(24)
 ]
-WHOLE_BUDGET = ["--heads", "1.0", "--channels", "1.0"]
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +311,7 @@ def test_finetune_selects_on_a_share_of_its_training_data(base, data, tmp_path, 
     assert metrics_of(tmp_path)["steps"] == 3
 
 
+@pytest.mark.slow
 def test_a_mixture_goes_through_every_command(data, tmp_path, capsys):
     base = tmp_path / "base"
     sizes = dict(vocab_size=259, max_position_embeddings=256, eos_token_id=1)
