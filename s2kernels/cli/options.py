@@ -154,12 +154,12 @@ SELECT: Table = (
     MAX_LENGTH,
     DEVICE,
 )
-ADAPTER = ("adapter", Path, ..., "its folder")
+ADAPTER = ("adapter", Path, ..., "folder of the adapter")
 INSPECT: Table = (ADAPTER, JSON)
 _WRITTEN: Table = (
     ADAPTER,
     ("--output", Path, ..., "a new folder"),
-    ("--base", Path, None, "the base model: otherwise the one that the adapter names"),
+    ("--base", str, None, "the base model: otherwise the one that the adapter names"),
 )
 MERGE: Table = (*_WRITTEN, ("--dtype", DTYPES, "auto", "of the result; auto is that of the base"))
 EXPORT: Table = (
