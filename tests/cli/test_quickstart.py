@@ -18,7 +18,7 @@ from s2kernels import cli
 
 PAGE = Path(__file__).parents[2] / "docs" / "quickstart.md"
 # What needs the network, and what another test runs.
-ELSEWHERE = ("git clone", "pip install", "python -m bench.demo.llm")
+ELSEWHERE = ("git clone", "python3 -m venv", "pip install", "python -m bench.demo.llm")
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
