@@ -10,7 +10,7 @@ help:
 	@echo "make demo    fine-tune a small Llama with S2FT and show what it saves, beside other methods"
 	@echo "make demo-llm   fine-tune a real language model with S2FT and LoRA; see what it answers"
 	@echo "make test    all tests, in two processes"
-	@echo "make test-fast   those that take no seconds: for while you work"
+	@echo "make test-fast   a sample of them that takes no seconds: for while you work"
 	@echo "make test-minimum   what must hold with the oldest declared versions"
 	@echo "make test-vllm   the plugin in a real vLLM on the CPU, in an environment of its own (3.4 GB)"
 	@echo "make check   linter, formatter and type checker"

@@ -23,6 +23,7 @@ MANY = 10_000  # adapters
 
 @pytest.fixture(scope="module")
 def model():
+    torch.set_num_threads(1)
     return llama()
 
 

@@ -147,6 +147,7 @@ def stepping(model: nn.Module, assign: Assign, probabilities: Tensor) -> Callabl
 
 @pytest.mark.parametrize("adapters", [8, 32, 128, 512])
 def bench_tenants(benchmark, adapters):
+    torch.set_num_threads(1)
     num, plain = 8 if benchmark.disabled else adapters, llama()
     popularity = 1 / torch.arange(1, num + 1, dtype=torch.float64)
     channels = sum(len(part.index) for part in adapter(0).values())

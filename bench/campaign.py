@@ -21,7 +21,7 @@ or a step failed.
 
 --plan says what would be done, and starts nothing. --rehearse does the same with a toy model and
 toy shapes, within the same budget, GPU or not. Needs torch, triton, transformers, peft, pytest,
-pytest-benchmark and tqdm; no network and no installation.
+pytest-benchmark, tqdm and coreutils; no network and no installation.
 """
 
 import argparse
@@ -54,7 +54,7 @@ TOY_TESTS = [("tests/kernels/test_swiglu_kernel.py", "float16")]
 # What a step of S2FT launches, and what calls it; then other kernels.
 FILES = (
     *(f"kernels/test_{name}_kernel" for name in ("slice_grad", "slice_write", "swiglu")),
-    *(f"autograd/test_autograd_{name}" for name in ("linear", "mlp", "joined")),
+    *(f"autograd/test_autograd_{name}" for name in ("layers", "linear", "mlp", "joined")),
     *("core/test_captured_step", "core/test_flat_moments"),
     *("core/test_fast_ops", "core/test_attention"),
     *(f"kernels/test_{name}_kernel" for name in ("linear", "fused_linear", "slice_linear")),
@@ -98,32 +98,27 @@ class Run:
         if seconds <= 0 or self.stopped:
             self.say(f"== {name}: no time")
             return 124, ""
+        began = time.monotonic()
+        # `timeout` ends all that the child started: first asked, ten seconds later killed.
         child = subprocess.Popen(
-            [os.environ.get("PYTHON", sys.executable), *arguments],
+            ["timeout", "--kill-after=10", f"{seconds:.1f}"]
+            + [os.environ.get("PYTHON", sys.executable), *arguments],
             cwd=ROOT,
             env=os.environ | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
         )
         self._children.add(child)
-        late = threading.Event()
-        began = time.monotonic()
-        timer = threading.Timer(seconds, lambda: (late.set(), _end(child)))
-        timer.start()
         said = []
-        try:
-            for line in child.stdout:
-                said.append(line)
-                self.say(line.rstrip("\n"))
-            status = child.wait()
-        finally:
-            timer.cancel()
-            self._children.discard(child)
+        for line in child.stdout:
+            said.append(line)
+            self.say(line.rstrip("\n"))
+        status = child.wait()
+        self._children.discard(child)
         self.say(f"== {name}: {time.monotonic() - began:.0f} s")
-        status = 124 if late.is_set() or self.stopped else status
+        status = 124 if status == 137 or self.stopped else status
         if status not in (0, 5):  # 5: pytest had nothing to do
             self.say(f"== {name}: {'not finished' if status == 124 else f'FAILED, {status}'}")
             self.failed |= status != 124
@@ -139,7 +134,7 @@ class Run:
         """Ends all that runs."""
         self.stopped = True
         for child in list(self._children):
-            threading.Thread(target=_end, args=[child]).start()
+            child.terminate()
 
     def measure(self, part: str, *arguments: str, **variables: str) -> None:
         """A command that writes results, and is told how long it has, unless it has them all."""
@@ -180,19 +175,6 @@ class Run:
             out.write(f"{name} {how} {sources()}\n")
         if how == "unfinished":
             self.unfinished.append(name)
-
-
-def _end(child: subprocess.Popen) -> None:
-    """Ends a child and what it started: first asked, ten seconds later killed."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, number)
-            child.wait(timeout=10)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            pass
 
 
 @cache

@@ -31,11 +31,12 @@ from typing import Any
 import torch
 
 from bench.measure import machine
-from s2kernels.adapter import Slice, write_adapter
+from bench.measure.served import HEAD, LAYERS, VOCAB, adapter, llama
+from s2kernels.adapter import write_adapter
 from s2kernels.files import replacing
 from s2kernels.lora import export_lora
 
-HIDDEN, FFN, LAYERS, HEAD, VOCAB = 1024, 2816, 4, 64, 2048
+HIDDEN, FFN = 1024, 2816
 ADAPTERS, HEADS_OF_O, CHANNELS, RANK = 16, 4, 220, 256
 NATIVE_RANK = 8  # of the LoRAs that may be served beside
 PROMPT, TOKENS = 30, 24
@@ -94,39 +95,15 @@ def _prepare(folder: Path) -> dict[str, list[int]]:
     """A base and adapters in folders, both as they are and exported; a prompt for each, and one for
     the base, "base".
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HIDDEN // HEAD,
-        num_key_value_heads=HIDDEN // HEAD,
-        vocab_size=VOCAB,
-        max_position_embeddings=256,
-    )
-    model = LlamaForCausalLM(config)
+    model = llama(HIDDEN, FFN)
     model.save_pretrained(folder / "base")
-    generator = torch.Generator().manual_seed(0)
     for number in range(ADAPTERS):
         path = folder / f"a{number}"
-        write_adapter(path, _slices(generator), {"task_type": "CAUSAL_LM"})
+        slices = adapter(number, HEADS_OF_O * HEAD, CHANNELS, HIDDEN, FFN)
+        write_adapter(path, slices, {"task_type": "CAUSAL_LM"})
         export_lora(path, folder / f"lora{number}", format="vllm", base=model)
     names = [*(f"a{number}" for number in range(ADAPTERS)), "base"]
     return {name: torch.randint(3, VOCAB, (PROMPT,)).tolist() for name in names}
-
-
-def _slices(generator: torch.Generator) -> dict[str, Slice]:
-    slices = {}
-    for layer in range(LAYERS):
-        heads = torch.randperm(HIDDEN // HEAD, generator=generator)[:HEADS_OF_O].sort().values
-        o_index = (heads[:, None] * HEAD + torch.arange(HEAD)).flatten()
-        ffn_index = torch.randperm(FFN, generator=generator)[:CHANNELS]
-        for name, index in (("self_attn.o_proj", o_index), ("mlp.down_proj", ffn_index)):
-            delta = torch.randn(HIDDEN, len(index), generator=generator) * 0.02
-            slices[f"model.layers.{layer}.{name}"] = Slice("in", index.int(), delta)
-    return slices
 
 
 def _tokens_of_peft(folder: Path, prompts: dict[str, list[int]]) -> dict[str, list[int]]:

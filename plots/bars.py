@@ -1,7 +1,8 @@
 """Horizontal bars: step time and peak memory of methods, and what the peak is made of."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from matplotlib.patches import Patch
 from plots import steps, style
 from plots.steps import Step
 
+Setting = TypeVar("Setting")
 HEIGHT = 0.72  # of a bar, where the next is 1 below
 # Of the options of a figure, in their order.
 LOOKS = (
@@ -94,14 +96,9 @@ def peaks(found: list[Step]) -> Figure:
     the other at the peak is among the temporaries.
     """
     settings = list(steps.groups(found, lambda step: step.size).values())
-    columns = min(2, len(settings))
-    rows = [settings[start : start + columns] for start in range(0, len(settings), columns)]
-    fig, grid = panels([0.165 * max(map(len, row)) for row in rows], columns)
-    for row, axes_of_row in zip(rows, grid, strict=True):
-        for axes, of_setting in zip(axes_of_row, row, strict=False):
-            _stack(axes, of_setting, shown=axes is axes_of_row[0])
-        for spare in axes_of_row[len(row) :]:
-            spare.set_axis_off()
+    fig, pairs = in_two_columns(settings, lambda of_setting: 0.165 * len(of_setting))
+    for number, (axes, of_setting) in enumerate(pairs):
+        _stack(axes, of_setting, shown=number % 2 == 0)
     shown = ("weights", "optimizer", "saved", "gradients", "temporaries")
     first = {"peak of the first step": Line2D([], [], **FIRST)}
     entries = patches(style.PARTS[part] for part in shown) | first
@@ -131,6 +128,19 @@ def _stack(axes: Axes, of_setting: list[Step], *, shown: bool) -> None:
         bar(axes, place, step, step.peak(unit), None)
     title(axes, of_setting[0])
     scale(axes, f"memory at the peak of a step, {name}")
+
+
+def in_two_columns(
+    settings: list[Setting], inches: Callable[[Setting], float]
+) -> tuple[Figure, list[tuple[Axes, Setting]]]:
+    """A figure with a panel for each setting, whose bars need so many inches; two in a row."""
+    columns = min(2, len(settings))
+    rows = [settings[start : start + columns] for start in range(0, len(settings), columns)]
+    fig, grid = panels([max(map(inches, row)) for row in rows], columns)
+    axes = [each for row in grid for each in row]
+    for spare in axes[len(settings) :]:
+        spare.set_axis_off()
+    return fig, list(zip(axes, settings, strict=False))
 
 
 def panels(rows: list[float], columns: int = 2) -> tuple[Figure, list[list[Axes]]]:

@@ -73,14 +73,9 @@ def losses(methods: dict, path: Path, caption: str) -> Path:
         smooth = running_mean(extra["losses"], width)
         left.plot(range(width, width + len(smooth)), smooth, color=color, linestyle=look.dashes)
         held_out = extra["held_out"]
-        right.plot(
-            *(held_out["steps"], held_out["losses"]),
-            color=color,
-            linestyle=look.dashes,
-            marker=look.marker,
-            markersize=5,
-            label=f"{name}, {extra['trained_parameters']:,} trained",
-        )
+        drawn = {"color": color, "linestyle": look.dashes, "marker": look.marker, "markersize": 5}
+        label = f"{name}, {extra['trained_parameters']:,} trained"
+        right.plot(held_out["steps"], held_out["losses"], label=label, **drawn)
     left.set(xlabel="step", ylabel="training loss, nats per byte")
     left.set_title(f"training, mean of {width} steps")
     right.set(xlabel="step", ylabel="held-out loss, nats per byte", title="held out")

@@ -33,19 +33,12 @@ def figure(document: dict) -> Figure:
     shapes: dict[str, list[dict]] = {}
     for entry in document["benchmarks"]:
         shapes.setdefault(entry["group"].partition(" ")[2], []).append(entry)
-    columns = min(2, len(shapes))
-    names = list(shapes)
-    rows = [names[start : start + columns] for start in range(0, len(names), columns)]
     drawn = {entry["params"]["impl"] for entry in document["benchmarks"]}
     each = 0.1 + 0.12 * len(drawn)
-    inches = [each * max(len(_ops(shapes[name])) for name in row) for row in rows]
-    fig, grid = bars.panels(inches, columns)
-    for row, panels in zip(rows, grid, strict=True):
-        for axes, name in zip(panels, row, strict=False):
-            _panel(axes, shapes[name], document["machine_info"]["ceilings"])
-            axes.set_title(name, loc="left", weight="bold")
-        for spare in panels[len(row) :]:
-            spare.set_axis_off()
+    fig, pairs = bars.in_two_columns(list(shapes), lambda name: each * len(_ops(shapes[name])))
+    for axes, name in pairs:
+        _panel(axes, shapes[name], document["machine_info"]["ceilings"])
+        axes.set_title(name, loc="left", weight="bold")
     looks = [look for name, look in IMPLEMENTATIONS.items() if name in drawn]
     style.legend(fig, bars.patches(looks), columns=2, bottom=0.28)
     return fig

@@ -16,14 +16,8 @@ COLUMNS = 4
 FLOOR = {"color": "#777777", "linestyle": ":", "linewidth": 1.2, "label": "frozen floor"}
 PAPER = {"linestyle": "none", "marker": "+", "markersize": 6, "color": "black", "zorder": 3}
 CUTS = {"color": "black", "linestyle": (0, (1, 2)), "linewidth": 0.9}
-END = {
-    "linestyle": "none",
-    "marker": "s",
-    "markersize": 7,
-    "markerfacecolor": "none",
-    "markeredgecolor": "black",
-    "label": "extrapolated from two cuts",
-}
+END = dict(linestyle="none", marker="s", markersize=7, label="extrapolated from two cuts")
+END |= {"markerfacecolor": "none", "markeredgecolor": "black"}
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
@@ -157,14 +151,9 @@ def grid(found: list[Step], x: Quantity, y: Quantity) -> tuple[Figure, dict[str,
         panel.plot(*_points(floor, x, y), **FLOOR)
         for step in of_method:
             if step.mark:
-                panel.annotate(
-                    *(step.mark, (x(step), 0.97)),
-                    xycoords=panel.get_xaxis_transform(),
-                    rotation=90,
-                    ha="center",
-                    va="top",
-                    fontsize=7,
-                )
+                place, along = (x(step), 0.97), panel.get_xaxis_transform()
+                look = dict(rotation=90, ha="center", va="top", fontsize=7)
+                panel.annotate(step.mark, place, xycoords=along, **look)
     return fig, dict(zip(methods, panels, strict=False))
 
 

@@ -50,12 +50,7 @@ class Look:
     @property
     def bar(self) -> dict:
         """Arguments of Axes.barh, and of a Patch."""
-        return {
-            "facecolor": self.color,
-            "hatch": self.hatch,
-            "edgecolor": "black",
-            "linewidth": 0.7,
-        }
+        return dict(facecolor=self.color, hatch=self.hatch, edgecolor="black", linewidth=0.7)
 
 
 # Every method of the results, in the order of tables and figures.

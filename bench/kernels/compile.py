@@ -117,30 +117,6 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def uncovered_kernels() -> set[str]:
-    """The kernels of the package that no case launches."""
-    import importlib
-    import pkgutil
-
-    from triton.runtime.jit import JITFunction
-
-    from bench.kernels.ops import CASES
-    from s2kernels import kernels
-
-    defined = {
-        name
-        for module in pkgutil.iter_modules(kernels.__path__, "s2kernels.kernels.")
-        for name, value in vars(importlib.import_module(module.name)).items()
-        if isinstance(value, JITFunction) and name.endswith("_kernel")
-    }
-    return defined - {
-        launch.kernel.__name__
-        for case in CASES
-        for target in TARGETS
-        for launch in recorded((case, "7b", torch.bfloat16, target))
-    }
-
-
 def recorded(job: Job) -> list[Recorded]:
     """What the launchers would run on that chip."""
     from triton.runtime.jit import JITFunction

@@ -68,16 +68,13 @@ def interleaved(
         names = timing.order(list(laps), round_)
         times = timing.laps([laps[name] for name in names], device)
         for name, value in zip(names, times, strict=True):
-            if round_ > 0:
-                seconds[name].append(value)
-    return seconds
+            seconds[name].append(value)
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 def ceilings(device: torch.device) -> dict:
-    """What the machine can do at most, on random data: medians.
-
-    {"gemm_flops": FLOP/s of a large square product by dtype, "copy_bytes_per_second": bytes read
-    and written by a large copy}. fp32 products as the steps run them: TF32 only if torch is set so.
+    """The most that the machine can do: FLOP/s of a large square product by dtype, with TF32 only
+    if torch is set so, and bytes/s read and written by a large copy. Medians, on random data.
     """
     size = {"cpu": 1024, "cuda": 8192}[device.type]
     rates = {}

@@ -8,7 +8,7 @@ operands without content, for chips that are not there. `tune` takes the first c
 Sizes: M tokens, N out_features, K in_features, R trained channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -73,8 +73,7 @@ class Operands:
         return self._drawn[n, k]
 
 
-Arguments = tuple
-Calls = Iterator[Arguments]
+Calls = Iterable[tuple]  # of arguments
 
 
 def _linear(o: Operands, s: Sizes) -> Calls:
@@ -84,17 +83,9 @@ def _linear(o: Operands, s: Sizes) -> Calls:
     yield x[:1], weight  # one token is no tensor to Triton, but the number 1
 
 
-def _linear_dx(o: Operands, s: Sizes) -> Calls:
-    yield o(s.m, s.n), o(s.n, s.k)
-
-
 def _linear_plus_slice(o: Operands, s: Sizes) -> Calls:
     yield o(s.m, s.k), o(s.n, s.k), None, o(s.m, s.r), o.fp32(s.n, s.r)
     yield o(s.m, s.k), o(s.n, s.k), o(s.n), o(s.m, s.r), o.fp32(s.n, s.r)
-
-
-def _linear_dx_plus_slice(o: Operands, s: Sizes) -> Calls:
-    yield o(s.m, s.n), o(s.n, s.k), o(s.m, s.r), o.fp32(s.r, s.k)
 
 
 def _linear_dx_swiglu_bwd(o: Operands, s: Sizes) -> Calls:
@@ -124,10 +115,6 @@ def _slice_grad_each(dim: str, o: Operands, s: Sizes) -> Calls:
 
 def _delta(o: Operands, s: Sizes, dim: str) -> Tensor:
     return o.fp32(s.n, s.r) if dim == "in" else o.fp32(s.r, s.k)
-
-
-def _swiglu(o: Operands, s: Sizes) -> Calls:
-    yield o(s.m, s.k), o(s.m, s.k)
 
 
 def _swiglu_bwd(o: Operands, s: Sizes) -> Calls:
@@ -186,27 +173,19 @@ def _sparse_grad(o: Operands, s: Sizes) -> Calls:
         yield dy, x, ints(k), TilePlan((s.n, s.k), *held), grad
 
 
-def _growth_candidates(o: Operands, s: Sizes) -> Calls:
-    yield o(s.m, s.n), o(s.m, s.k), 16 * (s.n + s.k)
-
-
 def _statistics(o: Operands, s: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    return o.fp32(s.n).abs(), o.fp32(s.k).abs(), o.entries(s.n, s.k)
+    """Of SM3: row, col, positions of the entries."""
+    return o.host.fp32(s.n).abs(), o.host.fp32(s.k).abs(), o.host.entries(s.n, s.k)
 
 
 def _sm3_update(o: Operands, s: Sizes) -> Calls:
-    row, col, entries = _statistics(o.host, s)
-    yield row, col, entries, o.host.fp32(len(entries))
+    *statistics, entries = _statistics(o, s)
+    yield *statistics, entries, o.host.fp32(len(entries))
 
 
 def _sm3_growth(o: Operands, s: Sizes) -> Calls:
-    row, col, entries = _statistics(o.host, s)
-    yield row, col, entries, len(entries)
-
-
-def _adamw_values_(o: Operands, s: Sizes) -> Calls:
-    flat = [o.fp32(s.n * s.r) for _ in range(3)]
-    yield *flat, o.fp32(3), 1e-8
+    *statistics, entries = _statistics(o, s)
+    yield *statistics, entries, len(entries)
 
 
 def _launch_candidates(dy: Tensor, x: Tensor, k: int) -> None:
@@ -276,30 +255,43 @@ def _sliced() -> Iterator[tuple[str, Case]]:
                 yield f"{op}-{dim}-{r}", case
 
 
-CASES: dict[str, Case] = {
-    "linear": Case("linear", _linear),
-    "linear_dx": Case("linear_dx", _linear_dx),
-    "linear_plus_slice": Case("linear_plus_slice", _linear_plus_slice, measured=False),
-    "linear_dx_plus_slice": Case("linear_dx_plus_slice", _linear_dx_plus_slice, measured=False),
-    "linear_dx_swiglu_bwd": Case("linear_dx_swiglu_bwd", _linear_dx_swiglu_bwd, measured=False),
-    **dict(_sliced()),
-    "swiglu": Case("swiglu", _swiglu),
-    "swiglu_bwd": Case("swiglu_bwd", _swiglu_bwd),
-    "slice_write": Case("slice_write", _slice_write, by_tokens=False),
-    "sparse_write": Case("sparse_write", _sparse_write, by_tokens=False),
-    "sparse_grad": Case("sparse_grad", _sparse_grad, waits=("torch",)),
-    "growth_candidates": Case(
+def _dense() -> Iterator[Case]:
+    yield Case("linear", _linear)
+    yield Case("linear_dx", lambda o, s: [(o(s.m, s.n), o(s.n, s.k))])
+    yield Case("linear_plus_slice", _linear_plus_slice, measured=False)
+    yield Case(
+        "linear_dx_plus_slice",
+        lambda o, s: [(o(s.m, s.n), o(s.n, s.k), o(s.m, s.r), o.fp32(s.r, s.k))],
+        measured=False,
+    )
+    yield Case("linear_dx_swiglu_bwd", _linear_dx_swiglu_bwd, measured=False)
+
+
+def _others() -> Iterator[Case]:
+    waiting = ("torch", "triton")
+    yield Case("swiglu", lambda o, s: [(o(s.m, s.k), o(s.m, s.k))])
+    yield Case("swiglu_bwd", _swiglu_bwd)
+    yield Case("slice_write", _slice_write, by_tokens=False)
+    yield Case("sparse_write", _sparse_write, by_tokens=False)
+    yield Case("sparse_grad", _sparse_grad, waits=("torch",))
+    yield Case(
         "growth_candidates",
-        _growth_candidates,
+        lambda o, s: [(o(s.m, s.n), o(s.m, s.k), 16 * (s.n + s.k))],
         launch=_launch_candidates,
-        waits=("torch", "triton"),
-    ),
-    "sm3_update": Case("sm3_update", _sm3_update, by_tokens=False),
-    "adamw_values_": Case("adamw_values_", _adamw_values_, measured=False, by_tokens=False),
-    "sm3_growth": Case(
-        *("sm3_growth", _sm3_growth),
-        launch=_launch_products,
+        waits=waiting,
+    )
+    yield Case("sm3_update", _sm3_update, by_tokens=False)
+    yield Case(
+        "adamw_values_",
+        lambda o, s: [(*(o.fp32(s.n * s.r) for _ in range(3)), o.fp32(3), 1e-8)],
+        measured=False,
         by_tokens=False,
-        waits=("torch", "triton"),
-    ),
+    )
+    yield Case("sm3_growth", _sm3_growth, launch=_launch_products, by_tokens=False, waits=waiting)
+
+
+CASES: dict[str, Case] = {
+    **{case.op: case for case in _dense()},
+    **dict(_sliced()),
+    **{case.op: case for case in _others()},
 }

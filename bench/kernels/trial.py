@@ -31,18 +31,13 @@ class Late(Exception):
     """The budget is spent."""
 
 
-class Clock:
-    """Raises Late in the place of what would end after the budget."""
-
-    def __init__(self, budget: float) -> None:
-        self.end = time.monotonic() + budget
-
-    def check(self, needed: float = 0.0) -> None:
-        if time.monotonic() + needed > self.end:
-            raise Late
+def check_time(end: float, needed: float = 0.0) -> None:
+    """Raises Late in the place of what takes `needed` seconds and would end after `end`."""
+    if time.monotonic() + needed > end:
+        raise Late
 
 
-def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> dict:
+def measure(problem: Problem, device: torch.device, toy: bool, end: float) -> dict:
     """The entry of a problem in the shape of pytest-benchmark's JSON.
 
     A launch with a wrong result, or that fails for any reason but too little shared memory, is
@@ -53,7 +48,7 @@ def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> 
     """
     launches = candidates(problem, toy)
     if device.type == "cuda":
-        clock.check(programs(launches) * COMPILE_SECONDS / (os.cpu_count() or 1))
+        check_time(end, programs(launches) * COMPILE_SECONDS / (os.cpu_count() or 1))
     torch.manual_seed(0)
     sets = laps.operand_sets(lambda: problem.operands(device), device)
     by_torch = peer(problem.op)
@@ -64,7 +59,7 @@ def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> 
     screened: dict[int, float] = {}
     refused = []
     for number, (launch, run) in enumerate(zip(launches, runs, strict=True)):
-        clock.check()
+        check_time(end)
         try:
             if wrong := errors(run(*sets[0]), allowed):
                 refused.append({"launch": launch, "wrong": True, "why": wrong})
@@ -79,7 +74,7 @@ def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> 
     if not screened:
         raise RuntimeError(f"{problem.name}: no launch is right: {refused}")
 
-    clock.check()
+    check_time(end)
     best = sorted(screened, key=screened.__getitem__)[:FINALISTS]
     compared = {"torch": laps.lap(by_torch, sets, count, device)}
     for number in sorted({0, *best} & screened.keys()):
@@ -93,7 +88,6 @@ def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> 
     info = {
         "device": chip.name,
         "arch": chip.arch,
-        "source": source_hash(),
         "op": problem.op,
         "sizes": list(problem.sizes),
         "tokens": problem.tokens,
@@ -110,17 +104,16 @@ def measure(problem: Problem, device: torch.device, toy: bool, clock: Clock) -> 
 
 def entry(problem: Problem, stats: dict | None, info: dict) -> dict:
     """The entry of `problem` in the JSON; info: its extra_info, stats: None where it failed."""
-    fullname = f"bench/kernels/tune.py::{problem.name}"
-    names = {"group": "tune", "name": problem.name, "fullname": fullname}
+    names = {"group": "tune", "name": problem.name, "fullname": fullname(problem)}
     return names | {"params": {"op": problem.op}, "stats": stats, "extra_info": info}
 
 
+def fullname(problem: Problem) -> str:
+    return f"bench/kernels/tune.py::{problem.name}"
+
+
 def failure(problem: Problem, why: str) -> dict:
-    return entry(problem, None, {"source": source_hash(), "why": why})
-
-
-def is_failure(entry: dict) -> bool:
-    return entry["stats"] is None
+    return entry(problem, None, {"why": why})
 
 
 def words(launch: Launch) -> str:

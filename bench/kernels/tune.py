@@ -15,6 +15,7 @@ if a problem failed: the others are measured all the same, and it comes last in 
 import argparse
 import json
 import sys
+import time
 import traceback
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +25,7 @@ import triton
 from tqdm import tqdm
 
 from bench.kernels.candidates import OPS, Problem, candidates, problems
-from bench.kernels.trial import Clock, Late, failure, in_words, is_failure, measure, source_hash
+from bench.kernels.trial import Late, failure, fullname, in_words, measure, source_hash
 from bench.measure import machine, results, timing
 from s2kernels.files import replacing
 from s2kernels.kernels import target, tuned
@@ -46,11 +47,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     path = args.results / machine.device_name(device) / "tune.json"
-    entries = measured_before(path)
+    file = results.Results(path, device, source_hash())
     try:
-        measure_missing(listed, entries, path, device, args)
+        measure_missing(listed, file, device, args)
     finally:
-        write_table(args.table, list(entries.values()))
+        known = [file.entries[name] for name in sorted(file.entries) if file.has(name)]
+        entries = {entry["name"]: entry for entry in known}
+        write_table(args.table, known)
     print(results.table(summary(entries)))
     wrong = sorted(complaints(entries))
     print("\n".join(["WRONG OR FAILED", *wrong] if wrong else []))
@@ -73,54 +76,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def measured_before(path: Path) -> dict[str, dict]:
-    """The entries of `path` that were measured with the kernels as they are, by name."""
-    if not path.exists():
-        return {}
-    entries = results.read(path)["benchmarks"]
-    return {
-        entry["name"]: entry for entry in entries if entry["extra_info"]["source"] == source_hash()
-    }
-
-
 def measure_missing(
-    listed: list[Problem],
-    entries: dict[str, dict],
-    path: Path,
-    device: torch.device,
-    args: argparse.Namespace,
+    listed: list[Problem], file: results.Results, device: torch.device, args: argparse.Namespace
 ) -> None:
-    """Measures what `entries` lacks of `listed`, then what failed before, into both and `path`.
+    """Measures what `file` lacks of `listed`, then what failed before.
 
     Raises what a lost GPU raises: nothing more can be measured in this process.
     """
-    failed = {name for name, entry in entries.items() if is_failure(entry)}
-    left = [problem for problem in listed if problem.name not in entries.keys() - failed]
-    left.sort(key=lambda problem: problem.name in failed)
-    info, clock = machine.machine_info(device), Clock(args.budget_s)
-
-    def save() -> None:
-        results.write(path, [entries[name] for name in sorted(entries)], info)
-
+    before = {each: file.entries[fullname(each)] for each in listed if file.has(fullname(each))}
+    left = [each for each in listed if each not in before]
+    left += [each for each, entry in before.items() if is_failure(entry)]
+    end = time.monotonic() + args.budget_s
     for problem in (bar := tqdm(left, unit="problem", disable=None)):
         bar.set_description(problem.name)
-        before = entries.get(problem.name)
-        entries[problem.name] = failure(problem, "not finished")  # if the process is killed
-        save()
+        file.add(failure(problem, "not finished"))  # if the process is killed
         try:
-            entries[problem.name] = measure(problem, device, args.toy, clock)
+            file.add(measure(problem, device, args.toy, end))
         except Late:
             print(f"the {args.budget_s:g} s are spent: the same command goes on with the rest")
-            del entries[problem.name]
-            if before is not None:
-                entries[problem.name] = before
+            del file.entries[fullname(problem)]
+            file.add(*(before[each] for each in [problem] if each in before))
             return
         except Exception as error:
             traceback.print_exc()
-            entries[problem.name] = failure(problem, in_words(error))
+            file.add(failure(problem, in_words(error)))
             timing.synchronize(device)  # raises again what broke the GPU
-        finally:
-            save()
+
+
+def is_failure(entry: dict) -> bool:
+    return entry["stats"] is None
 
 
 def write_table(path: Path, entries: list[dict]) -> None:
@@ -145,12 +129,9 @@ def _key(row: dict, *more: str) -> tuple:
 
 
 def launch_rows(measured: list[dict]) -> list[dict]:
-    return [
-        {name: info[name] for name in ("arch", "op")}
-        | {"dtype": "float32" if info["dtype"] == "float32" else "half"}
-        | {name: info[name] for name in ("sizes", "tokens", "launch")}
-        for info in measured
-    ]
+    names = ("arch", "op", "dtype", "sizes", "tokens", "launch")
+    rows = [{name: info[name] for name in names} for info in measured]
+    return [row if row["dtype"] == "float32" else row | {"dtype": "half"} for row in rows]
 
 
 def faster_rows(measured: list[dict]) -> list[dict]:

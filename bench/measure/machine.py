@@ -40,6 +40,13 @@ def device_name(device: torch.device) -> str:
 def machine_info(device: torch.device) -> dict:
     """What the numbers depend on; without the name of the host."""
     gpu = device.type == "cuda"
+
+    def version_of(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
     return {
         "machine": platform.machine(),
         "system": platform.system(),
@@ -50,7 +57,7 @@ def machine_info(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
         "driver": _driver() if gpu else None,
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version_of(package) for package in PACKAGES},
     }
 
 
@@ -74,8 +81,8 @@ def source_hash() -> str:
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed for what comes next, as the allocator of CUDA does.
 
-    By default it unmaps a large tensor when it is freed. Then the kernel has to find and clear the
-    pages of all temporaries again in every step, which takes longer on a machine that is busy.
+    By default it unmaps a large tensor when it is freed, and the kernel clears its pages again in
+    every step, which takes longer on a busy machine.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -95,16 +102,8 @@ def release(device: torch.device) -> None:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether `error` says that the memory of the device is too small."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _driver() -> str | None:

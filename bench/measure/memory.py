@@ -6,6 +6,7 @@ keeps a big activation alive therefore counts as the big activation. Peaks are t
 
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
@@ -34,13 +35,13 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Unique storages: identity -> bytes."""
     found = {}
     for tensor in tensors:
-        for part in _dense_parts(tensor):
+        for part in dense_parts(tensor):
             storage = part.untyped_storage()
             found[storage._cdata] = storage.nbytes()
     return found
 
 
-def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """What has a storage: of a sparse tensor its indices and its values."""
     if tensor.layout is torch.sparse_coo:
         return tensor._indices(), tensor._values()
@@ -99,13 +100,10 @@ def kept_by(forward: Callable[[], Tensor], model: nn.Module) -> Kept:
     # Only what the graph of the loss still holds: a handle dies with the last node that saved it.
     saved = storages(handle.tensor for handle in handles)
     ignored = held.keys() | storages([loss]).keys()
+    alive = allocations.alive()
     return Kept(
         saved=sum(size for key, size in saved.items() if key not in held),
-        unseen=sum(
-            size
-            for key, size in allocations.alive().items()
-            if key not in ignored and key not in saved
-        ),
+        unseen=sum(alive[key] for key in alive.keys() - ignored - saved.keys()),
     )
 
 
@@ -113,13 +111,11 @@ def peaks(actions: Sequence[Callable[[], object]], device: torch.device) -> list
     """Runs `actions` one after another; the most bytes alive at any moment of each.
 
     Alive are the bytes that the allocator of `device` handed out since this call began and has not
-    got back: temporaries inside an operator count. What was there before does not, and should stay;
-    so the first action should build what the others work on.
+    got back: temporaries inside an operator count. What was there before does not, and should stay.
 
-    On a CPU these are the reports of torch's allocator to the profiler; what a library takes by
-    itself (packed operands of a matrix product, stacks of threads) is not torch's and not in them.
-    On CUDA they are the caching allocator's blocks in use, which it rounds up to 512 bytes; the
-    workspace of cuBLAS is one of them, in the call that first needs it.
+    On a CPU these are the reports of torch's allocator to the profiler, without what a library
+    takes by itself. On CUDA they are the caching allocator's blocks in use, which it rounds up to
+    512 bytes; the workspace of cuBLAS is one of them, in the call that first needs it.
     """
     return _cuda_peaks(actions, device) if device.type == "cuda" else _cpu_peaks(actions)
 
@@ -167,30 +163,25 @@ def _peaks_within(
     sizes: dict[int, int] = {}  # of the blocks alive that were handed out since the start
     alive = 0
     found = []
-    following = iter(reports)
-    report = next(following, None)
+    pending = deque(reports)
     for start, end in windows:
-        highest = None
-        while report is not None and report[0] <= end:
-            time, address, size = report
-            if highest is None and time >= start:
-                highest = alive
+        highest = 0
+        while pending and pending[0][0] <= end:
+            time, address, size = pending.popleft()
+            before = alive
             if size > 0:
                 sizes[address] = size
                 alive += size
             else:  # 0 for a block older than the first report: its size is not known
                 alive -= sizes.pop(address, 0)
-            if highest is not None:
-                highest = max(highest, alive)
-            report = next(following, None)
-        found.append(alive if highest is None else highest)
+            if time >= start:
+                highest = max(highest, before, alive)
+        found.append(max(highest, alive))
     return found
 
 
 class _Handle:
     """Stands for a saved tensor in the graph."""
-
-    __slots__ = ("tensor", "__weakref__")
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -204,10 +195,10 @@ class _Allocations(TorchDispatchMode):
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inputs = storages(_tensors((args, kwargs)))
+        inputs = storages(tensors((args, kwargs)))
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            for part in _dense_parts(tensor):
+        for tensor in tensors(result):
+            for part in dense_parts(tensor):
                 storage = part.untyped_storage()
                 if storage._cdata not in inputs:
                     self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
@@ -217,5 +208,5 @@ class _Allocations(TorchDispatchMode):
         return {key: size for key, (ref, size) in self._seen.items() if not ref.expired()}
 
 
-def _tensors(tree) -> Iterator[Tensor]:
+def tensors(tree) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

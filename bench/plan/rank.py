@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from bench.measure import memory
@@ -119,62 +119,64 @@ def _line(low: Any, high: Any, times: int) -> Any:
 
 
 def _counted(shape: Shape, method: str, gpus: int, batch: int, length: int, rank: int) -> Rank:
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # the indices of S2FT are real
-    with _fake_ranks(gpus) as mesh:
-        model = _adapted(shape, method, rank, length, fake)
+    # the indices of S2FT are real
+    with _fake_ranks(gpus) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        model = _adapted(shape, method, rank, length)
         parameters = list(model.parameters())
         trained = [p for p in parameters if p.requires_grad]
         numbers, of_trained = (sum(p.numel() for p in ps) for ps in (parameters, trained))
-        with fake:
-            _shard(model, mesh)
-            trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = adamw(trained, 1e-4)
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()  # makes its states
-            held = {
-                "weights": _bytes(model.parameters()),
-                "gradients": _bytes(memory.gradients(model)),
-                "optimizer": _bytes(memory.states(optimizer)),
-            }
-            tokens = torch.zeros(batch, length, dtype=torch.int64)
-            plain = _step(model, optimizer, tokens)
-            Options(checkpointing=True).after(model, _base(model))
-            checkpointed = _step(model, optimizer, tokens)
+        _shard(model, mesh)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = adamw(trained, 1e-4)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes its states
+        held = {
+            "weights": _bytes(model.parameters()),
+            "gradients": _bytes(memory.gradients(model)),
+            "optimizer": _bytes(memory.states(optimizer)),
+        }
+        tokens = torch.zeros(batch, length, dtype=torch.int64)
+        plain = _step(model, optimizer, tokens)
+        Options(checkpointing=True).after(model, _base(model))
+        checkpointed = _step(model, optimizer, tokens)
     return Rank(numbers, of_trained, **held, plain=plain, checkpointed=checkpointed)
 
 
-def _adapted(shape: Shape, method: str, rank: int, length: int, fake: FakeTensorMode) -> nn.Module:
-    """The model with what is trained of it, in fake tensors on the CPU."""
+def _adapted(shape: Shape, method: str, rank: int, length: int) -> nn.Module:
+    """The model with what is trained of it, as a user would make it."""
     config = shape.config(length)
-    dtype = torch.float32 if method == "full" else torch.bfloat16
-    with fake if method == "s2ft" else torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.train().requires_grad_(method == "full")
     if method == "lora":
-        linears = list(shape.linears())
-        lora = LoraConfig("CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=linears)
-        model = get_peft_model(model, lora)
-    elif method == "s2ft":
+        return _with_lora(
+            config, LoraConfig("CAUSAL_LM", r=rank, target_modules=[*shape.linears()])
+        )
+    dtype = torch.float32 if method == "full" else torch.bfloat16
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    if method == "s2ft":
         model = get_peft_model(model, S2FTConfig(task_type="CAUSAL_LM"))
-    with fake:
-        _fake_tensors(model, method)
     return model
 
 
-def _fake_tensors(model: nn.Module, method: str) -> None:
-    """Replaces what is on the meta device; what is trained becomes fp32, as PEFT makes it."""
+def _with_lora(config: PretrainedConfig, lora: LoraConfig) -> nn.Module:
+    """PEFT moves LoRA's matrices, which fake tensors do not let it do. So LoRA is made on the meta
+    device, and fake tensors take the places of what is there; what is trained is fp32, as PEFT has
+    it.
+    """
+    with unset_fake_temporarily():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = get_peft_model(model.train(), lora)
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or isinstance(parameter, FakeTensor):
-                continue
-            trained = parameter.requires_grad
-            dtype = torch.float32 if trained else parameter.dtype
-            made = torch.empty(parameter.shape, dtype=dtype)
-            module._parameters[name] = nn.Parameter(made, requires_grad=trained)
+            if parameter is not None:
+                trained = parameter.requires_grad
+                dtype = torch.float32 if trained else parameter.dtype
+                fake = torch.empty(parameter.shape, dtype=dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=trained)
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta and not isinstance(buffer, FakeTensor):
+            if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return model
 
 
 def _base(model: nn.Module) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench.measure import machine, timing
+from bench.measure import machine
 from bench.methods import METHODS, Budget, Method, Unavailable, comparable
 from bench.steps import step
 from bench.steps.cases import SUITES, Case
@@ -44,12 +44,13 @@ def measure(benchmark, case: Case, device: torch.device, seconds: float) -> None
     budget = comparable(case.shape.config(case.length), share=case.share)
     benchmark.group = "/".join(case.id.split("/")[:3])
     benchmark.params = case.params()
-    extra = {"total_parameters": case.shape.parameters(), "budget": asdict(budget)}
-    benchmark.extra_info.update(extra)
+    benchmark.extra_info.update(
+        total_parameters=case.shape.parameters(), budget=asdict(budget), status="measured"
+    )
     machine.release(device)
     if case.options.compile:
         torch.compiler.reset()  # else earlier models count against the limit of recompilations
-    status = "measured"
+    status = None
     try:
         METHODS[case.method].check(device, case.options)
         benchmark.extra_info.update(step.count(case, budget, device))
@@ -61,8 +62,8 @@ def measure(benchmark, case: Case, device: torch.device, seconds: float) -> None
         if not machine.out_of_memory(error):
             raise
         status = "out of memory"
-    benchmark.extra_info["status"] = status
-    if status != "measured":  # a result, too; skipped here, where no traceback holds the models
+    if status is not None:  # a result, too; skipped here, where no traceback holds the models
+        benchmark.extra_info["status"] = status
         pytest.skip(status)
 
 
@@ -115,22 +116,12 @@ def time_rounds(
         teardown=after_method,
         rounds=min(max(ROUNDS[0], int(seconds / took)), ROUNDS[1]),
     )
-    if not bool(torch.isfinite(method.loss(next(batches)))):
-        raise step.WrongMethod(f"the loss of {method.name} is not finite after its timed steps")
+    step.check_loss(method, next(batches))
     if benchmark.disabled:
         return {}
-    steps = [sum(each) for each in method_laps]
-    periodic = step.periodic_seconds(method, statistics.median(steps), batches, device)
-    floors = floor_seconds if paired else [statistics.median(floor_seconds)] * len(steps)
-    ratios = timing.paired_ratios([each + periodic for each in steps], floors)
-    zeroing, forward, backward, update = map(statistics.median, zip(*method_laps, strict=True))
-    parts = {"forward": forward, "backward": backward, "optimizer": zeroing + update}
-    return {
-        "ratio_to_floor": timing.quartiles(ratios),
-        "floor_seconds": timing.quartiles(floor_seconds),
-        "seconds": parts | {"periodic": periodic},
-        "paired": paired,
-    }
+    usual = statistics.median(map(sum, method_laps))
+    periodic = step.periodic_seconds(method, usual, batches, device)
+    return step.times(method_laps, floor_seconds, paired, periodic)
 
 
 def fit_together(peak: int, device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """Which steps are measured: cases, and the suites of figures that they belong to."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 
 from bench.methods import METHODS, Options
 from bench.steps.model_shapes import TABLE, Shape
@@ -41,15 +41,11 @@ class Case:
         shape = self.shape
         cuts = [(shape.layers, shape.of_layers), (shape.vocab, shape.of_vocab)]
         cut = ",".join(f"{number}of{whole}" for number, whole in cuts if number != whole)
-        options = [
-            f"+{field.name}" if value is True else f"+{value}"
-            for field in fields(Options)
-            if (value := getattr(self.options, field.name)) != field.default
-        ]
         model = f"{shape.name}:{cut}" if cut else shape.name
-        share = [] if self.share is None else [f"{self.share:.2%}"]
-        size = f"{self.batch}x{self.length}"
-        return "/".join([model, size, self.dtype, self.method + "".join(options), *share])
+        given = {k: v for k, v in vars(self.options).items() if v != getattr(PLAIN, k)}
+        options = "".join(f"+{k}" if v is True else f"+{v}" for k, v in given.items())
+        parts = [model, f"{self.batch}x{self.length}", self.dtype, self.method + options]
+        return "/".join(parts if self.share is None else [*parts, f"{self.share:.2%}"])
 
     def floor(self) -> "Case":
         """The frozen floor that this case is compared with. It always computes dx in full depth."""
@@ -69,7 +65,7 @@ class Case:
             "tokens": self.batch * self.length,
             "dtype": self.dtype,
             "method": self.method,
-            "options": {field.name: getattr(self.options, field.name) for field in fields(Options)},
+            "options": asdict(self.options),
             "share": self.share,
         }
 
@@ -208,8 +204,4 @@ def full(device_type: str) -> list[Case]:
 
 
 # By the names of `pytest bench --suite`: from "cuda" or "cpu".
-SUITES: dict[str, Callable[[str], list[Case]]] = {
-    "full": full,
-    "short": short,
-    "toy": lambda device_type: toy(),
-}
+SUITES = {"full": full, "short": short, "toy": lambda device_type: toy()}

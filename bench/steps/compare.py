@@ -54,9 +54,8 @@ def compare(reference: dict, candidate: dict) -> list[str]:
     rows = [["case", "before", "after", "change"]]
     for name in both:
         if "ratio_to_floor" in old[name] and "ratio_to_floor" in new[name]:
-            ratios = [extra[name]["ratio_to_floor"]["median"] for extra in (old, new)]
-            change = f"{ratios[1] / ratios[0] - 1:+.1%}"
-            rows.append([case_of(name), *(f"{ratio:.3f}" for ratio in ratios), change])
+            a, b = (extra[name]["ratio_to_floor"]["median"] for extra in (old, new))
+            rows.append([case_of(name), f"{a:.3f}", f"{b:.3f}", f"{b / a - 1:+.1%}"])
     print(results.table(rows))
     return [f"{case_of(name)}: {words}" for name in both for words in worse(old[name], new[name])]
 
@@ -90,11 +89,12 @@ def overview(entries: Mapping[str, dict]) -> str:
         extra = entry["extra_info"]
         if "ratio_to_floor" in extra:
             ratio, sizes = extra["ratio_to_floor"], extra.get("bytes") or {}
-            row = [f"{extra['trained_parameters']:,}", f"{ratio['median']:.3f}"]
-            row += [f"{ratio['q1']:.3f}..{ratio['q3']:.3f}"]
-            row += [f"{entry['stats']['median'] * 1e3:.1f}"]
-            row += [f"{(sizes.get(part) or 0) / 2**20:.1f}" for part in ("saved", "peak")]
-            rows.append([case_of(name), *row])
+            row = [case_of(name), f"{extra['trained_parameters']:,}", f"{ratio['median']:.3f}"]
+            row += [
+                f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
+                f"{entry['stats']['median'] * 1e3:.1f}",
+            ]
+            rows.append(row + [f"{(sizes.get(p) or 0) / 2**20:.1f}" for p in ("saved", "peak")])
         elif extra.get("status", "measured") != "measured":
             rows.append([case_of(name), extra["status"].partition(":")[0], *[""] * 5])
     return results.table(rows) if rows[1:] else ""

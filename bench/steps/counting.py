@@ -28,6 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.measure.memory import dense_parts
+from bench.measure.memory import tensors as _tensors
 from bench.steps.work import FORMULAS, OPS, POINTWISE, Work, moved
 from s2kernels import backend, reference
 
@@ -100,7 +102,7 @@ class DryRun(TorchDispatchMode):
         self.kernels.setdefault(self.phase, Counter())[flops, nbytes, name] += 1
 
     def _track(self, results: list[Tensor]) -> None:
-        for storage in _storages(results):
+        for storage in (part.untyped_storage() for x in results for part in dense_parts(x)):
             key, nbytes = storage._cdata, storage.nbytes()
             if key not in self._storages:
                 self.alive += nbytes
@@ -166,15 +168,6 @@ def _untouched_memory() -> Iterator[None]:
         yield
     finally:
         settings.fill_uninitialized_memory = filled
-
-
-def _storages(tensors: list[Tensor]) -> Iterator[torch.UntypedStorage]:
-    for x in tensors:
-        if x.layout is torch.strided:
-            yield x.untyped_storage()
-        elif x.layout is torch.sparse_coo:
-            yield x._indices().untyped_storage()
-            yield x._values().untyped_storage()
 
 
 def _is_large(x: Tensor) -> bool:
@@ -255,13 +248,3 @@ def _shadow(x: Tensor) -> Tensor:
 def _size(x: Any) -> tuple:
     """All of an argument that the size of a result depends on, hashable."""
     return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x)
-
-
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, list | tuple):
-        for each in x:
-            yield from _tensors(each)
-    elif isinstance(x, dict):
-        yield from _tensors(list(x.values()))

@@ -5,10 +5,10 @@
 LLaMA-2-7B in bf16. First it says which backend torch's SDPA takes. Then the most valuable numbers
 come first:
 
-    times     of each method at three sizes, in rounds with one floor that stays in memory
+    steps     of each method: bytes at the largest of three sizes, counted on a model of its own;
+              times at all, in rounds with one floor that stays in memory
     captured  S2FT's step as one CUDA graph beside the floor's, at the smallest size
     depth     S2FT with the modules of the model and dx in full depth, at the largest size
-    bytes     of each method at the largest size, counted on a model of its own
 
 The results are in FOLDER/<device>/steps.json, in the form of `pytest bench/steps`, but for bytes at
 the other sizes; those of captured steps in captured.json. Each is written as soon as it is known,
@@ -20,16 +20,15 @@ import argparse
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench.measure import machine, results, timing
-from bench.methods import Method, comparable
+from bench.methods import Budget, Method, comparable
 from bench.steps import step
 from bench.steps.bench_steps import TIMING_LR, WARM_UP
 from bench.steps.cases import FLOOR, FULL_DEPTH, Case
@@ -55,27 +54,25 @@ Run = Callable[[Tensor], list[float]]  # takes a step on a batch; seconds of its
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured with one build of a method: "times", "captured" or "bytes" of cases."""
+    """What is measured with one build of a method: steps of cases, captured or not."""
 
-    kind: str
-    cases: tuple[Case, ...]
+    cases: tuple[Case, ...]  # the largest comes last
+    captured: bool = False
 
     @property
     def name(self) -> str:
         method = self.cases[0].id.split("/")[3]
         sizes = ", ".join(f"{case.batch}x{case.length}" for case in self.cases)
-        return f"{self.kind} of {method} at {sizes}"
+        return f"{'captured steps' if self.captured else 'steps'} of {method} at {sizes}"
 
     def expected_seconds(self) -> float:
         """On an H200. Predicted, to decide whether there is time for it."""
         found = BUILD + (COMPILE if self.cases[0].method.startswith("s2ft") else 0)
-        for case in self.cases:
-            tokens = case.batch * case.length
-            if self.kind == "bytes":
-                found += 8 * tokens * TOKEN + 4  # a step with hooks takes longer
-            else:
-                pair = tokens * (FLOOR_TOKEN + TOKEN)
-                found += WARM_UP * pair + max(ROUNDS * pair, min(SECONDS, MOST_ROUNDS * pair))
+        for tokens in (case.batch * case.length for case in self.cases):
+            pair = tokens * (FLOOR_TOKEN + TOKEN)
+            found += WARM_UP * pair + max(ROUNDS * pair, min(SECONDS, MOST_ROUNDS * pair))
+        if not self.captured:  # another build, and steps with hooks, which take longer
+            found += BUILD + 8 * tokens * TOKEN + 4
         return found
 
 
@@ -89,10 +86,9 @@ def jobs(toy: bool) -> list[Job]:
     }
     deep = replace(cases["s2ft_inplace"][-1], suites=("depth",), method="s2ft_unfused")
     return [
-        *(Job("times", cases[method]) for method in METHODS),
-        Job("captured", cases["s2ft_inplace"][:1]),
-        Job("times", (replace(deep, options=FULL_DEPTH),)),
-        *(Job("bytes", cases[method][-1:]) for method in METHODS),
+        *(Job(cases[method]) for method in METHODS),
+        Job(cases["s2ft_inplace"][:1], captured=True),
+        Job((replace(deep, options=FULL_DEPTH),)),
     ]
 
 
@@ -101,38 +97,29 @@ class Files:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         path = folder / machine.device_name(device)
-        self.steps = results.Results(path / "steps.json", device)
-        self.captured = results.Results(path / "captured.json", device)
+        self.steps, self.captured = (
+            results.Results(path / f"{name}.json", device) for name in ("steps", "captured")
+        )
 
     def of(self, job: Job) -> results.Results:
-        return self.captured if job.kind == "captured" else self.steps
+        return self.captured if job.captured else self.steps
 
     def lack(self, job: Job) -> bool:
         """Whether any of what the job measures is missing."""
-        file = self.of(job)
-        return not all(
-            file.has(fullname(case))
-            and (job.kind != "bytes" or "bytes" in file.entries[fullname(case)]["extra_info"])
-            for case in job.cases
-        )
+        return not all(self.of(job).has(fullname(case)) for case in job.cases)
 
-    def add(self, job: Job, case: Case, stats: dict | None, found: dict) -> None:
-        """Adds what was found to what is known of a case."""
-        file, name = self.of(job), fullname(case)
-        budget = asdict(comparable(case.shape.config(case.length)))
-        known = {"total_parameters": case.shape.parameters(), "budget": budget}
-        if file.has(name):
-            entry = file.entries[name]
-            stats, known = stats or entry["stats"], entry["extra_info"]
-        entry = {
-            "group": "/".join(case.id.split("/")[:3]),
-            "name": f"bench_step[{case.id}]",
-            "fullname": name,
-            "params": case.params(),
-            "stats": stats,
-            "extra_info": known | found | {"status": "measured"},
-        }
-        file.add(entry)
+
+def entry(case: Case, budget: Budget, stats: dict, found: dict) -> dict:
+    """Of a measured case, as `pytest bench/steps` writes it."""
+    known = {"total_parameters": case.shape.parameters(), "budget": asdict(budget)}
+    return {
+        "group": "/".join(case.id.split("/")[:3]),
+        "name": f"bench_step[{case.id}]",
+        "fullname": fullname(case),
+        "params": case.params(),
+        "stats": stats,
+        "extra_info": known | found | {"status": "measured"},
+    }
 
 
 def fullname(case: Case) -> str:
@@ -140,7 +127,7 @@ def fullname(case: Case) -> str:
 
 
 class Bench:
-    """Does the jobs. The floor stays from one to the next, until bytes are counted."""
+    """Does the jobs. The floor stays from one to the next."""
 
     def __init__(self, files: Files, device: torch.device) -> None:
         self.files, self.device = files, device
@@ -148,41 +135,33 @@ class Bench:
 
     def do(self, job: Job) -> None:
         """Measures and writes what is missing of it."""
-        budget = comparable(job.cases[-1].shape.config(job.cases[-1].length))
-        machine.release(self.device)
-        if job.kind == "bytes":
-            self._floor = None
-            machine.release(self.device)
-            for case in job.cases:
-                self.files.add(job, case, None, step.count(case, budget, self.device))
-            return
+        largest, device = job.cases[-1], self.device
+        budget = comparable(largest.shape.config(largest.length))
+        machine.release(device)
         if self._floor is None:
-            self._floor = step.build(job.cases[-1].floor(), budget, self.device, TIMING_LR)
+            self._floor = step.build(largest.floor(), budget, device, TIMING_LR)
             for case in job.cases:
                 print(torch_choice(self._floor.base, case.length))
-        method = step.build(job.cases[-1], budget, self.device, TIMING_LR)
+        counted = {} if job.captured else step.count(largest, budget, device)
+        machine.release(device)
+        method = step.build(largest, budget, device, TIMING_LR)
         trained = {"trained_parameters": method.trained_parameters()}
         for case in job.cases:
-            runs = [partial(step.laps, each, device=self.device) for each in (self._floor, method)]
-            if job.kind == "captured":
-                batch = next(step.random_batches(case, self.device))
-                runs = [
-                    _one_lap(replayed(each, batch, self.device), self.device)
-                    for each in (self._floor, method)
-                ]
-            stats, found = time_together(*runs, case, self.device)
-            if not bool(torch.isfinite(method.loss(next(step.random_batches(case, self.device))))):
-                raise step.WrongMethod(f"the loss of {case.id} is not finite after its timed steps")
-            self.files.add(job, case, stats, found | trained)
-
-    def forget(self) -> None:
-        """Gives all memory back, after a job that failed."""
-        self._floor = None
-        machine.release(self.device)
+            run = captured if job.captured else timed
+            runs = [run(each, case, device) for each in (self._floor, method)]
+            stats, found = time_together(*runs, case, device)
+            step.check_loss(method, next(step.random_batches(case, device)))
+            found |= trained | (counted if case is largest else {})
+            self.files.of(job).add(entry(case, budget, stats, found))
 
 
-def _one_lap(action: Callable[[Tensor], object], device: torch.device) -> Run:
-    return lambda batch: timing.laps([lambda: action(batch)], device)
+def timed(method: Method, case: Case, device: torch.device) -> Run:
+    return lambda batch: step.laps(method, batch, device)
+
+
+def captured(method: Method, case: Case, device: torch.device) -> Run:
+    replay = replayed(method, next(step.random_batches(case, device)), device)
+    return lambda batch: timing.laps([lambda: replay(batch)], device)
 
 
 def time_together(floor: Run, method: Run, case: Case, device: torch.device) -> tuple[dict, dict]:
@@ -199,19 +178,7 @@ def time_together(floor: Run, method: Run, case: Case, device: torch.device) -> 
         laps.append(method(batch))
         if number % 2 == 1:
             floors.append(sum(floor(batch)))
-    steps = [sum(each) for each in laps]
-    found = {
-        "ratio_to_floor": timing.quartiles(timing.paired_ratios(steps, floors)),
-        "floor_seconds": timing.quartiles(floors),
-        "paired": True,
-    }
-    if len(laps[0]) > 1:
-        zeroing, forward, backward, update = (
-            timing.quartiles(part)["median"] for part in zip(*laps, strict=True)
-        )
-        parts = {"forward": forward, "backward": backward, "optimizer": zeroing + update}
-        found["seconds"] = parts | {"periodic": 0.0}
-    return timing.stats(steps), found
+    return timing.stats([sum(each) for each in laps]), step.times(laps, floors)
 
 
 def replayed(method: Method, like: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -246,10 +213,6 @@ def replayed(method: Method, like: Tensor, device: torch.device) -> Callable[[Te
     return replay
 
 
-def left(listed: list[Job], files: Files) -> Iterator[Job]:
-    return (job for job in listed if files.lack(job))
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     listed = jobs(args.toy)
@@ -260,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     device, end = machine.default_device(), time.monotonic() + args.budget_s
     files = Files(args.results, device)
     bench, failed = Bench(files, device), False
-    for job in list(left(listed, files)):
+    for job in filter(files.lack, listed):
         expected = 0.0 if args.toy else job.expected_seconds()
         rest = end - time.monotonic()
         if expected >= rest:
@@ -273,11 +236,12 @@ def main(argv: list[str] | None = None) -> int:
             failed = True
             traceback.print_exc()
             timing.synchronize(device)  # raises again what broke the GPU
-            bench.forget()
+            bench = Bench(files, device)  # gives all memory back
+            machine.release(device)
         print(f"{job.name}: {time.monotonic() - began:.1f} s, expected {expected:.0f}", flush=True)
     for file in (files.steps, files.captured):
         print(overview(file.entries))
-    if any(left(listed, files)) and not failed:
+    if any(map(files.lack, listed)) and not failed:
         print("the budget is spent: the same command goes on with the rest")
     return 1 if failed else 0
 

@@ -1,8 +1,7 @@
 """Model shapes by name, and models of these shapes with random weights.
 
-Time and bytes of a training step do not depend on the values of the weights, so a shape is all of a
-checkpoint that the laboratory needs. What does not change the cost of a step either, such as the
-base of the rotary angles, is left at the default of the configuration.
+Time and bytes of a training step depend neither on the values of the weights nor on, say, the base
+of the rotary angles, which is left at its default.
 """
 
 from dataclasses import dataclass, replace
@@ -113,8 +112,7 @@ class Shape:
 def fill_(model: nn.Module, std: float, seed: int) -> None:
     """Norms are set to one, every other parameter is drawn from a normal distribution.
 
-    Of a large parameter DRAWN numbers are drawn and repeated: a CPU draws 1e8 a second, which for
-    every model of every case would take longer than its steps do.
+    Of a large parameter DRAWN numbers are drawn and repeated: a CPU draws but 1e8 a second.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

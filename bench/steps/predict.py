@@ -20,6 +20,7 @@ import argparse
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -120,25 +121,16 @@ def predict(
     step = (batch, length, dtype, method, budget, options, device)
     if shape.layers <= few + 1:
         return counted(shape, *step)
-    low, high = (counted(shape.cut(n, shape.vocab), *step) for n in (few, few + 1))
-    times = shape.layers - few
+    low, high = (vars(counted(shape.cut(n, shape.vocab), *step)) for n in (few, few + 1))
 
-    def line(at_low: int, at_high: int) -> int:
-        return at_low + times * (at_high - at_low)
+    def line(a: Any, b: Any) -> Any:
+        if isinstance(a, int):
+            return a + (shape.layers - few) * (b - a)
+        # A phase that only the deeper one has is no peak.
+        keys = a.keys() | b.keys() if isinstance(a, Counter) else a.keys() & b.keys()
+        return type(a)({key: line(a[key], b[key]) for key in keys})
 
-    kernels = low.kernels.keys() | high.kernels.keys()
-    return Prediction(
-        trained=line(low.trained, high.trained),
-        kernels=Counter({k: line(low.kernels[k], high.kernels[k]) for k in kernels}),
-        saved=line(low.saved, high.saved),
-        unseen=line(low.unseen, high.unseen),
-        peaks={
-            phase: line(peak, high.peaks[phase])
-            for phase, peak in low.peaks.items()
-            if phase in high.peaks
-        },
-        updating=line(low.updating, high.updating),
-    )
+    return Prediction(**{name: line(low[name], high[name]) for name in low})
 
 
 def counted(
@@ -202,26 +194,21 @@ def _mark_layers(method: Method, run: DryRun) -> None:
 
 
 class _FirstEntries(Tensor):
-    """A mask of the first `count` entries. It can only say where it is 1."""
-
-    shape_of_weight: tuple[int, int]
-    count: int
+    """A mask (N, K) of the first `count` entries. It can only say where it is 1."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         mask = args[0]
-        if func is torch.where:
-            positions = torch.arange(mask.count)
-            columns = mask.shape_of_weight[1]
-            return positions // columns, positions % columns
-        return mask
+        if func is not torch.where:
+            return mask
+        positions = torch.arange(mask.count)
+        return positions // mask.columns, positions % mask.columns
 
 
 def _first_entries(layer: nn.Linear, r: int, random_seed: int, **others: object) -> Tensor:
     """A mask for SHiRA, with as many entries as `random_mask`: their places change no cost."""
-    mask = torch.empty(0).as_subclass(_FirstEntries)
-    mask.shape_of_weight = tuple(layer.weight.shape)
-    mask.count = min(r * sum(layer.weight.shape), layer.weight.numel())
+    mask, (n, k) = torch.empty(0).as_subclass(_FirstEntries), layer.weight.shape
+    mask.columns, mask.count = k, min(r * (n + k), n * k)
     return mask
 
 

@@ -1,7 +1,7 @@
 """One training step of a method: its model, its bytes, its seconds, and whether it trains."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -37,13 +37,8 @@ def random_batches(case: Case, device: torch.device) -> Iterator[Tensor]:
 def laps(method: Method, batch: Tensor, device: torch.device) -> list[float]:
     """Takes one step; seconds of zeroing, forward, backward, update."""
     loss: list[Tensor] = []
-    parts: list[Callable[[], object]] = [
-        method.zero_grad,
-        lambda: loss.append(method.loss(batch)),
-        lambda: loss.pop().backward(),
-        method.update,
-    ]
-    return timing.laps(parts, device)
+    forward, backward = lambda: loss.append(method.loss(batch)), lambda: loss.pop().backward()
+    return timing.laps([method.zero_grad, forward, backward, method.update], device)
 
 
 def periodic_seconds(
@@ -59,6 +54,35 @@ def periodic_seconds(
     return max(0.0, statistics.median(due) - usual) / method.period
 
 
+def times(
+    laps: list[list[float]], floors: list[float], paired: bool = True, periodic: float = 0.0
+) -> dict:
+    """What extra_info says of timed steps.
+
+    laps: seconds of the parts of each step, or of each as one, where it is captured. floors: of the
+    floor's steps; their median is that of each round where they were not paired with steps.
+    periodic: seconds of periodic work a step.
+    """
+    steps = [sum(each) + periodic for each in laps]
+    beside = floors if paired else [statistics.median(floors)] * len(steps)
+    found = {
+        "ratio_to_floor": timing.quartiles(timing.paired_ratios(steps, beside)),
+        "floor_seconds": timing.quartiles(floors),
+        "paired": paired,
+    }
+    if len(laps[0]) > 1:
+        zeroing, forward, backward, update = map(statistics.median, zip(*laps, strict=True))
+        parts = {"forward": forward, "backward": backward, "optimizer": zeroing + update}
+        found["seconds"] = parts | {"periodic": periodic}
+    return found
+
+
+def check_loss(method: Method, batch: Tensor) -> None:
+    """Raises WrongMethod where the loss is not finite."""
+    if not bool(torch.isfinite(method.loss(batch))):
+        raise WrongMethod(f"the loss of {method.name} is not finite after its timed steps")
+
+
 def held_bytes(method: Method, batch: Tensor) -> dict[str, int | None]:
     """Bytes that a step holds: weights, gradients, optimizer, saved, unseen.
 
@@ -66,17 +90,18 @@ def held_bytes(method: Method, batch: Tensor) -> dict[str, int | None]:
     which the counting would switch off.
     """
     method.zero_grad()
-    kept = None
+    saved = unseen = None
     if not method.options.compile:
         kept = memory.kept_by(lambda: method.loss(batch), method.model)
+        saved, unseen = kept.saved, kept.unseen
     weights = memory.total_bytes(memory.model_tensors(method.model))
     method.loss(batch).backward()
     return {
         "weights": weights,
         "gradients": memory.total_bytes(memory.gradients(method.model)),
         "optimizer": memory.total_bytes(method.state_tensors()),
-        "saved": None if kept is None else kept.saved,
-        "unseen": None if kept is None else kept.unseen,
+        "saved": saved,
+        "unseen": unseen,
     }
 
 
@@ -126,8 +151,7 @@ def checksums(method: Method) -> dict[str, int]:
 def check_training(method: Method, before: dict[str, int]) -> None:
     """Raises WrongMethod unless every parameter that was trained has moved since `before`."""
     after = checksums(method)
-    still = [name for name, bits in before.items() if after.get(name) == bits]
-    if still:
+    if still := [name for name, bits in before.items() if after.get(name) == bits]:
         raise WrongMethod(
             f"{method.name} trains {len(before) - len(still)} of its {len(before)} parameters; "
             f"not {', '.join(still[:3])}" + (", ..." if still[3:] else "")

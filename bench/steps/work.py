@@ -6,7 +6,7 @@ addition are two FLOPs. The sizes are those of the reference: M tokens, weight (
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,69 +28,52 @@ def size(x: Tensor) -> int:
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Work:
+# Their parameters are those of the op of the same name in `s2kernels.reference`.
+
+
+def linear(x, weight, bias=None) -> Work:
     (m, k), n = x.shape, len(weight)
     biases = 0 if bias is None else size(bias)
     return Work(_numbers(x, m * k + n * k + m * n) + biases, 2 * m * n * k)
 
 
-def linear_dx(dy: Tensor, weight: Tensor) -> Work:
-    (m, n), k = dy.shape, weight.shape[1]
-    return Work(_numbers(dy, m * k + n * k + m * n), 2 * m * n * k)
+def linear_dx(dy, weight) -> Work:
+    return linear(dy, weight.t())
 
 
-def slice_grad(
-    dy: Tensor, x: Tensor, index: Index | None, dim: str, out: Tensor | None = None
-) -> Work:
+def slice_grad(dy, x, index, dim, out=None) -> Work:
     narrow, wide = (x, dy) if dim == "in" else (dy, x)
     (m, p), r = wide.shape, count(narrow, index)
     result = 4 * p * r if out is None else 2 * size(out)  # read and written
     return Work(_numbers(x, m * (p + r)) + result, 2 * m * p * r)
 
 
-def slice_grad_each(
-    dy: Tensor, x: Tensor, offsets: Tensor, index: Index | None, dim: str, out: Tensor
-) -> Work:
+def slice_grad_each(dy, x, offsets, index, dim, out) -> Work:
     (m, p), r = (dy.shape, out.shape[2]) if dim == "in" else (x.shape, out.shape[1])
     return Work(_numbers(x, m * (p + r)) + 2 * size(out), 2 * m * p * r)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Work:
+def swiglu(gate, up) -> Work:
     return Work(3 * size(gate), 5 * gate.numel())
 
 
-def swiglu_bwd(
-    dh: Tensor, gate: Tensor, up: Tensor, index: Index | None = None, out: object = None
-) -> Work:
+def swiglu_bwd(dh, gate, up, index=None, out=None) -> Work:
     m, k = dh.shape
     r = 0 if index is None else count(gate, index)
     moved = 5 * k + r if k else 3 * r  # with no dh, the slice of h is all that is made
     return Work(_numbers(gate, m * moved), m * (12 * k + 5 * r))
 
 
-def linear_dx_swiglu_bwd(
-    dy: Tensor,
-    weight: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    index: Index | None = None,
-    out: object = None,
-) -> Work:
+def linear_dx_swiglu_bwd(dy, weight, gate, up, index=None, out=None) -> Work:
     (m, n), k = dy.shape, weight.shape[1]
     r = 0 if index is None else count(gate, index)
     moved = _numbers(dy, m * n + n * k + 4 * m * k + m * r)
     return Work(moved, 2 * m * n * k + m * (12 * k + 5 * r))
 
 
-def slice_write(
-    weights: Sequence[Tensor],
-    base_slices: Sequence[Tensor],
-    deltas: Sequence[Tensor | None],
-    indices: Sequence[Index],
-    dims: Sequence[str],
-) -> Work:
+def slice_write(weights, base_slices, deltas, indices, dims) -> Work:
     """Scattered columns are written by the sector, which is read before where others stay."""
-    moved = sum(size(base) for base in base_slices) + _sizes(deltas)
+    moved = _sizes(base_slices) + _sizes(deltas)
     for weight, base, index, dim in zip(weights, base_slices, indices, dims, strict=True):
         if isinstance(index, slice) or dim == "out":
             moved += size(base)
@@ -106,62 +89,50 @@ def sectors(index: Tensor, itemsize: int) -> int:
     return SECTOR * (len(filled) + int((filled < per_sector).sum()))
 
 
-def slice_linear_(y: Tensor, x: Tensor, delta: Tensor, index: Index | None, dim: str) -> Work:
+def slice_linear_(y, x, delta, index, dim) -> Work:
     m, (c, d) = len(x), delta.shape  # in: R channels of x into (M, c); out: x (M, d) into R of y
     return Work(_numbers(x, m * (d + 2 * c)) + size(delta), 2 * m * c * d)
 
 
-def slice_linear_dx_(dx: Tensor, dy: Tensor, delta: Tensor, index: Index, dim: str) -> Work:
-    m, (d, c) = len(dy), delta.shape  # in: dy (M, d) into R of dx; out: R channels into (M, c)
-    return Work(_numbers(dy, m * (d + 2 * c)) + size(delta), 2 * m * c * d)
+def slice_linear_dx_(dx, dy, delta, index, dim) -> Work:
+    return slice_linear_(dx, dy, delta.t(), index, dim)
 
 
-def linear_plus_slice(
-    x: Tensor, weight: Tensor, bias: Tensor | None, x_slice: Tensor, delta: Tensor
-) -> Work:
+def linear_plus_slice(x, weight, bias, x_slice, delta) -> Work:
     return _plus(linear(x, weight, bias), x_slice, delta, len(weight))
 
 
-def linear_dx_plus_slice(dy: Tensor, weight: Tensor, dy_slice: Tensor, delta: Tensor) -> Work:
+def linear_dx_plus_slice(dy, weight, dy_slice, delta) -> Work:
     return _plus(linear_dx(dy, weight), dy_slice, delta, weight.shape[1])
 
 
-def sparse_write(
-    weights: Sequence[Tensor],
-    base: Sequence[Tensor],
-    delta: Sequence[Tensor] | None,
-    index: Sequence[Tensor],
-) -> Work:
+def sparse_write(weights, base, delta, index) -> Work:
     """A sector of the weight is read and written for each entry."""
     entries = sum(each.numel() for each in index)
     moved = _sizes(base) + _sizes(delta or ()) + _sizes(index) + 2 * SECTOR * entries
     return Work(moved, entries)
 
 
-def sparse_grad(
-    dy: Tensor, x: Tensor, index: Tensor, plan: object = None, grad: Tensor | None = None
-) -> Work:
+def sparse_grad(dy, x, index, plan=None, grad=None) -> Work:
     """Of all N K sums, which is what tensor cores compute; the entries need a share of them."""
     (m, n), k = dy.shape, x.shape[1]
     return Work(_numbers(x, m * (n + k)) + 12 * index.numel(), 2 * m * n * k)
 
 
-def growth_candidates(dy: Tensor, x: Tensor, k: int) -> Work:
+def growth_candidates(dy, x, k) -> Work:
     (m, n), columns = dy.shape, x.shape[1]
     return Work(_numbers(x, m * (n + columns)) + 4 * k, 2 * m * n * columns)
 
 
-def sm3_update(row: Tensor, col: Tensor, index: Tensor, grad: Tensor) -> Work:
+def sm3_update(row, col, index, grad) -> Work:
     return Work(8 * index.numel() + size(index) + 2 * _sizes((row, col)), 4 * index.numel())
 
 
-def sm3_growth(row: Tensor, col: Tensor, index: Tensor, k: int) -> Work:
+def sm3_growth(row, col, index, k) -> Work:
     return Work(_sizes((row, col)) + size(index) + 4 * k, len(row) * len(col))
 
 
-def adamw_values_(
-    values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, coefficients: Tensor, eps: float
-) -> Work:
+def adamw_values_(values, exp_avg, exp_avg_sq, coefficients, eps) -> Work:
     return Work(2 * size(values) + size(exp_avg) + size(exp_avg_sq), 8 * values.numel())
 
 
@@ -204,30 +175,22 @@ def _plus(dense: Work, part: Tensor, delta: Tensor, width: int) -> Work:
 aten = torch.ops.aten
 
 
-def _added_gemm_flops(c, a, b, *args, **kwargs) -> int:
-    return 2 * math.prod(a) * b[-1]
+def _attention(products: int) -> Callable[..., int]:
+    """FLOPs of so many products of attention, at or below the diagonal."""
 
+    def flops(*shapes, out_val=None, **kwargs) -> int:
+        batch, heads, length, head_dim = shapes[0 if products == 2 else 1]  # q; dy comes first
+        return products * batch * heads * length * (length + 1) * head_dim
 
-def _attention_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
-    """Two products, at or below the diagonal."""
-    return 2 * _product(q)
-
-
-def _attention_backward_flops(dy, q, *args, out_val=None, **kwargs) -> int:
-    """Five products: the scores are made anew."""
-    return 5 * _product(q)
-
-
-def _product(q: tuple[int, ...]) -> int:
-    batch, heads, length, head_dim = q
-    return batch * heads * length * (length + 1) * head_dim
+    return flops
 
 
 # They take shapes. Torch has none for addmm_, and those for attention count the masked half, too.
+# The backward of attention makes the scores anew.
 FORMULAS = {
-    aten.addmm_: _added_gemm_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    aten.addmm_: lambda c, a, b, *args, **kwargs: 2 * math.prod(a) * b[-1],
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention(2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention(5),
 }
 
 # They only take memory or describe it in another way.

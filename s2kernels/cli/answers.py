@@ -1,6 +1,5 @@
 """What a model is asked and answers, and whether an answer is the right one."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,24 +67,13 @@ def answers(
     sampling: dict[str, Any] = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     if temperature:
         sampling = dict(do_sample=True, temperature=temperature, top_k=0)
-    out = generate(
-        rows.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        use_cache=True,
-        **sampling,
-    )
+    options = dict(max_new_tokens=max_new_tokens, pad_token_id=pad, use_cache=True, **sampling)
+    out = generate(rows.to(device), attention_mask=mask.to(device), **options)
     return tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
 
 
-def show(prompt: str, found: dict[str, str], as_json: bool = False) -> None:
+def show(prompt: str, found: dict[str, str]) -> None:
     """Print the answers to a prompt by who gave them."""
-    if as_json:
-        base = {"base": found["(base)"]} if "(base)" in found else {}
-        adapters = {name: text for name, text in found.items() if name != "(base)"}
-        print(json.dumps({"prompt": prompt, **base, "adapters": adapters}, ensure_ascii=False))
-        return
     print(f"> {prompt}")
     width = max(map(len, found))
     for name, text in found.items():

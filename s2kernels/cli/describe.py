@@ -1,6 +1,8 @@
-"""What an adapter trains, as its files say, for `s2kernels inspect`."""
+"""`s2kernels inspect`: what an adapter trains, as its files say."""
 
 import json
+from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,33 @@ from torch import Tensor
 
 from s2kernels.adapter import PREFIX, Slice, read_files, split_tensors
 
-# what the layers of a report have, and its table shows
-COLUMNS = {
-    "S2FT": ("module", "dim", "channels", "heads", "parameters", "bytes", "lora_rank"),
-    "SPIEL": ("module", "entries", "dtype", "parameters", "bytes"),
+# What a report says of each layer, and how the total comes of it.
+COLUMNS: dict[str, dict[str, Any]] = {
+    "S2FT": dict(dim=None, channels=sum, heads=None, parameters=sum, bytes=sum, lora_rank=max),
+    "SPIEL": dict(entries=sum, dtype=None, parameters=sum, bytes=sum),
 }
+
+
+def inspect(args: Namespace) -> None:
+    """Print what an adapter trains; its files alone are read."""
+    report = describe(args.adapter)
+    if args.json:
+        print(json.dumps(report, indent=1))
+        return
+    columns = ["module", *COLUMNS[report["method"]]]
+    rows = [[name.replace("_", " ") for name in columns]]
+    for entry in (*report["layers"], report["total"]):
+        rows.append([_text(entry[name]) for name in columns])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else value or "-"
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -30,24 +54,21 @@ def describe(path: Path) -> dict[str, Any]:
     """
     config, tensors = read_files(path)
     method = config.get("peft_type")
-    layers: list[dict[str, Any]] = []
     if method == "S2FT":
         slices, others = split_tensors(tensors, path)
         size = _head_dim(config.get("base_model_name_or_path"))
-        layers = [_of_slice(name, part, size) for name, part in slices.items()]
+        layers = [{"module": name} | _of_slice(name, part, size) for name, part in slices.items()]
     elif method == "SPIEL":
-        deltas, others = _split_entries(tensors, path)
-        layers = [_of_entries(name, delta) for name, delta in deltas.items()]
+        others = {key: tensor for key, tensor in tensors.items() if ".spiel_" not in key}
+        layers = _of_entries(tensors, path)
     else:
         raise ValueError(f"{path} holds no adapter of S2FT or SpIEL: its type is {method!r}")
-    blank: dict[str, Any] = dict.fromkeys(COLUMNS[method])
+    blank = dict.fromkeys(COLUMNS[method])
     for name, tensor in others.items():
-        layers.append(blank | _sizes(tensor) | {"module": name.removeprefix(PREFIX)})
-    total = blank | {"module": "total"}
-    for name in {"channels", "entries", "parameters", "bytes"} & blank.keys():
-        total[name] = sum(entry[name] or 0 for entry in layers)
-    if "lora_rank" in blank:
-        total["lora_rank"] = max(entry["lora_rank"] or 0 for entry in layers)
+        layers.append({"module": name.removeprefix(PREFIX)} | blank | _sizes(tensor))
+    total: dict[str, Any] = {"module": "total"}
+    for name, of_all in COLUMNS[method].items():
+        total[name] = of_all and of_all(layer[name] or 0 for layer in layers)
     return {"adapter": str(path), "method": method, "layers": layers, "total": total}
 
 
@@ -59,45 +80,24 @@ def _of_slice(name: str, part: Slice, head_dim: int | None) -> dict[str, Any]:
     num, heads = part.index.numel(), None
     if head_dim and name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj"):
         heads = sorted({int(channel) // head_dim for channel in part.index})
-    return {
-        "module": name,
-        "dim": part.dim,
-        "channels": num,
-        "heads": heads if heads and len(heads) * (head_dim or 0) == num else None,
-        **_sizes(part.delta),
-        "lora_rank": part.index.shape[-1],
-    }
+    whole = heads and len(heads) * (head_dim or 0) == num
+    chosen = {"dim": part.dim, "channels": num, "heads": heads if whole else None}
+    return chosen | _sizes(part.delta) | {"lora_rank": part.index.shape[-1]}
 
 
-def _of_entries(name: str, delta: Tensor) -> dict[str, Any]:
-    dtype = str(delta.dtype).removeprefix("torch.")
-    return {"module": name, "entries": len(delta), "dtype": dtype, **_sizes(delta)}
-
-
-def _split_entries(
-    tensors: dict[str, Tensor], path: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The deltas (k,) of a SpIEL adapter by module, and the tensors that belong to none.
-
-    Raises ValueError for a module whose delta or index is missing, or of different lengths.
-    """
-    modules: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for key, tensor in tensors.items():
-        name, marker, field = key.rpartition(".spiel_")
-        if marker:
-            modules.setdefault(name.removeprefix(PREFIX), {})[field] = tensor
-        else:
-            others[key] = tensor
-    if not modules:
+def _of_entries(tensors: Mapping[str, Tensor], path: Path) -> list[dict[str, Any]]:
+    """What SpIEL trains; ValueError for a module whose delta or index is missing or too short."""
+    layers = []
+    for key in dict.fromkeys(key.partition(".spiel_")[0] for key in tensors if ".spiel_" in key):
+        delta, index = (tensors.get(f"{key}.spiel_{field}") for field in ("delta", "index"))
+        name = key.removeprefix(PREFIX)
+        if delta is None or index is None or not delta.shape == index.shape == (len(delta),):
+            raise ValueError(f"{path}: {name}: spiel_delta and spiel_index of one length wanted")
+        dtype = str(delta.dtype).removeprefix("torch.")
+        layers.append({"module": name, "entries": len(delta), "dtype": dtype} | _sizes(delta))
+    if not layers:
         raise ValueError(f"{path} holds no SpIEL adapter: no tensor in it is called *.spiel_delta")
-    for name, fields in modules.items():
-        shapes = [tuple(fields[field].shape) for field in ("delta", "index") if field in fields]
-        if len(shapes) < 2 or shapes[0] != shapes[1] or len(shapes[0]) != 1:
-            raise ValueError(
-                f"{path}: {name}: spiel_delta and spiel_index of one length wanted, got {shapes}"
-            )
-    return {name: fields["delta"] for name, fields in modules.items()}, others
+    return layers
 
 
 def _head_dim(base: str | None) -> int | None:

@@ -1,5 +1,6 @@
 """What `s2kernels evaluate` measures: loss and right answers, of an adapter and of its base."""
 
+import json
 import tempfile
 from argparse import Namespace
 from contextlib import nullcontext
@@ -8,38 +9,30 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
-from s2kernels.adapter import read_files
 from s2kernels.cli import training
 from s2kernels.cli.answers import answers, encode, is_right
-from s2kernels.cli.examples import for_trainer, read
-from s2kernels.cli.models import length_of, load_base, load_tokenizer, with_adapter
+from s2kernels.cli.examples import first_completions
+from s2kernels.cli.models import base_of, length_of, load_base, load_tokenizer, with_adapter
 from s2kernels.cli.runs import read_settings
 
 
-def evaluate(args: Namespace) -> dict[str, Any]:
-    """The number of examples and of learnt tokens, and for "base" and "adapter" each the `loss`, in
-    nats per token, and the number of `right` answers, if the records have a field "answer".
+def evaluate(args: Namespace) -> None:
+    """Print the number of examples and of learnt tokens, and of the base and the adapter the loss,
+    in nats per token, and the number of right answers, if the records have a field "answer".
 
     Raises ValueError or OSError for what does not fit.
     """
+    base = base_of(args.adapter, args.model)
     training.without_bars()
-    base = args.model or read_files(args.adapter)[0].get("base_model_name_or_path")
-    if not base:
-        raise ValueError("--model: the adapter does not name its base")
-    records, kind, _ = read(args.data, extra=("answer",))
-    if kind == "preference":
-        raise ValueError("--data: completions wanted, got preferences")
-    records = records.select(range(min(args.examples, len(records))))
-    folder = args.adapter / "tokenizer_config.json"
-    tokenizer = load_tokenizer(args.tokenizer or str(args.adapter if folder.is_file() else base))
+    records, kind = first_completions(args)
+    named = args.adapter if (args.adapter / "tokenizer_config.json").is_file() else base
+    tokenizer = load_tokenizer(args.tokenizer or str(named))
     template = args.template or read_settings(args.adapter).get("template", "auto")
     model = load_base(base, torch.bfloat16 if args.bf16 else torch.float32, args.adapter)
     length = length_of(model, args.max_length)
-    pairs = for_trainer(records, kind, tokenizer, template, length)
-    rows = training.tokenized(tokenizer, pairs, length)
-    if not len(rows):
-        raise ValueError(f"--max-length {length} leaves no token of any output")
+    pairs, rows = training.prepared(records, kind, tokenizer, template, length)
     model = with_adapter(model, args.adapter).eval()
+    asked = "answer" in pairs.column_names
     found: dict[str, Any] = {
         "examples": len(pairs),
         "tokens": sum(label != -100 for labels in rows["labels"] for label in labels[1:]),
@@ -53,9 +46,15 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     for name, context in (("base", model.disable_adapter), ("adapter", nullcontext)):
         with context():
             found[name] = {"loss": trainer.evaluate()["eval_loss"]}
-            if "answer" in pairs.column_names:
+            if asked:
                 found[name]["right"] = _right(model, tokenizer, pairs, args)
-    return found
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    print(f"{found['examples']} examples, {found['tokens']:,} tokens learnt of them")
+    for name in ("base", "adapter"):
+        right = f"   right answers {found[name]['right']} of {found['examples']}" if asked else ""
+        print(f"{name:9}loss per token {found[name]['loss']:.4f}{right}")
 
 
 def _right(model: Any, tokenizer: Any, pairs: Any, args: Namespace) -> int:

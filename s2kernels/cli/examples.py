@@ -1,7 +1,7 @@
 """Records out of files or the hub, in the shapes that TRL's trainers take."""
 
 import json
-import random
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,7 @@ import datasets
 from s2kernels.cli.answers import check_chat, prompt_of
 from s2kernels.cli.models import is_hub_id
 
-SUFFIXES = {
-    **{".json": "json", ".jsonl": "json", ".csv": "csv"},
-    **{".parquet": "parquet", ".txt": "text"},
-}
+SUFFIXES = dict(json="json", jsonl="json", csv="csv", parquet="parquet", txt="text")
 # What records hold, by the fields that one must have: the first that fits counts.
 FIELDS = {
     "preference": ("chosen", "rejected"),
@@ -25,8 +22,7 @@ FIELDS = {
     "text": ("text",),
 }
 _MORE = {"preference": ("prompt",), "instruction": ("input",), "messages": ("tools",)}
-_OF_TURNS = ("preference", "completion", "messages", "conversations")
-_OF_TEXTS = ("preference", "completion", "instruction", "text")
+CHATS = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -36,14 +32,13 @@ def sources_of(names: Sequence[str]) -> list[Path | str]:
     """
     found: list[Path | str] = []
     for path in map(Path, names):
-        inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        if path.is_dir() and not inside:
-            raise ValueError(f"{path} holds no file {' '.join(SUFFIXES)}")
-        if path.is_file() and path.suffix not in SUFFIXES:
-            raise ValueError(f"{path}: a name that ends in {' '.join(SUFFIXES)} wanted")
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        files = [file for file in files if file.suffix[1:] in SUFFIXES]
         if not path.exists() and not is_hub_id(path):
             raise ValueError(f"{path}: there is no such file or folder")
-        found += [path] if path.is_file() else inside or [str(path)]
+        if path.exists() and not files:
+            raise ValueError(f"{path}: a file .{', .'.join(SUFFIXES)} wanted, or a folder of such")
+        found += files or [str(path)]
     return found
 
 
@@ -83,6 +78,14 @@ def read(
     return records, kinds.pop(), left_out
 
 
+def first_completions(args: Namespace) -> tuple[datasets.Dataset, str]:
+    """The first --examples of --data, and their kind; ValueError for preferences."""
+    records, kind, _ = read(args.data, extra=("answer",))
+    if kind == "preference":
+        raise ValueError("--data: completions wanted, got preferences")
+    return records.select(range(min(args.examples, len(records)))), kind
+
+
 def _load(source: Path | str) -> datasets.Dataset:
     if isinstance(source, str):
         try:
@@ -90,32 +93,29 @@ def _load(source: Path | str) -> datasets.Dataset:
         except Exception as error:  # of the hub, of its libraries, of the network
             text = " ".join(str(error).split())
             raise ValueError(f"{source}: no file here, and the hub: {text:.200}") from error
-    form = SUFFIXES[source.suffix]
+    form = SUFFIXES[source.suffix[1:]]
     if not source.read_bytes().strip(b" \t\r\n[]"):
         raise ValueError(f"{source} holds no examples")
     # In CSV an empty text is no gap; each file of plain text is one.
-    how: dict[str, Any] = {"keep_default_na": False} if form == "csv" else {}
-    if form == "text":
-        how = {"sample_by": "document"}
+    options: Any = {"csv": {"keep_default_na": False}, "text": {"sample_by": "document"}}
+    how = options.get(form, {})
     try:
         return datasets.load_dataset(form, data_files=str(source), split="train", **how)
     except (datasets.exceptions.DatasetGenerationError, ValueError, RecursionError) as error:
-        raise ValueError(
-            _fault_of_json(source) or f"{source}: {error.__cause__ or error}"
-        ) from None
+        text = _fault_of_json(source) or f"{source}: {error.__cause__ or error}"
+        raise ValueError(text) from None
 
 
 def _fault_of_json(path: Path) -> str | None:
     """The first thing in a file that is not JSON, with its line."""
-    text = path.read_text("utf-8", errors="replace") if SUFFIXES[path.suffix] == "json" else ""
+    text = path.read_text("utf-8", errors="replace") if path.suffix in (".json", ".jsonl") else ""
     lines = [text] if text.lstrip().startswith("[") else text.split("\n")
     for number, part in enumerate(lines, 1):
         try:
             json.loads(part or "0")
-        except RecursionError:
-            return f"{path}:{number}: not JSON: nested too deep"
-        except json.JSONDecodeError as error:
-            return f"{path}:{number + error.lineno - 1}: not JSON: {error.msg}"
+        except (json.JSONDecodeError, RecursionError) as error:
+            line = number + getattr(error, "lineno", 1) - 1
+            return f"{path}:{line}: not JSON: {getattr(error, 'msg', 'nested too deep')}"
     return None
 
 
@@ -128,8 +128,9 @@ def _is_whole(record: dict[str, Any], number: int, kind: str, source: str, stric
                 raise ValueError(f"{source}: record {number + 1}: {name!r} is empty")
             return False
         turns = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
-        if not (turns and kind in _OF_TURNS or isinstance(value, str) and kind in _OF_TEXTS):
-            wanted = "a text" if kind in _OF_TEXTS else "a list of messages"
+        of_turns, of_texts = kind not in ("instruction", "text"), name not in CHATS
+        if not (turns and of_turns or isinstance(value, str) and of_texts):
+            wanted = "a text" if of_texts else "a list of messages"
             raise ValueError(
                 f"{source}: record {number + 1}: {name!r} must be {wanted}, got {value!r:.80}"
             )
@@ -137,20 +138,14 @@ def _is_whole(record: dict[str, Any], number: int, kind: str, source: str, stric
 
 
 def split(records: datasets.Dataset, held_out: float, seed: int) -> tuple[Any, Any]:
-    """Training and held-out records, in their order; the latter, a share or a count, drawn by
-    `seed`.
-    """
-    num = int(held_out) if held_out >= 1 else int(held_out * len(records) + 0.5)
-    num = max(num, 1) if held_out else 0
+    """Training and held-out records; the latter, a share or a count, drawn by `seed`."""
+    num = int(held_out) if held_out >= 1 else max(1, round(held_out * len(records)))
+    if not held_out:
+        return records, records.select([])
     if num >= len(records):
-        raise ValueError(
-            f"--held-out {held_out} leaves none of {len(records)} examples to train on"
-        )
-    drawn = set(random.Random(seed).sample(range(len(records)), num))
-    return (
-        records.select([i for i in range(len(records)) if i not in drawn]),
-        records.select(sorted(drawn)),
-    )
+        raise ValueError(f"--held-out {held_out} leaves none of {len(records)} examples to learn")
+    parts = records.train_test_split(num, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def for_trainer(
@@ -207,10 +202,8 @@ def _pairs_of(row: dict[str, Any], kind: str, tokenizer: Any, template: str) -> 
     check_chat(tokenizer)
     turns = row[kind]
     if kind == "conversations":
-        turns = [
-            {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-            for turn in turns
-        ]
+        roles = [_ROLES.get(turn["from"], turn["from"]) for turn in turns]
+        turns = [{"role": r, "content": t["value"]} for r, t in zip(roles, turns, strict=True)]
     return [
         row | {"prompt": turns[:i], "completion": [turn]}
         for i, turn in enumerate(turns)

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def draw_losses(curves: Mapping[str, list[tuple[int, float | None]]], path: Path) -> None:
     """The curves `loss` and `held_out_loss`, of (step, nats per token), as the SVG file `path`."""
@@ -21,8 +24,8 @@ def draw_losses(curves: Mapping[str, list[tuple[int, float | None]]], path: Path
 
 
 def draw_scores(
-    values: Mapping[str, Any],
-    units: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    units: Mapping[str, Tensor],
     kinds: Mapping[str, str],
     title: str,
     path: Path,
@@ -31,23 +34,23 @@ def draw_scores(
 
     values, units, kinds: by structure, its scores, what is selected of them, and what it is.
     """
-    panels = list(dict.fromkeys(kinds.values()))
-    names = {panel: [name for name in values if kinds[name] == panel] for panel in panels}
-    height = 1.2 + 0.25 * max(map(len, names.values()))
-    figure = _figure(path, (5.5 * len(panels), height))
+    panels: dict[str, list[str]] = {}
+    for name, kind in kinds.items():
+        panels.setdefault(kind, []).append(name)
+    figure = _figure(path, (5.5 * len(panels), 1.2 + 0.25 * max(map(len, panels.values()))))
     if figure is None:
         return
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for lane, name in enumerate(names[panel]):
-            score = values[name].numpy()
-            chosen = units[name].long().numpy() if name in units else []
-            place = [lane + 0.35 - 0.7 * (i + 0.5) / len(score) for i in range(len(score))]
-            picked = [place[unit] for unit in chosen]
-            raster = sum(len(values[name]) for name in names[panel]) > 5000
-            axes.plot(score, place, ".", color="#BBBBBB", ms=2, rasterized=raster)
-            axes.plot(score[chosen], picked, "o", color="#D55E00", ms=3, rasterized=raster)
-        axes.set_yticks(range(len(names[panel])), names[panel], fontsize=7)
-        axes.set(title=f"{panel}: {title}", xlabel="score", ylim=(len(names[panel]) - 0.5, -0.5))
+    every = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (kind, names) in zip(every, panels.items(), strict=True):
+        for lane, name in enumerate(names):
+            score = values[name]
+            chosen: Any = units[name].long() if name in units else []
+            place = lane + 0.35 - 0.7 * (torch.arange(len(score)) + 0.5) / len(score)
+            many = len(score) * len(names) > 5000
+            axes.plot(score, place, ".", color="#BBBBBB", ms=2, rasterized=many)
+            axes.plot(score[chosen], place[chosen], "o", color="#D55E00", ms=3, rasterized=many)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set(title=f"{kind}: {title}", xlabel="score", ylim=(len(names) - 0.5, -0.5))
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

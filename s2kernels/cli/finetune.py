@@ -1,173 +1,82 @@
-"""The training job of `s2kernels finetune`: from files of examples to an adapter.
-
-`prepare` looks at all that the user gave and raises ValueError or OSError for what does not fit;
-`Job.run` trains, with a trainer of TRL, and writes.
-"""
+"""`s2kernels finetune`: from files of examples to an adapter, by a trainer of TRL."""
 
 import json
 import math
-import random
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import datasets
 import torch
 import trl
 import yaml
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, ProgressCallback
 
+from s2kernels import peft as tuners
 from s2kernels.adapter import read_files
-from s2kernels.cli import training
-from s2kernels.cli.answers import answers, check_chat, encode, prompt_of
-from s2kernels.cli.examples import for_trainer, read, sources_of, split
+from s2kernels.cli import examples, models, runs, training
+from s2kernels.cli.answers import answers, check_chat, encode, prompt_of, show
 from s2kernels.cli.figures import draw_losses
-from s2kernels.cli.models import device_of, length_of, load_model, load_tokenizer, random_model
-from s2kernels.cli.runs import BASE_NAME, SETTINGS_NAME, check_same, last_checkpoint, settings_of
 from s2kernels.files import replacing
-from s2kernels.peft import (
-    S2FTConfig,
-    SpIELCallback,
-    SpIELConfig,
-    indices_of,
-    save_pretrained,
-    select_indices,
-)
 
 MOST_HELD_OUT = 128  # examples, where --held-out was not given
 
 
-@dataclass
-class Job:
-    """A run of which everything is known to fit."""
+def finetune(args: Namespace) -> Callable[[], None]:
+    """Everything but the training, which is returned, in the order that finds mistakes soonest.
 
-    args: Namespace
-    settings: dict[str, Any]
-    trainer: Any
-    tokenizer: Any
-    counts: dict[str, int]
-    checkpoint: Path | None
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the one process that writes and prints."""
-        return self.trainer.is_world_process_zero()
-
-    def run(self) -> dict[str, Any]:
-        """Train, and write all files into the output folder. Returns the metrics."""
-        output, trainer = self.args.output, self.trainer
-        if self.is_main and self.checkpoint is None:
-            with replacing(output) as folder:
-                text = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
-                (folder / SETTINGS_NAME).write_text(text, "utf-8")
-            if self.args.model_config is not None:
-                dtype = trainer.model.dtype
-                base = random_model(self.args.model_config, dtype, self.args.seed)
-                with replacing(output / BASE_NAME) as folder:
-                    base.save_pretrained(folder)
-                    self.tokenizer.save_pretrained(folder)
-        begin = perf_counter()
-        resume = None if self.checkpoint is None else str(self.checkpoint)
-        trainer.train(resume_from_checkpoint=resume)
-        seconds = perf_counter() - begin
-        history, step = trainer.state.log_history, trainer.state.global_step
-        evaluated = any("eval_loss" in entry and entry["step"] == step for entry in history)
-        if trainer.eval_dataset is not None and not evaluated:
-            trainer.evaluate()
-
-        metrics = {
-            "steps": step,
-            "trained_parameters": trainer.model.num_parameters(only_trainable=True),
-            **self.counts,
-            "loss": _curve(trainer.state.log_history, "loss"),
-            "held_out_loss": _curve(trainer.state.log_history, "eval_loss"),
-            "seconds": round(seconds, 3),  # since it was last resumed
-        }
-        if self.is_main:
-            self._write(metrics)
-        return metrics
-
-    def _write(self, metrics: dict[str, Any]) -> None:
-        with replacing(self.args.output) as folder:
-            save_pretrained(self.trainer.model, folder)
-            self.tokenizer.save_pretrained(folder)
-            text = json.dumps(metrics | {"options": self.settings}, indent=1)
-            (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-        with replacing(self.args.output) as folder:  # if it fails, the adapter is there
-            draw_losses(metrics, folder / "loss.svg")
-
-    def answers(self, prompt: str) -> dict[str, str]:
-        """What the model answers to an instruction, before the training and after."""
-        model, args = self.trainer.model.eval(), self.args
-        ids = [encode(self.tokenizer, prompt_of(prompt, args.template, self.tokenizer))]
-        with model.disable_adapter():
-            (before,) = answers(model.generate, self.tokenizer, ids, model.device, 64)
-        (after,) = answers(model.generate, self.tokenizer, ids, model.device, 64)
-        return {"before": before, "after": after}
-
-
-def prepare(args: Namespace) -> Job:
-    """Everything but the training, in the order that finds mistakes soonest; writes nothing.
-
-    Raises ValueError or OSError for what does not fit.
+    Raises ValueError or OSError for what does not fit; nothing is written before the training.
     """
+    runs.settle(args)
     training.without_bars()
-    checkpoint = None
-    if args.resume:
-        checkpoint = last_checkpoint(args.output)
-        if checkpoint is None:
-            raise ValueError(f"--resume: there is no checkpoint in {args.output}: leave it out")
-    device_of(args.device)  # raises where it is not there
-    if args.strategy == "random" and args.smallest:
-        raise ValueError("--smallest ranks by scores: it needs a --strategy other than random")
+    checkpoint = runs.last_checkpoint(args.output) if args.resume else None
+    if not args.resume:
+        runs.check_new(args.output)
+    elif checkpoint is None:
+        raise ValueError(f"--resume: there is no checkpoint in {args.output}: leave it out")
+    models.device_of(args.device)  # raises where it is not there
     if args.method == "spiel" and args.optimizer != "adamw_torch":
         raise ValueError("--optimizer: SpIEL has one of its own")
-    chosen = {} if args.selection is None else {"selection": [args.selection]}
-    settings = settings_of(args, {"data": sources_of(args.data), **chosen})
+    config = _adapter_config(args)
+    sources = {"data": examples.sources_of(args.data)}
+    if args.selection is not None:
+        units, sources["selection"] = read_selection(args.selection), [args.selection]
+    settings = runs.settings_of(args, sources)
     if checkpoint:
-        check_same(args.output, settings)
-    records, kind, left_out = read(args.data, args.strict)
+        runs.check_same(args.output, settings)
+        read_files(checkpoint)  # raises for a damaged one, which the Trainer would load
+    records, kind, num_empty = examples.read(args.data, args.strict)
     if kind == "preference" and args.packing:
         raise ValueError("--packing: preferences cannot be packed")
     share = min(MOST_HELD_OUT / len(records), 0.05) if args.held_out is None else args.held_out
-    parts = split(records, share, args.seed)
-    base = args.output / BASE_NAME if args.model_config is not None else args.model
-    tokenizer = load_tokenizer(args.tokenizer or str(base))
-    if kind in ("messages", "conversations") or isinstance(records[0].get("chosen"), list):
+    parts = examples.split(records, share, args.seed)
+    tokenizer = models.load_tokenizer(args.tokenizer or args.model)
+    if kind in examples.CHATS or isinstance(records[0].get("chosen"), list):
         check_chat(tokenizer)
-    for prompt in args.prompt:
-        prompt_of(prompt, args.template, tokenizer)
+    prompts = [encode(tokenizer, prompt_of(x, args.template, tokenizer)) for x in args.prompt]
 
-    model = _load(args, base)
+    model = _load(args)
     num = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > num:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {num}: --tokenizer")
-    length = length_of(model, args.max_length)
-    rows, held_out = (for_trainer(part, kind, tokenizer, args.template, length) for part in parts)
-    empty = left_out
-    if kind != "preference":
-        before = len(rows) + len(held_out)
-        rows = training.tokenized(tokenizer, rows, length)
-        if len(held_out):
-            held_out = training.tokenized(tokenizer, held_out, length)
-        left_out += before - len(rows) - len(held_out)
-    if not len(rows) or (len(parts[1]) and not len(held_out)):
-        raise ValueError(f"--max-length {length} leaves no token of any output to train on")
-
-    if checkpoint is not None:  # the Trainer would load one that is damaged
-        read_files(checkpoint)
-    config = _adapter_config(args, model, checkpoint)
-    if checkpoint is None and args.method == "s2ft" and args.strategy not in (None, "random"):
-        sample = rows
+    length = models.length_of(model, args.max_length)
+    (pairs, rows), (held, held_out) = (
+        training.prepared(part, kind, tokenizer, args.template, length) for part in parts
+    )
+    if args.selection is not None:
+        config.indices = tuners.indices_of(model, config, units)
+    elif args.method == "s2ft" and checkpoint is not None:
+        config.indices = read_files(checkpoint)[0].get("indices")  # as they were chosen at first
+    elif args.method == "s2ft" and args.strategy != "random":
+        sample = rows.shuffle(args.seed).select(range(math.ceil(0.01 * len(rows))))
         if kind == "preference":
-            sample = rows.rename_column("chosen", "completion").remove_columns("rejected")
+            sample = sample.rename_column("chosen", "completion").remove_columns("rejected")
             sample = training.tokenized(tokenizer, sample, length)
-        sample = calibration_set(sample, args.calibration_share, args.seed)
         model.to(training.local_device(args.device))
-        config = select_indices(model, config, training.batches(sample, tokenizer))
+        config = tuners.select_indices(model, config, training.batches(sample, tokenizer))
     try:
         model = get_peft_model(model, config)
     except TypeError as error:  # of a target that is not a linear layer
@@ -178,42 +87,90 @@ def prepare(args: Namespace) -> Job:
         model.disable_input_require_grads()
     trainer = _trainer(args, model, tokenizer, kind, length, rows, held_out)
     if args.packing:
-        training.check_packing(trainer)
-    counts = {
-        "examples": len(records) + empty,
-        "held_out_examples": len(parts[1]),
-        "examples_left_out": left_out,
+        training.check_packing(trainer.model)
+    is_main = trainer.is_world_process_zero()
+    num, num_cut = len(records) + num_empty, len(pairs) + len(held) - len(rows) - len(held_out)
+    left_out = num_empty + num_cut
+    counts = {"examples": num, "held_out_examples": len(parts[1]), "examples_left_out": left_out}
+    if left_out and is_main:
+        why = f"{num_empty} have an empty field, {num_cut} no output within {length} tokens"
+        print(f"note: {left_out} of {num} examples are left out: {why}")
+
+    def work() -> None:
+        if is_main and checkpoint is None:
+            with replacing(args.output) as folder:
+                text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+                (folder / runs.SETTINGS_NAME).write_text(text, "utf-8")
+        metrics = {**counts, **_train(trainer, args.output, checkpoint), "options": settings}
+        state = tuners.gathered_state(trainer.model)  # of all processes, under FSDP2
+        if not is_main:
+            return
+        with replacing(args.output) as folder:
+            tuners.save_pretrained(trainer.model, folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+        with replacing(args.output) as folder:  # if it fails, the adapter is there
+            draw_losses(metrics, folder / "loss.svg")
+        for prompt, ids in zip(args.prompt, prompts, strict=True):
+            found = {}
+            for name, context in (("before", model.disable_adapter), ("after", nullcontext)):
+                with context():
+                    made = answers(model.eval().generate, tokenizer, [ids], model.device, 64)
+                found[name] = made[0]
+            show(prompt, found)
+        if curve := metrics["held_out_loss"]:
+            (_, first), (step, last) = curve[0], curve[-1]
+            print(f"held-out loss {first:.4f} -> {last:.4f} in {step} steps")
+        print(f"{metrics['trained_parameters']:,} parameters trained; adapter in {args.output}")
+
+    return work
+
+
+def _train(trainer: Any, output: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """What is measured of the training, with the held-out loss in the end."""
+    begin = perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        found = runs.last_checkpoint(output)
+        text = f"--resume goes on from {found.name}" if found else "no checkpoint yet; begin anew"
+        raise KeyboardInterrupt(f"interrupted: {text}") from None
+    seconds, state = perf_counter() - begin, trainer.state
+    last = [entry["step"] for entry in state.log_history if "eval_loss" in entry][-1:]
+    if trainer.eval_dataset is not None and last != [state.global_step]:
+        trainer.evaluate()
+    curves: dict[str, list] = {"loss": [], "eval_loss": []}
+    for name, curve in curves.items():
+        for entry in state.log_history:
+            if name in entry:  # JSON has no word for what is not finite
+                value = entry[name] if math.isfinite(entry[name]) else None
+                curve.append((entry["step"], value))
+    return {
+        "steps": state.global_step,
+        "trained_parameters": trainer.model.num_parameters(only_trainable=True),
+        "loss": curves["loss"],
+        "held_out_loss": curves["eval_loss"],
+        "seconds": round(seconds, 3),  # since it was last resumed
     }
-    job = Job(args, settings, trainer, tokenizer, counts, checkpoint)
-    if left_out and job.is_main:
-        why = f"{empty} have an empty field, {left_out - empty} no output within {length} tokens"
-        print(f"note: {left_out} of {len(records) + empty} examples are left out: {why}")
-    return job
 
 
-def _load(args: Namespace, base: Path | str) -> Any:
+def _load(args: Namespace) -> Any:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     fields: dict[str, Any] = {}
-    bits = 4 if args.load_in_4bit else 8 if args.load_in_8bit else None
-    if bits:
+    quantized = args.load_in_4bit or args.load_in_8bit
+    if quantized:
         fields = {
             "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=bits == 4,
-                load_in_8bit=bits == 8,
+                load_in_4bit=args.load_in_4bit,
+                load_in_8bit=args.load_in_8bit,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=dtype,
             ),
             "device_map": {"": training.local_device(args.device)},
         }
-    if args.model_config is not None:
-        if bits:
-            raise ValueError(f"--load-in-{bits}bit goes with --model")
-        model = random_model(args.model_config, dtype, args.seed)
-        model.name_or_path = str(base)
-    else:
-        model = load_model(base, dtype, **fields)
+    model = models.load_model(args.model, dtype, **fields)
     model.config.use_cache = False  # with a cache, packed examples would see each other
-    if bits:
+    if quantized:
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         for module in model.modules():
             # On a CPU bitsandbytes packs the weights for inference at the first evaluation, and
@@ -223,38 +180,19 @@ def _load(args: Namespace, base: Path | str) -> Any:
     return model
 
 
-def _adapter_config(args: Namespace, model: Any, checkpoint: Path | None) -> Any:
-    common: dict[str, Any] = dict(task_type="CAUSAL_LM", target_modules=args.targets)
+def _adapter_config(args: Namespace) -> Any:
+    targets = args.targets or (None if args.method == "s2ft" else "all-linear")
+    common: dict[str, Any] = dict(task_type="CAUSAL_LM", target_modules=targets)
     if args.method == "lora":
-        common["target_modules"] = args.targets or "all-linear"
         return LoraConfig(r=args.rank, lora_alpha=2 * args.rank, **common)
     common |= dict(seed=args.seed, mode=args.mode)
     if args.method == "spiel":
-        common["target_modules"] = args.targets or "all-linear"
-        return SpIELConfig(density=args.density, **common)
-    if args.selection is not None:
-        config = S2FTConfig(layout=args.layout, **common)
-        config.indices = indices_of(model, config, read_selection(args.selection))
-        return config
-    config = S2FTConfig(
-        heads=args.heads,
-        channels=args.channels,
-        granularity=args.granularity,
-        selection=args.strategy,
-        largest=not args.smallest,
-        scope=args.scope,
-        layout=args.layout,
-        **common,
-    )
-    if checkpoint is not None:
-        config.indices = read_files(checkpoint)[0].get("indices")  # as they were chosen at first
-    return config
-
-
-def calibration_set(rows: datasets.Dataset, share: float, seed: int) -> datasets.Dataset:
-    """A share of the training examples, drawn by `seed`; at least one of them."""
-    num = max(1, math.floor(share * len(rows) + 0.5))
-    return rows.select(sorted(random.Random(seed).sample(range(len(rows)), num)))
+        return tuners.SpIELConfig(density=args.density, **common)
+    if args.selection is None:
+        names = ("heads", "channels", "granularity", "scope")
+        common |= {name: getattr(args, name) for name in names}
+        common |= dict(selection=args.strategy, largest=not args.smallest)
+    return tuners.S2FTConfig(layout=args.layout, **common)
 
 
 def read_selection(path: Path) -> dict[str, torch.Tensor]:
@@ -264,12 +202,10 @@ def read_selection(path: Path) -> dict[str, torch.Tensor]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no selection of s2kernels select: {error!r}") from None
     for name, chosen in units:
-        if not isinstance(chosen, list) or not all(
-            type(unit) is int and 0 <= unit < 2**31 for unit in chosen
-        ):
+        numbers = chosen if isinstance(chosen, list) else [None]
+        if not all(type(unit) is int and 0 <= unit < 2**31 for unit in numbers):
             raise ValueError(
-                f"{path}: units of {name} must be a list of whole numbers of 32 bits, got "
-                f"{chosen!r:.100}"
+                f"{path}: a list of whole numbers wanted for {name}, got {chosen!r:.99}"
             )
     return {name: torch.tensor(chosen, dtype=torch.int32) for name, chosen in units}
 
@@ -296,37 +232,35 @@ def _trainer(
         seed=args.seed,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
+        logging_steps=1 / 200,  # a share of all steps, as is the next
+        save_steps=args.save_steps or 1 / 10,
         save_total_limit=2,
         eval_strategy="steps" if len(held_out) else "no",
         eval_on_start=bool(len(held_out)) and not args.resume,
         **dict(beta=args.beta) if prefers else dict(packing=args.packing, eval_packing=False),
     )
-    trainer: Any = (training.Preferences if prefers else training.Completions)(
+    optimizer = None
+    if args.method == "spiel":
+        optimizer = tuners.make_optimizer(model, args.lr, weight_decay=args.weight_decay)
+    trainer: Any = (trl.DPOTrainer if prefers else training.Completions)(
         model,
         args=options,
         train_dataset=rows,
         eval_dataset=held_out if len(held_out) else None,
         processing_class=tokenizer,
+        optimizers=(optimizer, None),
     )
+    trainer.create_model_card = lambda *_, **__: None  # PEFT writes one
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(training.Bar)
     if args.method == "spiel":
-        trainer.add_callback(SpIELCallback(resume_from=last_checkpoint(args.output)))
+        trainer.add_callback(tuners.SpIELCallback(resume_from=runs.last_checkpoint(args.output)))
     for parameter in model.parameters():
         if parameter.requires_grad:  # TRL makes it bf16 where the base is quantized
             parameter.data = parameter.data.float()
     per_step = args.batch_size * args.accumulate * options.world_size
     per_epoch = math.ceil(len(trainer.train_dataset) / per_step)
     steps = args.max_steps or math.ceil(args.epochs * per_epoch)
-    options.logging_steps = max(1, steps // 200)
     # An evaluation takes no longer than a third of the training since the one before.
-    options.eval_steps = max(1, math.ceil(steps / 4), math.ceil(len(held_out) / per_step))
-    options.save_steps = args.save_steps or max(1, math.ceil(steps / 10))
+    options.eval_steps = max(math.ceil(steps / 4), math.ceil(len(held_out) / per_step))
     return trainer
-
-
-def _curve(history: list[dict[str, Any]], name: str) -> list[tuple[int, float | None]]:
-    """(step, value); None where the value is not finite, for which JSON has no word."""
-    values = [(entry["step"], entry[name]) for entry in history if name in entry]
-    return [(step, value if math.isfinite(value) else None) for step, value in values]

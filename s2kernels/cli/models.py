@@ -1,34 +1,25 @@
 """Models, tokenizers and adapters out of local folders or, what is no folder here, off the hub."""
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    ByT5Tokenizer,
-)
+from transformers import CONFIG_MAPPING, AutoTokenizer, ByT5Tokenizer, PreTrainedConfig
 
 import s2kernels.peft  # noqa: F401 - makes S2FT known to PEFT
 from s2kernels.adapter import PREFIX, TENSORS_NAME, read_files
 
-_CAUSAL = (AutoModelForCausalLM, "causal language model")
+_CAUSAL = (transformers.AutoModelForCausalLM, "causal language model")
 # what an adapter's task_type says of the model, where that is another one
 _KINDS = {
-    "SEQ_CLS": (AutoModelForSequenceClassification, "sequence classifier"),
-    "TOKEN_CLS": (AutoModelForTokenClassification, "token classifier"),
-    "QUESTION_ANS": (AutoModelForQuestionAnswering, "question answering model"),
+    "SEQ_CLS": (transformers.AutoModelForSequenceClassification, "sequence classifier"),
+    "TOKEN_CLS": (transformers.AutoModelForTokenClassification, "token classifier"),
+    "QUESTION_ANS": (transformers.AutoModelForQuestionAnswering, "question answering model"),
 }
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
@@ -59,33 +50,32 @@ def load_model(
     if local and not Path(path, "config.json").is_file():
         raise ValueError(f"{path} is not the folder of a model: it has no config.json")
     kind, what = _KINDS.get(task or "", _CAUSAL)
-    model_type = _model_type(Path(path, "config.json")) if local else None
     try:
+        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=local)
+        model_type = config.get("model_type")
+        # transformers' own message lists all types that it knows
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+            raise ValueError(f"{path}: transformers knows no model type {model_type!r}")
+        if CONFIG_MAPPING[model_type] not in kind._model_mapping:  # type: ignore[operator]
+            raise ValueError(f"{path}: transformers has no {what} of type {model_type!r}")
         model, report = kind.from_pretrained(
             path, dtype=dtype, local_files_only=local, output_loading_info=True, **fields
         )
-    except ValueError:
-        if local:
-            _check_type(model_type, kind, what, path)
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, AttributeError, SafetensorError) as error:
         text = " ".join(str(error).split())[:300]
         what = "holds no model that can be loaded" if local else "is no folder here, and the hub"
         raise ValueError(f"{path} {what}: {text}") from error
     if missing := sorted(set(report["missing_keys"]) - set(provided)):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"{path} is no whole {what}: it lacks {', '.join(missing[:3])}{more}, which would be "
-            "drawn at random"
+            f"{path} is no whole {what}: it lacks {_few(missing)}, which would be drawn at random"
         )
     return model
 
 
-def _model_type(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8")).get("model_type")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+def _few(names: Collection[str]) -> str:
+    """The first names of many."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name.removeprefix(PREFIX) for name in sorted(names)[:3]) + more
 
 
 def device_of(name: str) -> str:
@@ -103,7 +93,15 @@ def length_of(model: Any, wanted: int | None) -> int:
     return wanted or min(512, limit)
 
 
-def load_base(path: Path, dtype: torch.dtype | str, adapter: Path) -> Any:
+def base_of(adapter: Path, given: Path | str | None) -> Path | str:
+    """The base that was given, or else the one that the adapter names."""
+    base = given or read_files(adapter)[0].get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter} does not name its base, which must be given")
+    return base
+
+
+def load_base(path: Path | str, dtype: torch.dtype | str, adapter: Path) -> Any:
     """The model in a folder that the adapter in another one is for; see `load_model`."""
     config, tensors = read_files(adapter)
     names = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
@@ -113,32 +111,6 @@ def load_base(path: Path, dtype: torch.dtype | str, adapter: Path) -> Any:
         if len(heads) == 1:
             fields["num_labels"] = len(heads[0])
     return load_model(path, dtype, task, names, **fields)
-
-
-def _check_type(model_type: Any, kind: Any, what: str, where: Any) -> None:
-    """Raises ValueError unless transformers has such a model; its own message lists all it has."""
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ValueError(f"{where}: transformers knows no model type {model_type!r}")
-    if CONFIG_MAPPING[model_type] not in kind._model_mapping:
-        raise ValueError(f"{where}: transformers has no {what} of type {model_type!r}")
-
-
-def random_model(config: str, dtype: torch.dtype, seed: int) -> Any:
-    """A model of random weights; `config` is a file, or the JSON itself."""
-    text = config if config.lstrip().startswith("{") else Path(config).read_text("utf-8")
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--model-config {config}: not JSON: {error}") from None
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise ValueError(f"--model-config {config}: an object with 'model_type' wanted")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype)
-        except ValueError:
-            _check_type(fields["model_type"], *_CAUSAL, "--model-config")
-            raise
 
 
 def load_tokenizer(name: str) -> Any:
@@ -166,22 +138,14 @@ def with_adapter(model: Any, path: Path, **fields: Any) -> PeftModel:
         raise ValueError(f"{path} is damaged or incomplete: it lacks {error}") from error
     except (RuntimeError, SafetensorError) as error:  # torch's, of shapes that do not fit
         raise ValueError(f"{path} does not fit the base: {error}") from error
-    if config.peft_type in ("S2FT", "SPIEL"):
-        _check_landed(model, path)
-    return model
-
-
-def _check_landed(model: PeftModel, path: Path) -> None:
+    if config.peft_type not in ("S2FT", "SPIEL"):
+        return model
     with safe_open(path / TENSORS_NAME, "pt") as file:
         saved = set(file.keys())
     landed = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     # PEFT saves embeddings that were resized, and loads them into the base
-    lost = saved - landed - model.state_dict().keys()
-    for names, fault in (
-        (lost, "has no place for its"),
-        (landed - saved, "has places for what it lacks:"),
-    ):
-        if names:
-            shown = ", ".join(name.removeprefix(PREFIX) for name in sorted(names)[:3])
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{path} does not fit: the base {fault} {shown}{more}")
+    if lost := saved - landed - model.state_dict().keys():
+        raise ValueError(f"{path} does not fit: the base has no place for its {_few(lost)}")
+    if empty := landed - saved:
+        raise ValueError(f"{path} does not fit: it lacks {_few(empty)}, which the base has")
+    return model

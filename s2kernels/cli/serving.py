@@ -5,10 +5,9 @@ import signal
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,23 +24,28 @@ GRACE_SECONDS = 10
 
 def generate(args: Namespace) -> Callable[[], None]:
     """Everything but the generation, which is returned."""
-    prompts = [args.prompt] if args.prompts is None else _read_prompts(args.prompts)
-    names: list[str | None] = [*([] if args.no_base else [None]), *(n for n, _ in args.adapter)]
-    if not names:
-        raise ValueError("--no-base needs an --adapter")
+    lines = args.prompts.read_text("utf-8").splitlines() if args.prompts else []
+    prompts = [*args.prompt, *filter(str.strip, lines)]
+    if not prompts:
+        raise ValueError("there is no prompt: --prompt, or a line in the file of --prompts, wanted")
+    names = [name for name, _ in args.adapter]
     serving, tokenizer = _load(args)
     encoded = [encode(tokenizer, prompt_of(text, args.template, tokenizer)) for text in prompts]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if not ids:
-            raise ValueError(f"a prompt must have at least one token, got {prompt!r}")
+    if [] in encoded:
+        raise ValueError(f"the prompt {prompts[encoded.index([])]!r} has no token")
 
     def work() -> None:
         torch.manual_seed(args.seed)
-        made = partial(serving.generate, adapters=names)
+        made = partial(serving.generate, adapters=[None, *names])
         for prompt, ids in zip(prompts, encoded, strict=True):
-            rows, device = [ids] * len(names), serving.model.device
-            found = answers(made, tokenizer, rows, device, args.max_new_tokens, args.temperature)
-            show(prompt, {n or "(base)": t for n, t in zip(names, found, strict=True)}, args.json)
+            rows, how = [ids] * (1 + len(names)), (args.max_new_tokens, args.temperature)
+            base, *others = answers(made, tokenizer, rows, serving.model.device, *how)
+            found = dict(zip(names, others, strict=True))
+            if args.json:
+                line = {"prompt": prompt, "base": base, "adapters": found}
+                print(json.dumps(line, ensure_ascii=False))
+            else:
+                show(prompt, {"(base)": base, **found})
 
     return work
 
@@ -56,19 +60,14 @@ def serve(args: Namespace) -> Callable[[], None]:
     name = args.name or args.model.resolve().name
     if name in dict(args.adapter):
         raise ValueError(f"--adapter {name}: that is what the base is called; see --name")
-    listening = socket.create_server((args.host, args.port))
-    try:
-        serving, tokenizer = _load(args)
-    except BaseException:
-        listening.close()
-        raise
+    listening = socket.create_server((args.host, args.port))  # raises where it is taken
+    serving, tokenizer = _load(args)
     generation = GenerationConfig.from_model_config(serving.model.config)
     generation.eos_token_id = serving.model.generation_config.eos_token_id
     batching = _batching(args.cache_tokens, serving.model.device)
     configure(generation, batching)
-    context = getattr(
-        serving.model.config.get_text_config(), "max_position_embeddings", sys.maxsize
-    )
+    config = serving.model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", sys.maxsize)
 
     def work() -> None:
         with listening, serving.continuous_batching(generation, batching) as manager:
@@ -77,32 +76,13 @@ def serve(args: Namespace) -> Callable[[], None]:
             host, port = listening.getsockname()[:2]
             print(f"serving {name} and {len(args.adapter)} adapters at http://{host}:{port}/v1")
             sys.stdout.flush()
-            config = uvicorn.Config(
-                app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS
-            )
-            server = uvicorn.Server(config)
-            with _ending(server):
-                server.run(sockets=[listening])
+            how = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS)
+            # uvicorn raises the signal that ended it once more; the model is put away first.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            with suppress(KeyboardInterrupt):
+                uvicorn.Server(how).run(sockets=[listening])
 
     return work
-
-
-@contextmanager
-def _ending(server: Any) -> Iterator[None]:
-    """Signals end the server, and not the process before the model is put away.
-
-    uvicorn raises them again once it is done.
-    """
-
-    def end(*_: Any) -> None:
-        server.should_exit = True
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _load(args: Namespace) -> tuple[Serving, Any]:
@@ -125,18 +105,3 @@ def _batching(cache_tokens: int | None, device: torch.device) -> ContinuousBatch
     if cache_tokens is not None:
         config.num_blocks = -(-cache_tokens // PAGE)
     return config
-
-
-def _read_prompts(path: Path) -> list[str]:
-    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        try:
-            found = [json.loads(line)["prompt"] for line in lines]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"--prompts: {path}: 'prompt' in each line wanted: {error}") from None
-        if not all(isinstance(prompt, str) for prompt in found):
-            raise ValueError(f"--prompts: {path}: every 'prompt' must be a text")
-        lines = found
-    if not lines:
-        raise ValueError(f"--prompts: {path} holds no prompt")
-    return lines

@@ -1,6 +1,9 @@
-"""What --help says of each command: a summary, a description, examples."""
+"""What --help says of each command: a summary, and below it a description and examples."""
 
-_FINETUNE = """\
+TEXTS = {
+    "finetune": """\
+train an adapter
+
 Train an adapter of a causal language model: by S2FT a few attention heads and FFN channels of each
 block, by SpIEL scattered entries, or LoRA beside them. The base stays as it is.
 
@@ -15,94 +18,85 @@ hub. Their fields say what they are:
 
 OUTPUT gets the adapter and the tokenizer, run.yaml, metrics.json, loss.svg, and checkpoints to
 resume from.
-"""
-_FINETUNE_EXAMPLES = """\
+
 examples:
   s2kernels finetune --model models/llama --data train.json --output adapter --bf16 --epochs 3
   s2kernels finetune ... --method lora --rank 8     on the same data, to compare
-  s2kernels finetune ... --strategy activation --smallest    first look at 1 % of the data, and
-      train the heads and channels that are least active on it
+  s2kernels finetune ... --strategy activation --smallest    train what is least active on the data
   s2kernels finetune ... --output adapter --resume           go on after an interruption
   s2kernels finetune --config adapter/run.yaml --lr 1e-4 --output another
   torchrun --nproc-per-node 2 -m s2kernels finetune ...      on several GPUs
+""",
+    "evaluate": """\
+measure an adapter beside its base
 
-  a trial without any download: a random model, saved in trial/base, and bytes as tokens
-  s2kernels finetune --model-config '{"model_type": "llama", "hidden_size": 64, "vocab_size": 259,
-      "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4,
-      "initializer_range": 0.2}' --tokenizer bytes --data train.json --output trial --lr 0.01
-"""
-_EVALUATE = """\
 Measure an adapter, of any method, on data that it was not trained on, beside its base: the loss in
 nats per token and, where records have a field "answer", how many answers are right. An answer is
 right if its last number is that number or, of other answers, if it ends in that text after its last
 "answer is", or is that text.
-"""
-_GENERATE = """\
-Continue prompts with several adapters side by side, and with the base.
 
-One prompt is given by --prompt; of a file by --prompts, every line is one, or of a file that ends
-in .jsonl the "prompt" of every line.
-"""
-_SERVE = """\
+example:
+  s2kernels evaluate --adapter adapter --data test.json
+""",
+    "generate": """\
+continue prompts with several adapters
+
+Continue prompts with the base and with several adapters of it, side by side.
+
+example:
+  s2kernels generate --model models/llama --adapter math=adapters/math \\
+      --adapter code=adapters/code --prompt 'Two and two make'
+""",
+    "serve": """\
+serve adapters over HTTP
+
 Serve a model and any number of S2FT adapters over HTTP, as OpenAI's API does.
 
 All adapters share one copy of the model, and one batch. "model" in a request is the name of an
-adapter, or of the base.
-
-  GET    /v1/models                the base and the adapters
-  POST   /v1/completions           as OpenAI's: prompt, max_tokens, temperature, top_p, stop, stream
-  POST   /v1/chat/completions      the same, with messages; needs a tokenizer with a chat template
-  POST   /v1/adapters              {"name": ..., "path": ...} loads an adapter from a folder here
-  DELETE /v1/adapters/NAME         unloads it
-  GET    /health
+adapter, or of the base. There are /v1/completions and /v1/chat/completions, both with "stream", and
+/v1/models; POST /v1/adapters {"name": ..., "path": ...} loads an adapter from a folder here, DELETE
+/v1/adapters/NAME unloads it.
 
 Whoever reaches the port may use all of it; it is bound to this machine unless --host says
 otherwise. Ctrl-C ends it when the answers that run are done, after 10 seconds at the latest.
-"""
 
-TEXTS = {
-    "finetune": ("train an adapter", _FINETUNE, _FINETUNE_EXAMPLES),
-    "evaluate": (
-        "measure an adapter beside its base",
-        _EVALUATE,
-        "example:\n  s2kernels evaluate --adapter adapter --data test.json",
-    ),
-    "generate": (
-        "continue prompts with several adapters",
-        _GENERATE,
-        "example:\n  s2kernels generate --model models/llama --adapter math=adapters/math \\\n"
-        "      --adapter code=adapters/code --prompt 'Two and two make'",
-    ),
-    "serve": (
-        "serve adapters over HTTP",
-        _SERVE,
-        "example:\n  s2kernels serve --model models/llama --adapter math=adapters/math\n"
-        "  curl -s localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n"
-        '      -d \'{"model": "math", "prompt": "Two and two make", "temperature": 0}\'',
-    ),
-    "inspect": (
-        "show what an adapter trains",
-        "Show what an adapter, of S2FT or SpIEL, trains, layer by layer. 'lora rank' is the rank "
-        "of the LoRA\nthat equals the slice.",
-        "example:\n  s2kernels inspect adapter --json",
-    ),
-    "merge": (
-        "write base and adapter as one model",
-        "Write base + adapter, of S2FT or SpIEL, as a model of its own, with the tokenizer if "
-        "there is one.",
-        "example:\n  s2kernels merge adapter --output merged --dtype bfloat16",
-    ),
-    "export-lora": (
-        "write an adapter as a LoRA that equals it",
-        "Write an adapter as the LoRA that equals it, for whatever loads LoRA.",
-        "example:\n  s2kernels export-lora adapter --output lora --format vllm --check",
-    ),
-    "select": (
-        "rank heads and channels",
-        "Rank the heads and channels of a model, without training, by norms of the weights, of "
-        "the activations on\nDATA, their product, or of the gradients on DATA. What is selected "
-        "goes into OUTPUT, a picture of all\nscores beside it if there is matplotlib.",
-        "example:\n  s2kernels select --model models/llama --data train.json --strategy product "
-        "--output selection.json\n  s2kernels finetune --selection selection.json ...",
-    ),
+example:
+  s2kernels serve --model models/llama --adapter math=adapters/math
+""",
+    "inspect": """\
+show what an adapter trains
+
+Show what an adapter, of S2FT or SpIEL, trains, layer by layer. 'lora rank' is the rank of the LoRA
+that equals the slice.
+
+example:
+  s2kernels inspect adapter --json
+""",
+    "merge": """\
+write base and adapter as one model
+
+Write base + adapter, of S2FT or SpIEL, as a model of its own, with the tokenizer if there is one.
+
+example:
+  s2kernels merge adapter --output merged --dtype bfloat16
+""",
+    "export-lora": """\
+write an adapter as a LoRA that equals it
+
+Write an adapter as the LoRA that equals it, for whatever loads LoRA.
+
+example:
+  s2kernels export-lora adapter --output lora --format vllm --check
+""",
+    "select": """\
+rank heads and channels
+
+Rank the heads and channels of a model, without training, by norms of the weights, of the
+activations on DATA, of their product, or of the gradients on DATA. What is selected goes into
+OUTPUT, a picture of all scores beside it if there is matplotlib.
+
+example:
+  s2kernels select --model models/llama --data train.json --strategy product --output selection.json
+  s2kernels finetune --selection selection.json ...
+""",
 }

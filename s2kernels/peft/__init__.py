@@ -17,10 +17,11 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from s2kernels.peft.host.saving import save_pretrained
+from s2kernels.peft.host.saving import gathered_state, save_pretrained
 from s2kernels.peft.s2ft.config import PEFT_TYPE, S2FTConfig
 from s2kernels.peft.s2ft.linear import S2FTLinear
 from s2kernels.peft.s2ft.model import S2FTModel
+from s2kernels.peft.s2ft.placement import fsdp_placement
 from s2kernels.peft.s2ft.report import report
 from s2kernels.peft.s2ft.selection import indices_of, select_indices
 from s2kernels.peft.spiel.callback import SpIELCallback
@@ -49,6 +50,8 @@ __all__ = [
     "SpIELLinear",
     "SpIELModel",
     "SpIELTuner",
+    "fsdp_placement",
+    "gathered_state",
     "indices_of",
     "make_optimizer",
     "report",

@@ -1,113 +1,21 @@
-"""sparse_linear: values, gradients, what it saves, and the settings it runs under."""
+"""sparse_linear, beside what test_autograd_layers.py says of it."""
 
 import weakref
-from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
 import torch
 from numerics import assert_as_accurate
-from torch import nn
 from torch.utils.checkpoint import checkpoint
+from trained_layers import COUNTS, assert_close
+from trained_layers import SparseLayer as Layer
 
-from bench.measure.memory import kept_by
 from s2kernels.autograd import panels, sparse_linear
 from s2kernels.autograd.panels import Panels
-from s2kernels.autograd.sparse import linear
 from s2kernels.plan import tile_plan
-from s2kernels.reference import sparse_write
 
 MODES = ("inplace", "additive", "panels")
 IMPLS = ("torch", "triton")
-COUNTS = {"one": 1, "some": 9, "all": 49}
-
-
-class Layer:
-    """Random operands of one layer, N = out_features, K = in_features.
-
-    mode "panels": additive over a weight whose rows are made, as those of a quantized base are.
-    """
-
-    def __init__(self, mode, num, tokens=(3, 5), dtype=torch.float64, device="cpu", n=7, k=7):
-        generator = torch.Generator().manual_seed(1)
-
-        def randn(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.mode = mode
-        self.index = torch.randperm(n * k, generator=generator)[:num].sort().values.int().to(device)
-        self.x = randn(*tokens, k).to(device, dtype).requires_grad_()
-        self.weight = randn(n, k).to(device, dtype)
-        self.bias = randn(n).to(device, dtype).requires_grad_()
-        self.delta = randn(num).to(device, torch.promote_types(dtype, torch.float32))
-        self.delta.requires_grad_()
-        self.dy = randn(*tokens, n).to(device, dtype)
-        self.base = self.weight.view(-1)[self.index.long()] if mode == "inplace" else None
-        self.original = self.weight.clone()
-        self.plan = tile_plan(self.index, (n, k))
-        self.calls = 0
-
-    def rows(self, start, stop):
-        self.calls += 1
-        return self.original[start:stop].clone()
-
-    def __call__(self, x=None, delta=None, bias=None, **kwargs):
-        delta = self.delta if delta is None else delta
-        self.write(delta)
-        return sparse_linear(
-            self.x if x is None else x,
-            Panels(self.weight.shape, self.rows) if self.mode == "panels" else self.weight,
-            delta,
-            self.index,
-            self.bias if bias is None else bias,
-            plan=self.plan,
-            mode="inplace" if self.mode == "inplace" else "additive",
-            **kwargs,
-        )
-
-    def write(self, delta=None):
-        """What the caller does in place: the entries are in the weight."""
-        if self.base is not None:
-            delta = self.delta if delta is None else delta
-            sparse_write([self.weight], [self.base], [delta], [self.index])
-
-    @contextmanager
-    def writing(self):
-        self.write()
-        yield
-
-    def held(self):
-        """What the host calls, with a context that writes the entries again for the backward."""
-        self.write()
-        arguments = (self.x, self.weight, self.delta, self.index, self.bias, self.mode, self.plan)
-        return linear(*arguments, holding=self.writing())
-
-    def dense(self, dtype=None):
-        """y, dx, d_delta, d_bias by dense autograd: the whole dW, of which entries are taken."""
-        dtype = dtype or self.x.dtype
-        x, bias = (t.detach().to(dtype).requires_grad_() for t in (self.x, self.bias))
-        trained, where = self.original.to(dtype).view(-1).clone(), self.index.long()
-        trained[where] += self.delta.detach().to(dtype)
-        trained = trained.view(self.weight.shape).requires_grad_()
-        y = nn.functional.linear(x, trained, bias)
-        y.backward(self.dy.to(dtype))
-        return y.detach(), x.grad, trained.grad.view(-1)[where], bias.grad
-
-    def gradients(self):
-        return self.x.grad, self.delta.grad, self.bias.grad
-
-
-def _assert_close(actual, expected):
-    for got, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("num", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize("mode", MODES)
-def test_sparse_linear_gradcheck(mode, num):
-    layer = Layer(mode, num)
-    inputs = (layer.x, layer.delta, layer.bias)
-    assert torch.autograd.gradcheck(lambda x, d, b: layer(x, d, b), inputs)
 
 
 @pytest.mark.parametrize("num", COUNTS.values(), ids=COUNTS)
@@ -118,7 +26,7 @@ def test_several_panels_gradcheck(mode, num, monkeypatch):
     layer = Layer(mode, num)
     inputs = (layer.x, layer.delta, layer.bias)
     assert torch.autograd.gradcheck(lambda x, d, b: layer(x, d, b), inputs)
-    _assert_close([layer()], layer.dense()[:1])
+    assert_close([layer()], layer.dense()[:1])
     assert layer.calls % 3 == 0
 
 
@@ -198,98 +106,21 @@ def test_a_new_selection_moves_entries_between_panels(monkeypatch):
     layer.plan = tile_plan(layer.index, (7, 7))
     y = layer()
     y.backward(layer.dy)
-    _assert_close((y, *layer.gradients()), layer.dense())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("tokens", [(37,), (2, 9), (1,), (0,), (4, 0)])
-@pytest.mark.parametrize("mode", MODES)
-def test_sparse_linear_equals_dense_autograd_at_the_entries(mode, tokens, impl, device, dtypes):
-    for dtype in dtypes:
-        for num in (1, 200, 33 * 50):
-            layer = Layer(mode, num, tokens, dtype, device, n=33, k=50)
-            y = layer(impl=impl)
-            y.backward(layer.dy)
-            actual = (y.detach(), *layer.gradients())
-            exact, eager = layer.dense(torch.float64), layer.dense()
-            for got, want, peer in zip(actual, exact, eager, strict=True):
-                assert_as_accurate(got, want, peer.to(got.dtype))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_strided_inputs(mode):
-    layer = Layer(mode, 9, (6, 4))
-    exact = layer.dense()
-    wide = torch.zeros(6, 8, 7, dtype=torch.float64)
-    wide[:, ::2] = layer.x.detach()
-    layer.x = wide[:, ::2].requires_grad_()
-    layer.weight = layer.weight.t().contiguous().t()
-    layer.dy = layer.dy.transpose(0, 1).contiguous().transpose(0, 1)
-    y = layer()
-    y.backward(layer.dy)
-    _assert_close((y, *layer.gradients()), exact)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_what_is_written(mode):
-    """In place the entries and no others, exactly; else nothing."""
-    layer = Layer(mode, 9, dtype=torch.float32)
-    version = layer.weight._version
-    layer().sum().backward()
-    assert layer.weight._version == version
-    changed = torch.zeros(49, dtype=torch.bool)
-    changed[layer.index.long()] = True
-    weight, original = layer.weight.view(-1), layer.original.view(-1)
-    assert weight[~changed].equal(original[~changed])
-    if mode == "inplace":
-        assert weight[changed].equal(layer.base + layer.delta.detach())
-        sparse_write([layer.weight], [layer.base], None, [layer.index])
-    assert layer.weight.equal(layer.original)
-
-
-def _kept(layer):
-    held = nn.Module()
-    held.tensors = [layer.weight, layer.original, layer.delta, layer.bias, layer.index]
-    plan = layer.plan
-    held.tensors += [layer.x, layer.dy, plan.tiles, plan.offsets, plan.order, plan.places]
-    # x * 1 is an activation that nothing but sparse_linear could keep alive
-    return kept_by(lambda: layer(layer.x.detach().requires_grad_() * 1), held)
+    assert_close((y, *layer.gradients()), layer.dense())
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_saves_its_input_and_nothing_else(mode):
-    kept = _kept(Layer(mode, 9, (4, 8), torch.float32))
+    kept = Layer(mode, 9, (4, 8), torch.float32).kept()
     assert (kept.saved, kept.unseen) == (32 * 7 * 4, 0)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_what_needs_no_gradient_is_neither_saved_nor_computed(mode):
-    layer = Layer(mode, 9)
-    exact = layer.dense()
-    layer.delta.requires_grad_(False)
-    assert _kept(layer).saved == 0
+@pytest.mark.parametrize("needs_dx", (False, True))
+def test_rows_are_made_again_only_for_dx(needs_dx):
+    layer = Layer("panels", 9)
+    layer.x.requires_grad_(needs_dx)
     layer().backward(layer.dy)
-    assert layer.delta.grad is None
-    _assert_close([layer.x.grad], exact[1:2])
-
-    layer.delta.requires_grad_()
-    layer.x = layer.x.detach()
-    calls = layer.calls
-    layer().backward(layer.dy)
-    assert layer.x.grad is None
-    assert layer.calls == calls + (mode == "panels")
-    _assert_close([layer.delta.grad], exact[2:3])
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_gradients_accumulate_over_micro_batches_and_uses(mode):
-    layer = Layer(mode, 9, (6, 4))
-    exact = layer.dense()
-    ys = [layer(layer.x[part]) for part in (slice(0, 1), slice(1, 4))]
-    layer(layer.x[4:]).backward(layer.dy[4:])
-    torch.autograd.backward(ys, [layer.dy[:1], layer.dy[1:4]])
-    _assert_close(layer.gradients(), exact[1:])
+    assert layer.calls == 1 + needs_dx
 
 
 @pytest.mark.parametrize("use_reentrant", (True, False))
@@ -303,7 +134,7 @@ def test_checkpointing_trains_and_observes_once(mode, use_reentrant):
         use_reentrant=use_reentrant,
     )
     y.backward(layer.dy)
-    _assert_close(layer.gradients(), exact[1:])
+    assert_close(layer.gradients(), exact[1:])
     ((dy, x),) = seen
     assert dy.equal(layer.dy.view(-1, 7)) and x.equal(layer.x.detach().view(-1, 7))
 
@@ -314,20 +145,6 @@ def test_observer_sees_a_layer_whose_delta_is_frozen(mode):
     layer.delta.requires_grad_(False)
     layer(observe=lambda dy, x: seen.append(dy.t() @ x)).backward(layer.dy)
     torch.testing.assert_close(seen[0], layer.dy.view(-1, 7).t() @ layer.x.detach().view(-1, 7))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_autocast_computes_in_its_dtype_and_returns_fp32_gradients(mode, device):
-    layer = Layer(mode, 9, (4, 6), torch.float32, device)
-    exact = layer.dense(torch.float64)
-    with torch.autocast(device.type, torch.bfloat16):
-        y = layer(impl="torch")
-    assert y.dtype == torch.bfloat16
-    y.backward(layer.dy.bfloat16())
-    assert {grad.dtype for grad in layer.gradients()} == {torch.float32}
-    for got, want in zip((y, *layer.gradients()), exact, strict=True):
-        error = (got.double() - want).abs().max() / want.abs().max()
-        assert error < 4 * torch.finfo(torch.bfloat16).eps, error
 
 
 @pytest.mark.parametrize("mode", ("inplace", "additive"))
@@ -352,25 +169,11 @@ def test_modes_agree_bit_for_bit_under_autocast():
     assert ys[1].equal(ys[0]) and ys[2].equal(ys[0])
 
 
-def test_two_deltas_take_turns_in_one_weight():
-    first, second = Layer("inplace", 9), Layer("inplace", 9)
-    second.weight = first.weight
-    with torch.no_grad():
-        second.delta.mul_(-3)
-    wanted = first.dense(), second.dense()
-    ys = [layer.held() for layer in (first, second)]
-    for layer, y, exact in zip((first, second), ys, wanted, strict=True):
-        y.backward(layer.dy)
-        _assert_close((y, *layer.gradients()), exact)
-
-
-@pytest.mark.parametrize("name", ["delta", "index"])
 @pytest.mark.parametrize("mode", MODES)
-def test_what_changed_before_backward_is_noticed(mode, name):
+def test_an_index_that_changed_before_backward_is_noticed(mode):
     layer = Layer(mode, 9)
     y = layer()
-    with torch.no_grad():
-        getattr(layer, name).add_(1)
+    layer.index.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(layer.dy)
 

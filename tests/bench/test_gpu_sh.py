@@ -96,6 +96,7 @@ def test_all_ends_where_steps_are_wrong(tmp_path, stand_in):
     assert len(calls.read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_it_ends_in_time_and_says_what_is_left(tmp_path):
     out = tmp_path / "out"
     lines = '[[ "$*" != *few_builds* ]] || { echo begun; exec sleep 60; }', "exit 0"
@@ -215,7 +216,7 @@ def test_the_plan_fits_the_budget(tmp_path, capsys, monkeypatch):
         if f"  {name}: " in line
     }
     assert at_most == campaign.SHARES and sum(at_most.values()) == campaign.BUDGET
-    assert "times of s2ft_inplace at 1x512, 1x2048, 2x2048" in said
+    assert "steps of s2ft_inplace at 1x512, 1x2048, 2x2048" in said
     steps = next(line for line in said.splitlines() if "  steps: " in line)
     assert float(steps.split()[2]) <= campaign.SHARES["steps"]
 

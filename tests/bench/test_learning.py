@@ -141,6 +141,7 @@ def test_a_model_that_has_learnt_one_choice_is_right_where_it_is(bench):
     assert evaluate.choice(method.model, [learnt, other], bench.tokenizer) == 0.5
 
 
+@pytest.mark.slow
 def test_decoding_finds_what_was_learnt(bench):
     example = Example(bench.tokenizer("Q: x\nA:")["input_ids"], bench.tokenizer(" 42")["input_ids"])
     example = Example(example.prompt, example.answer + [bench.tokenizer.eos_token_id], "42")
@@ -153,6 +154,7 @@ def test_decoding_finds_what_was_learnt(bench):
     assert found == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", studies.ENTRANTS)
 def test_every_entrant_trains_and_leaves_the_base_alone(bench, name):
     before = {n: p.clone() for n, p in bench.base.named_parameters()}
@@ -240,6 +242,9 @@ def results(places, tmp_path_factory):
         for name in ("RATES", "FULL_RATES", "MOMENTUM_RATES"):
             patch.setattr(studies, name, (1e-3,))
         patch.setattr(studies, "SEEDS", (0,))
+        patch.setattr(studies, "RANKS", (1,))
+        patch.setattr(studies, "DENSITIES", (0.01,))
+        patch.setattr(studies, "PROJECTIONS", ("k_proj", "up_proj", "down_proj"))
         for study in studies.STUDIES:
             assert learning.main(arguments(places, folder, study)) == 0
             path = folder / f"{study}.json"
@@ -249,6 +254,7 @@ def results(places, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_files_are_whole_and_hold_what_was_asked(results):
     document = json.loads((results / "learn.json").read_text())
     assert {"machine_info", "left out", "runs"} <= document.keys()
@@ -267,6 +273,7 @@ def test_files_are_whole_and_hold_what_was_asked(results):
     assert all(each["energy"] <= max(most) for each in overlap["energy"])
 
 
+@pytest.mark.slow
 def test_a_budget_ends_a_study_between_runs_and_resume_goes_on(places, tmp_path, capsys):
     toy = arguments(places, tmp_path, "learn", "--budget-s", "0.001")
     assert learning.main(toy) == 3
@@ -291,12 +298,14 @@ def test_what_is_missing_is_named(places, tmp_path, capsys, change, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_study_that_needs_the_rates_of_another_says_so(places, tmp_path, capsys):
     with pytest.raises(SystemExit):
         learning.main(arguments(places, tmp_path, "channels"))
     assert "python -m bench.learning learn" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_data_the_docstrings_are_trained_on(places, bench):
     material = data.load(None, bench.tokenizer, TOY)
     assert set(material.tasks) == {"docs"} and not material.tests

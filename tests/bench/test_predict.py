@@ -88,7 +88,7 @@ def test_saved_bytes_are_those_of_a_real_forward(name, dtype):
         assert found.trained == method.trained_parameters()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OF_TORCH)
 def test_flops_are_those_that_torch_counts(name, checkpointing):
     shape, options = SHAPES[1], Options(checkpointing=checkpointing)

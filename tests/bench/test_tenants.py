@@ -60,6 +60,7 @@ def test_exported_adapters_are_ours(base, ids):
         assert (ours - base(input_ids=ids).logits).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_all_methods_get_the_same_draws():
     popularity = 1 / torch.arange(1, 9, dtype=torch.float64)
     seen: list[list[list[int]]] = []

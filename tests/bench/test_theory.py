@@ -26,6 +26,7 @@ def test_lora_of_full_rank_reaches_the_target_and_less_does_not():
     assert p.risk(p.target_in, theory.lora(p, 0)) == pytest.approx(before, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_gradient_descent_comes_to_the_closed_forms():
     for found in theory.descent(seeds=1):
         assert found["descent"] == pytest.approx(found["closed form"], rel=1e-3)

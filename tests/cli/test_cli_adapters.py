@@ -46,7 +46,7 @@ def load(path):
 
 
 def test_a_merged_model_is_base_and_adapter_and_trained_head(method, tmp_path):
-    cli.main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged"), "--safe"])
+    cli.main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
     want = logits(PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter"))
     torch.testing.assert_close(logits(load(tmp_path / "merged")), want, rtol=1e-5, atol=1e-5)
     head = "lm_head.weight"

@@ -40,7 +40,7 @@ def merge(folder, *options):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_base_is_not_rounded_before_it_is_merged(dtype, checkpoint, tmp_path):
-    got = merge(tmp_path, "--dtype", dtype, "--safe")
+    got = merge(tmp_path, "--dtype", dtype)
     want = {k: v.double() for k, v in load_file(tmp_path / "base" / "model.safetensors").items()}
     slices = read_adapter(tmp_path / "adapter")
     assert len(slices) == 4
@@ -55,7 +55,7 @@ def test_the_base_is_not_rounded_before_it_is_merged(dtype, checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("checkpoint", [torch.float32], indirect=True)
-def test_what_fp16_cannot_hold_is_refused_by_safe(checkpoint, tmp_path, capsys):
+def test_what_fp16_cannot_hold_is_refused(checkpoint, tmp_path, capsys):
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     key = next(key for key in tensors if key.endswith("0.mlp.down_proj.s2ft_delta"))
@@ -63,10 +63,10 @@ def test_what_fp16_cannot_hold_is_refused_by_safe(checkpoint, tmp_path, capsys):
     save_file(tensors, path, metadata={"format": "pt"})
     without_digests(path.parent)
     with pytest.raises(SystemExit) as stop:
-        merge(tmp_path, "--dtype", "float16", "--safe")
+        merge(tmp_path, "--dtype", "float16")
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "model.layers.0.mlp.down_proj.weight is not finite in torch.float16" in line
     assert not (tmp_path / "merged").exists()
-    got = merge(tmp_path, "--dtype", "bfloat16", "--safe")
+    got = merge(tmp_path, "--dtype", "bfloat16")
     assert got["model.layers.0.mlp.down_proj.weight"].abs().max() > 9e4

@@ -61,8 +61,9 @@ def test_a_picture_that_fails_leaves_the_selection(argv, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(figures, "_save", fail)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         cli.main(argv)
+    assert stop.value.code == 130
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["chosen.json"]
     assert len(units_in(tmp_path / "new")) == 4
 

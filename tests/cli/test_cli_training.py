@@ -186,6 +186,7 @@ def test_right_answers(text, answer, right):
 # ---------------------------------------------------------------------------- methods
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spiel", "lora"])
 def test_other_methods_learn_resume_and_are_evaluated(method, base, tmp_path, capsys):
     rows = [row | {"answer": row["output"].split()[-1]} for row in ROWS]
@@ -224,6 +225,7 @@ def test_preferences_are_learnt_by_dpo(base, tmp_path):
         cli.main(list(map(str, argv)))
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_yaml(base, tmp_path):
     data = write(tmp_path / "data.json", ROWS)
     first, again, other = (tmp_path / name for name in ("first", "again", "other"))
@@ -238,6 +240,7 @@ def test_a_run_is_repeated_from_its_yaml(base, tmp_path):
     assert options["data"] == left["options"]["data"] and "max_steps" not in options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["4", "8"])
 def test_a_quantized_base(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
@@ -254,8 +257,11 @@ def test_a_quantized_base(bits, tmp_path):
     assert metrics["held_out_loss"][-1][1] < metrics["held_out_loss"][0][1]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2"])
-def test_packed_examples_have_the_loss_they_have_alone(kind, base, tmp_path):
+OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("gpt2", "gpt_neox", "gemma2")]
+
+
+@pytest.mark.parametrize("kind", ["llama", *OTHERS])
+def test_packed_examples_have_the_loss_they_have_alone(kind, tmp_path):
     sizes = dict(vocab_size=259, max_position_embeddings=512, eos_token_id=1)
     tiny_model(kind, torch.float32, **sizes).save_pretrained(tmp_path / "base")
     data = write(tmp_path / "data.json", [{"text": text} for text in ("abcd", "efg", "h" * 9)])
@@ -287,6 +293,7 @@ def environment():
     return os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(base, tmp_path):
     data = write(tmp_path / "data.json", ROWS)
     options = ["--max-steps", "3", "--held-out", "5", "--batch-size"]
@@ -306,6 +313,7 @@ def test_two_processes_train_as_one_does(base, tmp_path):
             assert left == pytest.approx(right, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_loss(base, tmp_path):
     data = write(tmp_path / "data.json", ROWS)
     options = ["--max-steps", "12", "--save-steps", "2", "--held-out", "4"]

@@ -18,7 +18,7 @@ from s2kernels import cli
 
 PAGE = Path(__file__).parents[2] / "docs" / "quickstart.md"
 # What needs the network, and what another test runs.
-ELSEWHERE = ("git clone", "pip install", "python -m bench.demo.llm")
+ELSEWHERE = ("git clone", "python3 -m venv", "pip install", "python -m bench.demo.llm")
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -50,6 +50,7 @@ def save_tiny(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_every_command_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "models" / "smollm2")

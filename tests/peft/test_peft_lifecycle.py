@@ -2,27 +2,21 @@
 
 import pytest
 import torch
+from adapter_models import EVERY_CONFIG, deltas, layers, randomized
+from model_states import assert_same
 from peft import get_peft_model
+from safetensors.torch import load_file
+from saved_adapters import TENSORS
 from tiny_models import tiny_model, token_ids
 from torch.optim.swa_utils import AveragedModel
 
-from s2kernels.peft import S2FTConfig, SpIELConfig
-from s2kernels.peft.host.layer import AdapterLayer
+from s2kernels.peft import SpIELConfig
 
-EVERY_CONFIG = pytest.mark.parametrize("config", (S2FTConfig, SpIELConfig))
 IDS = token_ids(batch=2)
 
 
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
-
-
-def deltas(model, name="default"):
-    return [getattr(layer, layer.adapter_layer_names[0])[name] for layer in layers(model)]
-
-
-def wrapped(config, model):
-    model = get_peft_model(model, config(target_modules=["o_proj", "down_proj"]))
+def wrapped(config, model, **fields):
+    model = get_peft_model(model, config(target_modules=["o_proj", "down_proj"], **fields))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for delta in deltas(model):
@@ -53,16 +47,27 @@ def test_a_second_adapter_that_fails_half_way(config):
 
 
 @EVERY_CONFIG
-def test_no_adapter_is_added_to_merged_ones(config):
-    model = wrapped(config, tiny_model("llama"))
+@pytest.mark.parametrize("options", ({}, dict(layout="permute")))
+def test_an_adapter_is_added_beside_a_merged_one(config, options, tmp_path):
+    """PEFT unmerges then, as it does for LoRA; the new one is an adapter of W0."""
+    if config is SpIELConfig and options:
+        pytest.skip("SpIEL has no layouts")
+    fields = dict(target_modules=["o_proj"], seed=5) | options
+    model = wrapped(config, tiny_model("llama"), **options)
+    alone = get_peft_model(tiny_model("llama"), config(**fields))
+    randomized(alone, "default")
     model.merge_adapter()
     want = model(IDS).logits
-    with pytest.raises(ValueError, match="call unmerge_adapter first"):
-        model.add_adapter("second", config(target_modules=["o_proj"]))
-    assert torch.equal(model(IDS).logits, want)
-    model.unmerge_adapter()
-    model.add_adapter("second", config(target_modules=["o_proj"]))
-    assert [set(layer.modes) for layer in layers(model)] == 2 * [{"default", "second"}, {"default"}]
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("second", config(**fields))
+    randomized(model, "second")
+    assert (model(IDS).logits - want).abs().max() < 1e-12
+    model.set_adapter("second")
+    assert (model(IDS).logits - alone(IDS).logits).abs().max() < 1e-12
+    model.save_pretrained(tmp_path / "both", selected_adapters=["second"])
+    alone.save_pretrained(tmp_path)
+    got, want = (load_file(f / TENSORS) for f in (tmp_path / "both" / "second", tmp_path))
+    assert_same(got, want)
 
 
 @EVERY_CONFIG

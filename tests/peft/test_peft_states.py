@@ -146,7 +146,7 @@ def test_a_mixed_batch_takes_the_saved_module_of_each_row():
 def test_a_failure_half_way_leaves_no_stale_positions(when, monkeypatch):
     model = wrapped(layout="permute")
     original = base_state(tiny_model("llama", **WIDE))
-    want = model(IDS).logits
+    want = model(IDS).logits.detach()  # or its backward is to come, and nothing is moved
     name = "undo_" if when == "release" else "apply_"
     if when == "engage":
         model.state_dict()
@@ -259,14 +259,8 @@ def test_nothing_is_loaded_over_merged_weights():
 
 
 def test_fingerprints_are_those_of_w0(tmp_path):
+    """The base is loaded after the adapter was made, which is one of that base from then on."""
     model = wrapped()
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="unmerge_adapter first"):
-        model.add_adapter("second", config(seed=9))
-    assert set(model.peft_config) == {"default"}
-    model.unmerge_adapter()
-
-    # the base is loaded after the adapter was made: its fingerprint is of that base from then on
     other = base_state(tiny_model("llama", seed=4, **WIDE))
     state = {
         name: other[name.removeprefix("base_model.model.").replace(".base_layer", "")]

@@ -136,7 +136,7 @@ def test_a_weight_that_comes_to_be_shared_is_left_alone():
     assert second.keeper.written(second) == "default"
     second.base_layer.weight = first.base_layer.weight
     want = first.base_layer.weight.detach().clone()
-    held = first.keeper.held(first)
+    held = first.keeper.held_by_layer[first]
     entries, index = held.base, held.where
     want.view(-1)[index.long()] = entries
     model(IDS)

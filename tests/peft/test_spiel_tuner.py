@@ -179,7 +179,8 @@ def test_memory_beyond_the_base_grows_with_the_entries_alone(selection):
     layer = layer_of(model)
     plans = [*layer._plans.values()]
     plans += [plan for watch in tuner.watches for plan in watch._plans or ()]
-    held = [layer.keeper.held(layer).base, *layer.buffers(), *layer.spiel_delta.parameters()]
+    base = layer.keeper.held_by_layer[layer].base
+    held = [base, *layer.buffers(), *layer.spiel_delta.parameters()]
     held += [p.grad for p in layer.spiel_delta.parameters()]
     held += [vars(owner) for owner in (*plans, *tuner.watches)] + [dict(optimizer.state)]
     seen = {tensor.untyped_storage()._cdata: tensor.numel() for tensor in _tensors(held)}

@@ -1,7 +1,11 @@
 """Small models with an adapter, sharded in the ways of torch, and trained for some steps."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +21,7 @@ def base(**fields):
         torch.manual_seed(0)
         config = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, vocab_size=128)
         config |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
-        return LlamaForCausalLM(LlamaConfig(**config, use_cache=False, **fields))
+        return LlamaForCausalLM(LlamaConfig(**config | fields, use_cache=False))
 
 
 def s2ft(**fields):
@@ -89,3 +93,23 @@ def distance(one, other):
     assert one.keys() == other.keys()
     flat, others = (torch.cat([x[name].double().flatten() for name in one]) for x in (one, other))
     return ((flat - others).norm() / flat.norm()).item()
+
+
+@contextmanager
+def engaging_fsdp():
+    """accelerate shards on accelerators alone; what it does is the same on a CPU."""
+    init = AcceleratorState.__init__
+
+    def changed(self, *args, fsdp_plugin=None, **options):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = changed
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = init
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,11 +1,9 @@
 """Bases that have no values yet: on the meta device, and of fake tensors."""
 
-import accelerate.state
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -15,6 +13,7 @@ from sharded_models import (
     base,
     batches,
     distance,
+    engaging_fsdp,
     shard,
     train,
     trained,
@@ -25,7 +24,7 @@ from tiny_models import tiny_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.models.llama import modeling_llama
 
-from s2kernels.peft import S2FTConfig, save_pretrained
+from s2kernels.peft import S2FTConfig, fsdp_placement, save_pretrained
 
 CASES = [("s2ft", mode) for mode in ("auto", "inplace", "additive")] + [("spiel", "auto")]
 
@@ -121,23 +120,8 @@ def test_a_model_of_fake_tensors_has_the_adapter_of_a_real_one(mode):
             assert p.grad.shape == dict(real.named_parameters())[name].shape
 
 
-def _with_fsdp(init):
-    """accelerate shards on accelerators alone; what it does is the same on a CPU."""
-
-    def changed(self, *args, fsdp_plugin=None, **options):
-        init(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None:
-            self.distributed_type = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    return changed
-
-
-def _loads_on_rank_0_alone(rank, method):
-    original = AcceleratorState.__init__
-    accelerate.state.AcceleratorState.__init__ = _with_fsdp(original)
-    try:
+def _loads_on_rank_0_alone(rank, method, inplace):
+    with engaging_fsdp():
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             cpu_ram_efficient_loading=True,
@@ -146,22 +130,24 @@ def _loads_on_rank_0_alone(rank, method):
         )
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
         model = adapted(method)
+        if inplace:  # the default targets are in place without a placement of their own
+            fsdp_placement(model)
         if rank:
             for p in model.parameters():
                 torch.nn.init.constant_(p, float("nan"))
         optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
         model, optimizer = accelerator.prepare(model, optimizer)
-        return train(model, rank=rank, world=2, optimizer=optimizer), values(model)
-    finally:
-        AcceleratorState.__init__ = original
-        AcceleratorState._reset_state(reset_partial_state=True)
+        losses = train(model, rank=rank, world=2, optimizer=optimizer)
+        layers = model.base_model.keeper.layers
+        assert not inplace or all(layer.gathered.adapter == "default" for layer in layers)
+        return losses, values(model)
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-def test_accelerate_loads_the_base_on_one_process_alone(ranks, method):
+@pytest.mark.parametrize(("method", "inplace"), [("s2ft", False), ("s2ft", True), ("spiel", False)])
+def test_accelerate_loads_the_base_on_one_process_alone(ranks, method, inplace):
     wanted = adapted(method)
     losses = train(wanted)
-    for got, deltas in ranks.run(_loads_on_rank_0_alone, method):
+    for got, deltas in ranks.run(_loads_on_rank_0_alone, method, inplace):
         assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 2e-6
         assert distance(values(wanted), deltas) < 1e-5
 

@@ -1,5 +1,7 @@
 """Adapters under FSDP2, FSDP1, tensor parallelism and ZeRO-3: right, or refused."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +22,8 @@ from sharded_models import (
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
@@ -45,6 +49,30 @@ def _sharded(rank, method, how):
 def test_fsdp2_trains_what_one_process_does(ranks, method, how):
     losses, deltas = _alone(method)
     for got, values_there in ranks.run(_sharded, method, how):
+        assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 2e-6
+        assert distance(deltas, values_there) < 1e-5
+
+
+def _by_its_own_forward(rank, method, by_layer):
+    """As TRL does it: a forward in the place of the model's, which calls the decoder."""
+    model = adapted(method)
+    inner = model.get_base_model()
+
+    def forward(input_ids, labels=None, **options):
+        logits = inner.lm_head(inner.model(input_ids).last_hidden_state)
+        loss = inner.loss_function(logits, labels, vocab_size=inner.config.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    inner.forward = forward
+    losses = train(shard(model, by_layer), rank=rank, world=2)
+    return losses, values(model)
+
+
+@pytest.mark.parametrize("by_layer", (True, False))
+@pytest.mark.parametrize("method", CONFIGS)
+def test_layers_that_another_forward_calls_notice_fsdp2(ranks, method, by_layer):
+    losses, deltas = _alone(method)
+    for got, values_there in ranks.run(_by_its_own_forward, method, by_layer):
         assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 2e-6
         assert distance(deltas, values_there) < 1e-5
 
@@ -116,6 +144,26 @@ def test_what_would_be_wrong_is_refused(ranks, method):
         assert "is a DTensor where it is multiplied" in said["parallel after, auto"]
         assert "is a DTensor where it is multiplied" in said["parallel after, additive"]
         assert "mode='inplace' needs a plain dense weight: " in said["inplace"]
+
+
+def _planned(rank, method, folder):
+    """What is said of a model in tensor parallelism by the plan that transformers has for it."""
+    names = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))
+    os.environ |= names
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    finally:
+        for name in names:
+            del os.environ[name]
+    with pytest.raises(ValueError, match="the weights are DTensors, as tensor parallelism makes"):
+        get_peft_model(model, CONFIGS[method]())
+    assert not any("s2ft" in name or "spiel" in name for name, _ in model.named_parameters())
+
+
+def test_tensor_parallelism_of_transformers_is_refused_when_the_adapter_is_made(ranks, tmp_path):
+    base().save_pretrained(tmp_path)
+    for method in CONFIGS:
+        ranks.run(_planned, method, tmp_path)
 
 
 def _permuted(rank, by_layer):

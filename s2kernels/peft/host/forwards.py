@@ -3,7 +3,13 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 class Forwards:
@@ -17,6 +23,7 @@ class Forwards:
         self._running: dict[int, int] = {}  # thread -> forwards that it is inside of
         self._seen: set[int] = set()  # threads in which one has run
         self._local = threading.local()
+        self._pending: WeakSet[_Pending] = WeakSet()  # whose backward is to come
 
     def __getstate__(self) -> dict:
         return {}
@@ -60,6 +67,19 @@ class Forwards:
         return bool(self._seen - {get_ident()})
 
     @property
+    def pending(self) -> bool:
+        """Whether the backward of a forward that was `expected` has not begun, and may come."""
+        return bool(self._pending)
+
+    def expect_backward(self, output: Any) -> None:
+        """A backward of this output of a forward is to be expected, for as long as it lives."""
+        pending = _Pending()
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(_begin, self._pending, pending))
+                self._pending.add(pending)
+
+    @property
     def rows(self) -> list[str] | None:
         """Of a mixed batch in this thread: the adapter of each row, while its forward runs."""
         return getattr(self._local, "rows", None)
@@ -72,3 +92,11 @@ class Forwards:
             yield
         finally:
             self._local.rows = before
+
+
+class _Pending:
+    """A forward; hooks on its outputs alone keep it alive."""
+
+
+def _begin(waiting: WeakSet, pending: _Pending, grad: Tensor) -> None:
+    waiting.discard(pending)

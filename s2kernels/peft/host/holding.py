@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from s2kernels.peft.host.weights import WeightKeeper
 
@@ -36,12 +37,12 @@ class Holding:
 
     def __enter__(self) -> None:
         keeper = self._keeper
-        keeper.lock.acquire()
+        keeper.forwards.lock.acquire()
         try:
             if keeper.changes != self._changes:
                 self._check()
             for layer, wanted in self._wanted:
-                now = keeper.held(layer)
+                now = keeper.held_by_layer.get(layer)
                 if now is None and wanted is None:
                     continue
                 if (
@@ -54,11 +55,11 @@ class Holding:
                     keeper.ensure_written(self._adapters)
                     break
         except BaseException:
-            keeper.lock.release()
+            keeper.forwards.lock.release()
             raise
 
     def __exit__(self, *exc: Any) -> None:
-        self._keeper.lock.release()
+        self._keeper.forwards.lock.release()
 
     def _check(self) -> None:
         for layer, wanted in self._wanted:
@@ -75,3 +76,18 @@ class Holding:
                     f"{layer.name}: the weight, or the adapter {adapter!r}, is another one than it "
                     "was in the forward"
                 )
+
+
+def keep_w0_for_backward_of(y: Tensor, layer: Any) -> None:
+    """The backward of y, which the base layer has computed, meets W0, whatever is written until
+    then.
+    """
+    if y.requires_grad and layer.not_inplace() is None:
+        held = holding(layer.keeper, {layer: None})
+        if held is not None:
+            y.register_hook(lambda dy: _enter(held))
+
+
+def _enter(held: Holding) -> None:
+    with held:
+        pass

@@ -1,5 +1,6 @@
 """What the layers of both methods are: adapters of one frozen weight, and their life."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from s2kernels.coupling import not_plain
-from s2kernels.peft.host.holding import Holding, holding
 from s2kernels.peft.host.kept_buffers import (
     KeptBuffers,
     has_values,
@@ -16,21 +16,19 @@ from s2kernels.peft.host.kept_buffers import (
     replicated,
     with_values,
 )
-from s2kernels.peft.host.loading import Sources, changed, moved, sources
+from s2kernels.peft.host.loading import KnownAdapters
 from s2kernels.peft.host.obstacles import refuse_export
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.sharding import check_is_dense_here, check_not_partitioned
 from s2kernels.peft.host.weights import WeightKeeper
-from s2kernels.peft.host.written_layer import Held
+from s2kernels.peft.host.written_layer import WrittenLayer
 
 
-class AdapterLayer(nn.Module, BaseTunerLayer):
+class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
     """A frozen base weight with adapters, whose names are the keys of `modes`.
 
     Each has a trained delta, an index that says where in the weight it lies, and a fingerprint of
     W0 there: an adapter is refused on another base. A fingerprint of zeros stands for "not known".
-
-    A call of the layer is prepared once and then used until something changes: see `prepared`.
     """
 
     # the attributes of `deltas`, `indices` and `fingerprints`, which are saved under these names
@@ -45,12 +43,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         setattr(self, self.index_name, KeptBuffers())
         setattr(self, self.fingerprint_name, KeptBuffers())
         self.modes: dict[str, str] = {}
-        # the indices and fingerprints that were looked at, and their versions
-        self._seen: dict[str, Sources] = {}
-        # adapters whose fingerprint is 0 until somebody asks for the state_dict
-        self._renew: dict[str, bool] = {}
-        # why adapters that were loaded cannot be used; the others can
-        self._refused: dict[str, str] = {}
+        self.known = KnownAdapters(self)
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -76,25 +69,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Of each adapter, the fingerprint of W0 there, int64."""
         return getattr(self, self.fingerprint_name)
 
-    # What each method says of its own layers
+    # What each method says of its own layers, besides `take` and `entries`
 
     def obstacle(self) -> str | None:
         """Why nothing can be written into the weight, as far as the kind of the layer decides."""
         raise NotImplementedError
 
-    def take(self, adapter: str) -> Held:
-        """A copy of what the weight holds where the adapter's values lie."""
-        raise NotImplementedError
-
-    def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
-        """Arguments of the writing op: base + delta, or for None base alone, into held.weight."""
-        raise NotImplementedError
-
     def place(self, adapter: str) -> None:
-        """Look up where the adapter's values lie in the weight as it is.
-
-        Raises ValueError for an index that does not fit the layer.
-        """
+        """Look up where its values lie in the weight as it is; ValueError if they do not fit."""
         raise NotImplementedError
 
     def fingerprint_of(self, base: Tensor) -> Tensor:
@@ -105,6 +87,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Raises ValueError for values of another base than the one that has that fingerprint."""
         raise NotImplementedError
 
+    def unknown_fingerprint(self, adapter: str) -> Tensor:
+        """Zeros of the shape of a fingerprint."""
+        raise NotImplementedError
+
     def prepare(self) -> Any:
         """What a forward does as things are now; see `prepared`."""
         raise NotImplementedError
@@ -112,22 +98,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     # What a forward does
 
     def prepared(self) -> Any:
-        """`prepare`, once until something changes. It has `changes`, of the keeper at that time,
-        and `premises`.
-        """
+        """`prepare`, once until something changes: the keeper's `changes`, or `premises`."""
         call = self._call
         if call is None or call.changes != self.keeper.changes or not call.premises.hold():
             with torch.inference_mode(False):  # views made there could not be saved for a backward
                 check_is_dense_here(self.name, self.weight)
-                self.keeper.notice_weight(self)
-                self.refresh()
+                self.keeper.notice_call(self)
+                self.known.look()
                 call = self._call = self.prepare()
         return call
 
     def active(self) -> list[str]:
-        """The adapters that decide the output: none while they are disabled or merged.
-
-        Raises ValueError for one that cannot be used, and under torch.export for what is written.
+        """The adapters that decide the output: none while they are disabled or merged. ValueError
+        for one that cannot be used, and under torch.export for written ones.
         """
         if self.disable_adapters or self.merged:
             return []
@@ -185,163 +168,91 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 premises.same_tensor(buffers, adapter)
                 premises.unwritten(buffers[adapter])
 
-    def keep_w0_for_backward_of(self, y: Tensor) -> None:
-        """The backward of the base layer's output y meets W0, whatever is written until then."""
-        if y.requires_grad and self.not_inplace() is None:
-            held = holding(self.keeper, {self: None})
-            if held is not None:
-                y.register_hook(lambda dy: _enter(held))
-
     # What changes it
 
-    def check_is_loaded(self) -> None:
-        """Raises ValueError for a weight that accelerate keeps elsewhere: it fetches it for the
-        forward of the base layer alone. One that is on the meta device without that is loaded
-        later.
+    def check_mode(self, mode: str) -> None:
+        """Raises ValueError for a weight that accelerate keeps elsewhere, which it fetches for the
+        forward of the base layer alone, and for mode="inplace" where the base layer does not admit
+        it. One that is on the meta device without accelerate is loaded later.
         """
-        if self.weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook"):
+        if not self.weight.is_meta:
+            if mode == "inplace" and (reason := self.not_inplace()):
+                raise ValueError(f"mode='inplace' needs a plain dense weight: {reason}")
+        elif hasattr(self.get_base_layer(), "_hf_hook"):
             raise ValueError(
                 f"{self.name} cannot be trained: accelerate has offloaded its weight (device_map, "
                 "cpu_offload, disk_offload); keep the targets on a device"
             )
 
-    def check_mode(self, mode: str) -> None:
-        """Raises ValueError for mode="inplace" where the base layer does not admit it. A weight on
-        the meta device is loaded later.
-        """
-        if mode == "inplace" and not self.weight.is_meta and (reason := self.not_inplace()):
-            raise ValueError(f"mode='inplace' needs a plain dense weight: {reason}")
-
-    def add(self, adapter: str, mode: str, delta: nn.Parameter, index: Tensor) -> None:
-        """Have an adapter of these tensors, of which the caller has checked the shapes."""
-        self.deltas[adapter] = delta
-        self.indices[adapter] = index.to(home_of(self.weight))
+    def add(
+        self, adapter: str, mode: str, shape: Sequence[int], index: Tensor, dtype: Any = None
+    ) -> None:
+        """Have an adapter of zeros, fp32 by default, at an index that the caller has checked."""
+        weight = self.weight
+        if dtype is None:
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
+        zeros = torch.zeros(*shape, dtype=dtype, device=weight.device)
+        self.deltas[adapter] = nn.Parameter(zeros)
+        self.indices[adapter] = index.to(home_of(weight))
         self.modes[adapter] = mode
-        self._refused.pop(adapter, None)
         with with_values():
             if not index.is_meta:
                 self.place(adapter)
-            self.fingerprints[adapter] = self._fingerprint(adapter)
-        self._seen[adapter] = self._sources(adapter)
-        self.keeper.changed()
+            self.known.own(adapter, self.known.fingerprint_now(adapter))
 
     @torch.inference_mode(False)  # or it could never be trained
     def copy_adapter(self, source: str, adapter: str) -> None:
-        """Have an adapter of this layer hold what another one, `source`, does.
-
-        The weight must hold W0. Raises ValueError where `source` was trained on another base.
+        """Have an adapter of this layer hold what another one, `source`, does; the weight holds W0.
+        Raises ValueError where `source` was trained on another base.
         """
-        self.refresh()
-        self.renew_fingerprints()
+        self.known.look()
+        self.known.renew()
         requires_grad = self.deltas[adapter].requires_grad
         delta = self.deltas[source].detach().clone()
         self.deltas[adapter] = nn.Parameter(delta, requires_grad=requires_grad)
         self.indices[adapter] = self.indices[source].clone()
         self.place(adapter)
         known = self.fingerprints[source]  # of the dense base, where this one is quantized
-        own = known.clone() if known.any() else self._fingerprint(adapter)
-        self.fingerprints[adapter] = own
-        self._seen[adapter] = self._sources(adapter)
-        self.keeper.changed()
-
-    @torch.inference_mode(False)
-    def refresh(self, loaded: bool = False) -> None:
-        """Take note of adapters that were loaded since the last time.
-
-        loaded: the base may have been loaded, too. Adapters that did not come along are from then
-        on those of the new base.
-
-        One that does not fit the layer, or was trained on another base, is refused: whoever uses it
-        gets a ValueError, as does, with loaded, who has loaded it.
-        """
-        if torch.compiler.is_compiling():
-            return
-        found = changed(self.indices, self.fingerprints, self._seen, loaded)
-        if not found:
-            return
-        self.keeper.restore([self])
-        fault = ""
-        for name, is_own in found.items():
-            if self.indices[name].is_meta:
-                continue
-            refused = self._refused.pop(name, None)
-            try:
-                self._take_note(name, is_own and refused is None)
-            except ValueError as error:
-                self._refused[name] = str(error)
-                if not (is_own and refused):
-                    fault = fault or str(error)
-            self._seen[name] = self._sources(name)
-        self.keeper.changed()
-        if loaded and fault:
-            raise ValueError(fault)
-
-    def _take_note(self, name: str, is_own: bool) -> None:
-        self.place(name)
-        expected = self.fingerprints[name]
-        if is_own or not expected.any():  # the fingerprint did not come along
-            self.fingerprints[name] = torch.zeros_like(expected)
-            self._renew[name] = True
-        elif not self.merged and not_plain(self.weight) is None:
-            self._renew.pop(name, None)
-            self.check_fingerprint(expected, self.take(name).base)
+        own = known.clone() if known.any() else self.known.fingerprint_now(adapter)
+        self.known.own(adapter, own)
 
     def locate(self) -> None:
         """`place` all adapters, since the basis has changed."""
         for name, index in self.indices.items():
-            if not index.is_meta and name not in self._refused:
+            if not index.is_meta and not self.known.refused(name):
                 self.place(name)
-
-    @torch.inference_mode(False)
-    def renew_fingerprints(self) -> None:
-        """Compute the fingerprints that are not known; the weight holds W0."""
-        if self.merged:
-            return
-        for name in list(self._renew):
-            self.fingerprints[name] = self._fingerprint(name)
-            del self._renew[name]
-            self._seen[name] = self._sources(name)
-
-    def _sources(self, adapter: str) -> Sources:
-        return sources(self.indices[adapter], self.fingerprints[adapter])
-
-    def _fingerprint(self, adapter: str) -> Tensor:
-        if not_plain(self.weight) or not has_values(self.weight):
-            return self.unknown_fingerprint(adapter)
-        return self.fingerprint_of(self.take(adapter).base).to(self.weight.device)
-
-    def unknown_fingerprint(self, adapter: str) -> Tensor:
-        """Zeros of the shape of a fingerprint."""
-        raise NotImplementedError
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         before = self.active_adapters
         super().set_adapter(adapter_names, inference_mode)
         if self.active_adapters != before:
             self.keeper.changed()
+        self.keeper.first_gradients.watch(self)
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
             self.keeper.restore([self])
-        before = self.disable_adapters
-        super().enable_adapters(enabled)
-        if self.disable_adapters != before:
+        if enabled == self.disable_adapters:
             self.keeper.changed()
+        super().enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.keeper.release()  # the basis may be that of the adapter
         super().delete_adapter(adapter_name)
+        for owner in (self.known, self.keeper.first_gradients):
+            owner.forget(adapter_name)
         self.keeper.changed()
 
     def _apply(self, fn, recurse: bool = True):
-        found = changed(self.indices, self.fingerprints, self._seen, loaded=False)
+        self.known.look()
         self.keeper.moving(self)
         before = self.weight
         empty = [name for name, delta in self.deltas.items() if delta.is_meta]
         super()._apply(fn, recurse)
         for name in empty:  # as a new adapter is; on the meta device this does nothing
             nn.init.zeros_(self.deltas[name])
-        self._seen = moved(self.indices, self.fingerprints, self._seen, found)
+        self.known.moved()
         self.keeper.moved(self, before, fn)
         return self
 
@@ -351,31 +262,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """PEFT's, which would also cast the delta to the dtype of the weight."""
         to = self.weight.device if device is None else torch.device(device)
         home = to if has_values(self.weight) else home_of(self.weight)
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            tensors = getattr(self, name)
-            if not isinstance(tensors, (nn.ParameterDict, BufferDict)):
-                continue
-            tensor = tensors[adapter_name] if adapter_name in tensors else None
-            is_delta = isinstance(tensor, nn.Parameter)
-            where = to if is_delta else home
-            if tensor is None or tensor.is_meta or tensor.device == where:
-                continue
-            moved = tensor.detach().to(where)
-            tensors[adapter_name] = nn.Parameter(moved, tensor.requires_grad) if is_delta else moved
+        delta = self.deltas.get(adapter_name)
+        if delta is not None and not delta.is_meta and delta.device != to:
+            self.deltas[adapter_name] = nn.Parameter(delta.detach().to(to), delta.requires_grad)
+        for held in self.children():
+            values = held._buffers.get(adapter_name) if isinstance(held, KeptBuffers) else None
+            if values is not None and not values.is_meta:
+                held._buffers[adapter_name] = values.to(home)
 
     # Merging
-
-    def merged_values(self, adapter: str) -> Tensor:
-        """What a merge would write into the weight, shaped like delta, before it is rounded."""
-        return self.take(adapter).base + self.deltas[adapter].detach()
 
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """The adapters that `merge` would merge, in that order.
-
-        Raises ValueError for a base that is not a plain dense weight, and with safe_merge for a
-        result that is not finite.
+        """The adapters that `merge` would merge, in that order. ValueError for a base that is not a
+        plain dense weight, and with safe_merge for a result that is not finite.
         """
         names = self.present(check_adapters_to_merge(self, adapter_names))
         if names and (reason := self.not_inplace()):
@@ -385,7 +286,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             )
         self.keeper.restore([self])
         for name in names if safe_merge else []:
-            if not torch.isfinite(self.merged_values(name).to(self.weight.dtype)).all():
+            merged = self.take(name).base + self.deltas[name].detach()
+            if not torch.isfinite(merged.to(self.weight.dtype)).all():
                 raise ValueError(  # PEFT's words
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: "
                     "what it gives is not finite"
@@ -394,7 +296,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write base + delta into the weight, rounded once, until `unmerge` restores every bit.
-
         Raises as `check_merge` does, before anything changes.
         """
         for name in self.check_merge(safe_merge, adapter_names):
@@ -402,7 +303,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Undo every `merge`, the last one first: the weight is what it was, bit for bit."""
+        """Undo every `merge`, the last one first."""
         self.keeper.restore([self])
         while self.merged_adapters:
             self.keeper.unmerge(self)
@@ -412,8 +313,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Those that the layer has. Raises ValueError for one that was refused when it came."""
         found = [name for name in names if name in self.modes]
         for name in found:
-            if name in self._refused:
-                raise ValueError(f"adapter {name!r} cannot be used: {self._refused[name]}")
+            if reason := self.known.refused(name):
+                raise ValueError(f"adapter {name!r} cannot be used: {reason}")
         return found
 
 
@@ -426,9 +327,4 @@ def _as_saved(layer: AdapterLayer, state: dict[str, Any], prefix: str, metadata:
 
 
 def _after_load(layer: AdapterLayer, incompatible_keys) -> None:
-    layer.refresh(loaded=True)
-
-
-def _enter(held: Holding) -> None:
-    with held:
-        pass
+    layer.known.look(loaded=True)

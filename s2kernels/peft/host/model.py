@@ -70,6 +70,7 @@ class AdapterModel(BaseTuner):
                 self._check_added(config, adapter_name)
         finally:
             self.peft_config[adapter_name] = given
+        self.keeper.configs[adapter_name] = given
         given.resolved = self.keeper.resolved[adapter_name] = given.differences(config)
 
     def _new_keeper(self, model: nn.Module) -> WeightKeeper:
@@ -114,7 +115,7 @@ class AdapterModel(BaseTuner):
     def _existing_layers(self, model: nn.Module) -> list[Any]:
         """Those that the adapters before have made.
 
-        Raises ValueError where one is merged, or they go by other names than in `model`.
+        Raises ValueError where they go by other names than in `model`.
         """
         layers = self._layers_of(model)
         if layers and layers[0].keeper.model is not model:
@@ -122,8 +123,6 @@ class AdapterModel(BaseTuner):
                 "the model is inside of a PeftModel with such adapters: add another one by its own "
                 "add_adapter(name, config), or call its unload() first"
             )
-        if any(layer.merged for layer in layers):
-            raise ValueError("no adapter can be added to merged ones: call unmerge_adapter first")
         return layers
 
     def _base_of(self, target: nn.Module, name: str) -> Any:

@@ -1,14 +1,18 @@
 """How a keeper gets to know what is done to its model: forwards, state_dict, load_state_dict."""
 
 import inspect
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from s2kernels.peft.host.obstacles import refuse_export
 from s2kernels.peft.host.weights import WeightKeeper
+
+_HEADS = "_s2kernels_heads"  # of a KV cache, the order of its heads: `Arrangement.heads`
 
 
 class ModelHooks:
@@ -54,9 +58,8 @@ class ModelHooks:
             )
 
     def _before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        arrangement = self.keeper.arrangement
-        if self.keeper.forwards.here and arrangement is not None and arrangement.moved:
-            self.keeper.restore()  # the rest of the forward wants the order: see _AfterStateDict
+        if _order_is_needed(self.keeper):
+            self.keeper.restore()  # see _AfterStateDict
         else:
             self.keeper.release()
         self.keeper.renew_fingerprints()
@@ -72,8 +75,8 @@ class ModelHooks:
 
 class _AfterStateDict:
     """Copies the weights that are written to, where other threads use the model: what they write
-    later would change what this one is about to save. So it does inside a forward over permuted
-    weights, as where a signal's handler saves: the copies are in the order of the checkpoint.
+    later would change what this one is about to save. So it does where the order of permuted
+    weights is still needed: the copies are in the order of the checkpoint.
     """
 
     def __init__(self, keeper: WeightKeeper) -> None:
@@ -83,14 +86,16 @@ class _AfterStateDict:
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
     ) -> None:
         keeper = self.keeper
-        if keeper.forwards.here and keeper.arrangement is not None and keeper.arrangement.moved:
-            keeper.arrangement.put_back_copies(state)
+        arrangement = keeper.arrangement
+        if arrangement is not None and _order_is_needed(keeper):
+            with keeper.forwards.alone():
+                keeper.restore()
+                arrangement.put_back_copies(state)
             return
         if not keeper.forwards.elsewhere or keeper.forwards.here:
             return
         with keeper.forwards.alone():
             keeper.release()
-            arrangement = keeper.arrangement
             all_move = arrangement is not None and arrangement.moves(keeper.layers)
             written = {layer.weight.data_ptr() for layer in keeper.layers}
             for name, value in state.items():
@@ -98,6 +103,14 @@ class _AfterStateDict:
                     continue
                 if all_move or value.data_ptr() in written:
                     state[name] = value.detach().clone()
+
+
+def _order_is_needed(keeper: WeightKeeper) -> bool:
+    """Whether weights must stay permuted: this thread is inside a forward, as where a signal's
+    handler saves, or the backward of one is to come.
+    """
+    moved = keeper.arrangement is not None and keeper.arrangement.moved
+    return moved and (keeper.forwards.here or keeper.forwards.pending)
 
 
 class ModelForward:
@@ -126,7 +139,14 @@ class ModelForward:
             return self._forward(*args, **kwargs)
         keeper.begin()
         try:
+            moves, cache = keeper.arrangement, kwargs.get("past_key_values")
+            if moves is not None and isinstance(cache, Cache):
+                _check_heads(cache, moves.heads)
             output = self._forward(*args, **kwargs)
+            if moves is not None:
+                _note_heads(output, moves.heads)
+                if moves.moved:
+                    keeper.forwards.expect_backward(output)
             failed = False
             return output
         finally:
@@ -144,3 +164,23 @@ class ModelForward:
             del self.model.forward
         else:
             self.model.forward = self.inner  # type: ignore[method-assign]
+
+
+def _check_heads(cache: Any, heads: dict) -> None:
+    """Raises ValueError for a KV cache whose heads are known to be in another order than `heads`;
+    an empty one takes that on.
+    """
+    known = vars(cache).get(_HEADS)
+    if known is not None and known != heads and cache.get_seq_length():
+        raise ValueError(
+            "past_key_values was made when the heads were in another order: layout='permute' moves "
+            "them, and adding, merging or deleting an adapter moves them back; start a new cache"
+        )
+    setattr(cache, _HEADS, heads)
+
+
+def _note_heads(output: Any, heads: dict) -> None:
+    parts = output.values() if isinstance(output, dict) else output
+    for part in parts if isinstance(parts, Iterable) else ():
+        if isinstance(part, Cache):
+            setattr(part, _HEADS, heads)

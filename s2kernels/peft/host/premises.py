@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from s2kernels.autograd.checks import version_of
+from s2kernels.peft.host.kept_buffers import has_values
 
 # torch calls these around every module
 GLOBAL_HOOKS = (
@@ -65,6 +66,10 @@ class Premises:
         owner = module._parameters if name in module._parameters else module._buffers
         self._same.append((owner, name, owner.get(name)))
 
+    def same_attribute(self, owner: object, name: str) -> None:
+        """The attribute is the very object that it is now."""
+        self._same.append((vars(owner), name, vars(owner).get(name)))
+
     def as_partitioned(self, tensor: Tensor) -> None:
         """DeepSpeed ZeRO-3, which keeps the tensor object, has partitioned it if it has now."""
         self._same.append((vars(tensor), "ds_id", vars(tensor).get("ds_id")))
@@ -93,5 +98,5 @@ class Premises:
 
     def unmoved(self, tensor: Tensor) -> None:
         """The tensor stays where it lies in memory."""
-        if not tensor.is_meta:
+        if has_values(tensor):
             self._addresses.append((tensor, tensor.data_ptr()))

@@ -28,10 +28,10 @@ def save_pretrained(model: PeftModel, folder: str | Path, **options: Any) -> Non
     without a state_dict. A process that has not written raises RuntimeError if the first one fails.
     """
     folder = Path(folder)
-    if options.get("state_dict") is not None or not is_gathered(model):
+    state = None if options.get("state_dict") is not None else gathered_state(model)
+    if state is None:
         _write(model, folder, options)
         return
-    state = _gathered(model)
     error: Exception | None = None
     if dist.get_rank() == 0:
         try:
@@ -59,8 +59,15 @@ def _write(model: PeftModel, folder: Path, options: dict[str, Any]) -> None:
         model.save_pretrained(str(temporary), **options)
 
 
-def _gathered(model: PeftModel) -> dict[str, Tensor]:
-    """What PEFT may save of the model, whole and on the CPU: not the frozen base."""
+def gathered_state(model: PeftModel) -> dict[str, Tensor] | None:
+    """What PEFT may save of a model that FSDP2 has sharded, whole and on the CPU: not the frozen
+    base. All processes must call it; the first one gets the tensors, the others none. None where
+    the model is not sharded, and PEFT saves it by itself.
+
+    Raises ValueError for a model in FSDP1.
+    """
+    if not is_gathered(model):
+        return None
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     own = (f".{model.base_model.prefix}", ".modules_to_save.")
     state: dict[str, Any] = dict(get_model_state_dict(model))

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from s2kernels.peft.host.written_shard import WrittenShard
+
 
 def is_gathered(model: nn.Module) -> bool:
     """Whether FSDP gathers weights of the model for each forward and backward: as parts of it were
@@ -46,7 +48,12 @@ def check_is_whole(model: nn.Module) -> None:
 
 
 def check_is_dense_here(name: str, weight: Tensor) -> None:
-    """Raises ValueError for a weight that is a DTensor where its layer `name` computes."""
+    """Raises ValueError for a weight that is not gathered where its layer `name` computes."""
+    if isinstance(weight, WrittenShard):
+        raise ValueError(
+            f"{name}: fsdp_placement was called, and the model is not sharded: give what it "
+            "returned to fully_shard before the first forward"
+        )
     if isinstance(weight, DTensor):
         raise ValueError(
             f"{name}: the weight is a DTensor where it is multiplied: after tensor parallelism "

@@ -14,13 +14,14 @@ Threads: one lock guards all that is written. Whatever restores weights waits un
 is inside a forward of the model.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2kernels.coupling import not_plain
+from s2kernels.peft.host.first_gradients import FirstGradients
 from s2kernels.peft.host.forwards import Forwards
 from s2kernels.peft.host.obstacles import Obstacles
 from s2kernels.peft.host.premises import Premises
@@ -44,32 +45,27 @@ class WeightKeeper:
     ) -> None:
         self.model, self._launch, self.arrangement = model, launch, arrangement
         self.forwards = Forwards()
+        self.first_gradients = FirstGradients()
         self.obstacles = Obstacles(model)
         self.hooks: Any = None  # those on the model while it is attached
         self.layers: list[Any] = []  # each is a WrittenLayer
         self.attached = False
         self.changes = 0
-        # by adapter, what this model made of its configuration: see `AdapterConfig.resolved`
+        # by adapter: its configuration, and what this model made of it (`AdapterConfig.resolved`)
+        self.configs: dict[str, Any] = {}
         self.resolved: dict[str, dict[str, tuple[Any, Any]]] = {}
         self.held_by_layer: dict[WrittenLayer, Held] = {}  # of those that hold an adapter
-        self._merged: dict[WrittenLayer, list[Held]] = {}
+        self.merged: dict[WrittenLayer, list[Held]] = {}  # what merged adapters took the place of
         self._weights: dict[WrittenLayer, Tensor] = {}  # when they were last looked at
-        self._forget()
-
-    def _forget(self) -> None:
-        """What was found out about these very tensors, which a copy does not have."""
-        # held while a weight is read that another thread must not restore meanwhile
-        self.lock = self.forwards.lock
         # of a forward: what it writes, by device, and what that was prepared from
         self._writes: list[list[tuple]] | None = None
         self._premises = Premises()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | dict.fromkeys(("lock", "_writes", "_premises"))
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        return self.__dict__ | {
+            "_writes": None,
+            "_premises": Premises(),
+        }  # a copy has other tensors
 
     def changed(self) -> None:
         """Something that decides what a forward does has changed."""
@@ -96,10 +92,6 @@ class WeightKeeper:
 
     # First verb: an adapter is written
 
-    def held(self, layer: WrittenLayer) -> Held | None:
-        """What the layer's weight holds: an adapter, or None for W0."""
-        return self.held_by_layer.get(layer)
-
     def written(self, layer: WrittenLayer) -> str | None:
         """The adapter that the layer's weight holds; None for W0."""
         held = self.held_by_layer.get(layer)
@@ -119,7 +111,7 @@ class WeightKeeper:
 
     def begin(self) -> None:
         """A forward of the model begins in this thread: write what it needs."""
-        with self.lock:
+        with self.forwards.lock:
             if not self.forwards.here:
                 if self.forwards.rows is not None:
                     self.restore()
@@ -140,7 +132,7 @@ class WeightKeeper:
 
     def end(self, failed: bool) -> None:
         """It ends. One that has failed leaves W0 behind, unless other threads are inside one."""
-        with self.lock:
+        with self.forwards.lock:
             if self.forwards.leave() and failed:
                 self.restore()
 
@@ -148,13 +140,11 @@ class WeightKeeper:
         """The weights of the layers hold these adapters, as they are now, or for None W0.
 
         For layers that are used outside of a forward of the model, or after something has restored
-        weights inside of one. The caller holds `lock`.
+        weights inside of one. The caller holds `forwards.lock`.
         """
-        self.restore([layer for layer, adapter in adapters.items() if adapter is None])
-        wanted = [(layer, adapter) for layer, adapter in adapters.items() if adapter is not None]
-        if wanted:
+        if any(adapters.values()):
             self._engage()
-            self._launch_all(self._taken(wanted))
+        self._launch_all(self._taken(adapters))
 
     def prepare(self) -> None:
         """Decide what a forward writes until something changes, and arrange the weights for it. A
@@ -162,13 +152,11 @@ class WeightKeeper:
         """
         self._notice_changes()
         for layer in self.layers:
-            layer.refresh()
+            layer.known.look()
         with self.forwards.alone():
             self._engage()
             adapters = {layer: layer.written_adapter() for layer in self.layers}
-            self.restore([layer for layer, adapter in adapters.items() if adapter is None])
-            wanted = [(layer, name) for layer, name in adapters.items() if name is not None]
-            entries = self._taken(wanted)
+            entries = self._taken(adapters)
         self._premises = Premises()
         if self.arrangement is not None:
             self.arrangement.note(self._premises)
@@ -176,13 +164,16 @@ class WeightKeeper:
             layer.note(self._premises, adapters[layer])
         self._writes = self._by_device(entries)
 
-    def _taken(self, wanted: Sequence[tuple[WrittenLayer, str]]) -> list[tuple]:
-        """The entries that write these adapters, once what they take the place of is kept."""
-        others = [layer for layer, name in wanted if self.written(layer) not in (None, name)]
-        moved = [layer for layer, _ in wanted if self._is_moved(layer)]
-        self.restore([*others, *moved])
+    def _taken(self, adapters: Mapping[Any, str | None]) -> list[tuple]:
+        """The entries that write these adapters, once what they take the place of is kept; of
+        layers with None W0 is restored.
+        """
+        kept = {layer for layer, name in adapters.items() if self.written(layer) in (None, name)}
+        self.restore([each for each in adapters if each not in kept or self._is_moved(each)])
         entries: list[tuple] = []
-        for layer, name in wanted:
+        for layer, name in adapters.items():
+            if name is None:
+                continue
             if layer not in self.held_by_layer:
                 self.held_by_layer[layer] = layer.take(name)
             held = self.held_by_layer[layer]
@@ -213,6 +204,13 @@ class WeightKeeper:
         those that were sharded while they held what was trained.
         """
         check_not_partitioned(layer.weight for layer in self.layers)
+        self._look()
+        if self.arrangement is not None and not self.arrangement.intact:
+            self.release()
+        for layer in self.layers:
+            self.notice_weight(layer)
+
+    def _look(self) -> None:
         self.obstacles.look()
         held = self.held_by_layer or (self.arrangement is not None and self.arrangement.moved)
         if held and self.obstacles.sharded:
@@ -220,10 +218,15 @@ class WeightKeeper:
                 "the model was sharded after its first forward, while the weights held what was "
                 "trained: shard it before, or call state_dict() first"
             )
-        if self.arrangement is not None and not self.arrangement.intact:
-            self.release()
-        for layer in self.layers:
-            self.notice_weight(layer)
+
+    def notice_call(self, layer: WrittenLayer) -> None:
+        """A layer is called, perhaps not from the forward of the model: then nobody has looked
+        whether FSDP2 has come. Where it has, the weight is another one. Raises RuntimeError as
+        `prepare` does.
+        """
+        if layer.weight is not self._weights.get(layer) and not self.obstacles.sharded:
+            self._look()
+        self.notice_weight(layer)
 
     def notice_weight(self, layer: WrittenLayer) -> None:
         """A layer whose dense weight is another one than it was has another base."""
@@ -232,13 +235,13 @@ class WeightKeeper:
             return
         self._weights[layer] = now
         if not self.obstacles.sharded and not (not_plain(before) or not_plain(now)):
-            layer.refresh(loaded=True)
+            layer.known.look(loaded=True)
 
     # Second verb: restore
 
     def restore(self, layers: Iterable[Any] | None = None) -> None:
         """Put W0 back into the weights of these layers, by default of all."""
-        with self.lock:
+        with self.forwards.lock:
             asked = self.layers if layers is None else layers
             found = [layer for layer in asked if layer in self.held_by_layer]
             if not found:
@@ -277,7 +280,7 @@ class WeightKeeper:
 
     def _engage(self) -> None:
         """Bring the weights into the working basis, if there is one and nothing is merged."""
-        if self.arrangement is None or self.arrangement.engaged or self._merged:
+        if self.arrangement is None or self.arrangement.engaged or self.merged:
             return
         try:
             self.arrangement.engage(self.layers, self.obstacles.of(self.layers[0].weight))
@@ -298,20 +301,15 @@ class WeightKeeper:
             self.release()
             held = layer.take(adapter)
             self._launch_all(layer.entries(held, held.delta))
-            self._merged.setdefault(layer, []).append(held)
+            self.merged.setdefault(layer, []).append(held)
             self.changed()
-
-    @property
-    def merged(self) -> bool:
-        """Whether an adapter is merged into any weight."""
-        return bool(self._merged)
 
     def unmerge(self, layer: WrittenLayer) -> None:
         """Undo the last `merge` of the layer: the weight is what it was before, bit for bit."""
         with self.forwards.alone():
-            held = self._merged[layer].pop()
-            if not self._merged[layer]:
-                del self._merged[layer]
+            held = self.merged[layer].pop()
+            if not self.merged[layer]:
+                del self.merged[layer]
             self._launch_all(layer.entries(held, None))
             self.changed()
 
@@ -325,7 +323,7 @@ class WeightKeeper:
     def moved(self, layer: WrittenLayer, before: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
         """The layer's weight, which was `before`, was moved or cast by fn."""
         held = self.held_by_layer.get(layer)
-        for each in [*([held] if held is not None else []), *self._merged.get(layer, [])]:
+        for each in [*([held] if held is not None else []), *self.merged.get(layer, [])]:
             each.base = fn(each.base)
             if isinstance(each.where, Tensor):
                 each.where = fn(each.where)
@@ -339,4 +337,4 @@ class WeightKeeper:
         """Have all layers compute the fingerprints that are not known; the weights hold W0."""
         for layer in self.layers:
             self.notice_weight(layer)
-            layer.renew_fingerprints()
+            layer.known.renew()

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from s2kernels.peft.host.loading import KnownAdapters
 from s2kernels.peft.host.premises import Premises
 
 
@@ -28,6 +29,7 @@ class WrittenLayer(Protocol):
     """A layer whose weight is written to. It describes itself, and holds nothing of its weight."""
 
     name: str
+    known: KnownAdapters
 
     @property
     def weight(self) -> Tensor: ...
@@ -56,21 +58,17 @@ class WrittenLayer(Protocol):
     def locate(self) -> None:
         """Look up anew where the adapters' values lie, since the basis has changed."""
 
-    def refresh(self, loaded: bool = False) -> None:
-        """Take note of adapters that were loaded; with `loaded`, the base may have been, too."""
-
-    def renew_fingerprints(self) -> None:
-        """Compute the fingerprints that are not known; the weight holds W0."""
-
 
 class Arrangement(Protocol):
     """How the weights of a model lie in memory: the order of their channels, and beside which.
 
     engaged: whether that is as the layers want it. moved: whether channels are in another order
-    than in the checkpoint.
+    than in the checkpoint. heads: by structure, the order of heads that are moved; it is replaced,
+    never changed.
     """
 
     engaged: bool
+    heads: dict[str, list[list[int]]]
 
     @property
     def moved(self) -> bool: ...

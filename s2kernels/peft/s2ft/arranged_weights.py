@@ -27,6 +27,7 @@ class ArrangedWeights:
         self.model = model
         self.structures: dict[str, Structure] = {}
         self.permutations: dict[str, Permutation] = {}
+        self.heads: dict[str, list[list[int]]] = {}
         self.engaged = False
         # layers whose weights are joined wherever they lie on a GPU
         self.pairs: list[tuple[nn.Linear, nn.Linear]] = []
@@ -55,6 +56,11 @@ class ArrangedWeights:
                     apply_(self.model, self.structures[name], permutation)
                     self.permutations[name] = permutation
                     self._permuted[name] = self._layers_of(name)
+            self.heads = {
+                name: [order.tolist() for order in permutation.orders.values()]
+                for name, permutation in permutations.items()
+                if "channel" not in permutation.orders
+            }
             self.engaged = True
         finally:
             if not self.engaged:
@@ -100,14 +106,21 @@ class ArrangedWeights:
         return None
 
     def put_back_copies(self, state: dict[str, Any]) -> None:
-        """Put copies in the original basis in the place of permuted weights in a state_dict."""
+        """In a state_dict, put copies in the original basis in the place of permuted weights, and
+        of joined ones some with a storage each.
+        """
         moved = {
             parameter(self.model, self.structures[name], member).data_ptr(): (name, member)
             for name in self.permutations
             for member in self.structures[name].members
         }
+        joined = {weight.data_ptr() for weight in self._joined}
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.data_ptr() in moved:
+            if not isinstance(value, Tensor) or value.is_meta:
+                continue
+            if value.data_ptr() in joined:
+                state[key] = value.detach().clone()
+            if value.data_ptr() in moved:
                 name, member = moved[value.data_ptr()]
                 state[key] = value.detach().clone()
                 inverse = self.permutations[name].inverse()
@@ -174,6 +187,7 @@ class ArrangedWeights:
         return permutations
 
     def _undo(self) -> None:
+        self.heads = {}
         for name in list(self.permutations):
             structure, layers = self.structures[name], self._permuted.get(name, [])
             if layers:  # those that have come in their places since are in the original basis

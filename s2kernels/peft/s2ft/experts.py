@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from s2kernels.architectures import Member
 from s2kernels.autograd.experts import Routing, expert_delta, expert_linear, experts_forward
 from s2kernels.coupling import Structure
-from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.holding import Holding, holding, keep_w0_for_backward_of
 from s2kernels.peft.host.kept_buffers import beside, has_values, keep
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
@@ -177,7 +177,7 @@ class S2FTExpertTensor(S2FTLayer):
             )
         written = call.written if names is None else None
         if not self.keeper.are_ready({self: written}):
-            with self.keeper.lock:
+            with self.keeper.forwards.lock:
                 self.keeper.ensure_written({self: written})
 
     def _apply(self, fn, recurse: bool = True):
@@ -230,7 +230,7 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
         if not self._is_ours(hidden_states):
             y = self.base_layer(hidden_states, top_k_index, top_k_weights)
             for layer in self.tensors:
-                layer.keep_w0_for_backward_of(y)
+                keep_w0_for_backward_of(y, layer)
             return y
         return experts_forward(
             self.base_layer,

@@ -9,6 +9,7 @@ On a GPU the weights of gate and up are laid one after the other: the pair is on
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ from s2kernels.autograd.joined import joined
 from s2kernels.autograd.mlp import mlp
 from s2kernels.capturing import is_capturing
 from s2kernels.coupling import Structure
-from s2kernels.peft.host.holding import Holding, holding
 from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
@@ -32,7 +32,7 @@ from s2kernels.peft.s2ft.fusion_checks import (
     sole_active_adapter,
     weights_match_input,
 )
-from s2kernels.peft.s2ft.linear import S2FTLinear
+from s2kernels.peft.s2ft.linear import S2FTLinear, holding_for
 from s2kernels.reference import Index
 
 
@@ -78,7 +78,7 @@ class MLPCall(NamedTuple):
     where: Index = slice(0, 0)
     mode: str = "inplace"
     both: Tensor | None = None
-    holding: Holding | None = None
+    holding: AbstractContextManager | None = None
 
 
 def fuse_mlp(keeper: WeightKeeper, structure: Structure) -> list[nn.Module]:
@@ -144,7 +144,7 @@ class FusedMLP:
         operands: Any = call[3:]
         if keeper.are_ready(call.written):
             return mlp(x, *operands)
-        with keeper.lock:
+        with keeper.forwards.lock:
             keeper.ensure_written(call.written)
             return mlp(x, *operands)
 
@@ -154,7 +154,8 @@ class FusedMLP:
         modules = [getattr(self.module, name) for name in names]
         layers = [each for each in modules if isinstance(each, S2FTLinear)]
         for layer in layers:
-            layer.refresh()
+            self.keeper.notice_call(layer)
+            layer.known.look()
         operands = self._operands(modules, layers)
         premises = Premises()
         premises.unwatched()
@@ -165,7 +166,7 @@ class FusedMLP:
             return MLPCall(self.keeper.changes, premises, {})
         for layer in layers:
             layer.note(premises, operands["written"][layer])
-        held = holding(self.keeper, operands["written"])
+        held = holding_for(operands["written"])
         return MLPCall(self.keeper.changes, premises, **operands, holding=held)
 
     def _operands(
@@ -183,7 +184,8 @@ class FusedMLP:
         if len(modules) == 2 and modules[0] in trained:
             return None  # the trained channels of gate and up in one weight are two sets of them
         written = {layer: layer.written_adapter() for layer in layers}
-        modes = {written[layer] is not None for layer in trained}
+        arrived = {layer: layer.arrived_adapter() for layer in layers}
+        modes = {(written[layer] or arrived[layer]) is not None for layer in trained}
         positions = [layer.positions[adapter] for layer in trained]
         if len(modes) > 1 or not _are_the_same([layer.s2ft_index[adapter] for layer in trained]):
             return None

@@ -122,6 +122,7 @@ class SharedInput:
             and sole_active_adapter([self.layer]) is not None
         )
         if together and joined(*weights[:2]) is None:
+            self.keeper.notice_call(self.layer)
             join_all(self.keeper)
         premises = Premises()
         for module in self.modules:

@@ -56,7 +56,7 @@ class S2FTLayer(AdapterLayer):
     adapter_layer_names = ("s2ft_delta",)
     other_param_names: tuple[str, ...] = (
         *("s2ft_index", "s2ft_dim", "s2ft_fingerprint"),
-        *("modes", "layouts", "fuse", "positions", "_seen", "_renew", "_refused"),
+        *("modes", "layouts", "fuse", "positions"),
     )
 
     def __init__(
@@ -80,25 +80,17 @@ class S2FTLayer(AdapterLayer):
         self, adapter_name: str, index: Tensor, mode: str, layout: str, fuse: bool = True
     ) -> None:
         """Add an adapter that trains the channels `index`, int32 (R,) or (E, R), in the original
-        basis.
-
-        Raises ValueError for an offloaded weight, and for mode="inplace" where the base layer does
-        not admit it.
+        basis. Raises ValueError as `check_mode` does.
         """
-        self.check_is_loaded()
         self.check_mode(mode)
-        weight = self.weight
         with with_values():
             num = self._check_index("index", index)
             self.s2ft_dim[adapter_name] = torch.tensor(
-                self.axis, dtype=torch.int32, device=home_of(weight)
+                self.axis, dtype=torch.int32, device=home_of(self.weight)
             )
         shape = (self.out_features, num) if self.dim == "in" else (num, self.in_features)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
-        zeros = torch.zeros(*self.num_experts, *shape, dtype=dtype, device=weight.device)
         self.layouts[adapter_name], self.fuse[adapter_name] = layout, fuse
-        self.add(adapter_name, mode, nn.Parameter(zeros), index)
+        self.add(adapter_name, mode, (*self.num_experts, *shape), index)
 
     @property
     def axis(self) -> int:

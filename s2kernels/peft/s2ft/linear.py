@@ -1,5 +1,6 @@
 """The layer that PEFT puts in the place of a Linear: how its slices reach the output."""
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from s2kernels.architectures import Member
 from s2kernels.autograd.linear import delta_linear, linear
 from s2kernels.coupling import is_conv1d, is_dense
-from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
+from s2kernels.peft.s2ft.gathered import AsGathered, Gathered
 from s2kernels.peft.s2ft.layer import S2FTLayer
 from s2kernels.peft.s2ft.mixed import Rows
 from s2kernels.reference import Index, take
@@ -21,7 +23,8 @@ from s2kernels.reference import Index, take
 class LinearCall(NamedTuple):
     """What a forward of the layer does; see `AdapterLayer.prepared`.
 
-    written:  the adapter whose slice belongs in the weight; None where the weight is to hold W0
+    written:  the adapter whose slice is to be written into the weight; None where nothing is
+    mode:     "inplace" where the weight that is multiplied holds the slice
     matrix:   the weight (N, K) that one Function takes with the first slice; None where the base
               layer computes its own output
     slices:   (delta, positions) of the active adapters
@@ -34,11 +37,17 @@ class LinearCall(NamedTuple):
     matrix: Tensor | None
     bias: Tensor | None
     slices: list[tuple[Tensor, Index]]
-    holding: Holding | None
+    mode: str
+    holding: AbstractContextManager | None
 
 
 class S2FTLinear(S2FTLayer):
-    """A linear layer, `base_layer`, with trained slices of its weight (N, K); see `S2FTLayer`."""
+    """A linear layer, `base_layer`, with trained slices of its weight (N, K); see `S2FTLayer`.
+
+    gathered: where FSDP gathers the weight with a slice in it, which one; see `fsdp_placement`.
+    """
+
+    gathered: Gathered | None = None
 
     def __init__(
         self,
@@ -69,8 +78,11 @@ class S2FTLinear(S2FTLayer):
         return [(self.matrix_of(held.weight), held.base, delta, held.where, self.dim)]
 
     def take_base_slice(self, where: Index) -> Tensor:
-        weight = self.matrix_of(self.weight).data
-        return take(weight, where) if self.dim == "in" else take(weight.t(), where).t().contiguous()
+        return self.slice_of_matrix(self.matrix_of(self.weight).data, where)
+
+    def slice_of_matrix(self, matrix: Tensor, where: Index) -> Tensor:
+        """A copy of what a matrix (N, K), or a shard of it, has at these channels."""
+        return take(matrix, where) if self.dim == "in" else take(matrix.t(), where).t().contiguous()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to W0, dense, shaped like the weight, in the dtype of the delta."""
@@ -81,8 +93,20 @@ class S2FTLinear(S2FTLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
+    def written_adapter(self) -> str | None:
+        return super().written_adapter() if self.gathered is None else None
+
+    def arrived_adapter(self) -> str | None:
+        """The adapter whose slice FSDP has put into the weight; None for W0. See `Gathered`."""
+        return None if self.gathered is None else self.gathered.arrived()
+
+    def note(self, premises: Premises, adapter: str | None) -> None:
+        super().note(premises, adapter)
+        if self.gathered is not None:
+            premises.same_attribute(self.gathered, "adapter")
+
     def prepare(self) -> LinearCall:
-        written = self.written_adapter()
+        written, arrived = self.written_adapter(), self.arrived_adapter()
         names = self.active()
         dense = bool(names) and is_dense(self.base_layer) and not self.weight.requires_grad
         premises = Premises()
@@ -102,7 +126,8 @@ class S2FTLinear(S2FTLayer):
             self.matrix_of(self.weight) if dense else None,
             self.bias if dense else None,
             [(self.s2ft_delta[name], self.positions[name]) for name in names],
-            holding(self.keeper, {self: written}) if dense else None,
+            "additive" if written is None and arrived is None else "inplace",
+            holding_for({self: written}) if dense else None,
         )
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -117,7 +142,7 @@ class S2FTLinear(S2FTLayer):
             return self._forward_mixed(x, rows, *args, **kwargs)  # type: ignore[arg-type]
         if keeper.are_ready({self: call.written}):
             return self._compute(x, call, *args, **kwargs)
-        with keeper.lock:
+        with keeper.forwards.lock:
             keeper.ensure_written({self: call.written})
             return self._compute(x, call, *args, **kwargs)
 
@@ -126,15 +151,14 @@ class S2FTLinear(S2FTLayer):
             y, others = self._forward_base(x, *args, **kwargs), call.slices
         else:
             (delta, where), *others = call.slices
-            mode = "additive" if call.written is None else "inplace"
-            y = linear(x, call.matrix, delta, where, self.dim, call.bias, mode, call.holding)
+            y = linear(x, call.matrix, delta, where, self.dim, call.bias, call.mode, call.holding)
         for delta, where in others:
             y = delta_linear(y, x, delta, where, self.dim)
         return y
 
     def _forward_base(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        self.keep_w0_for_backward_of(y)
+        keep_w0_for_backward_of(y, self)
         return y
 
     def _forward_mixed(self, x: Tensor, rows: Rows, *args, **kwargs) -> Tensor:
@@ -144,12 +168,24 @@ class S2FTLinear(S2FTLayer):
         if self.merged:
             raise ValueError("adapter_names does not go with merged adapters: call unmerge_adapter")
         # in the FFNs of the coupling table, which are no experts, tokens are only ever joined
+        if self.gathered is not None:
+            self.gathered.check(None)
         adapter_names = rows.of(x, joined=self.structure is not None)
         self.keeper.restore([self])
         y = self._forward_base(x, *args, **kwargs)
         present = self.present(sorted(set(adapter_names)))
         parts = {name: (self.s2ft_delta[name], self.positions[name]) for name in present}
         return rows.add(y, x, self, self.dim, adapter_names, parts) if parts else y
+
+
+def holding_for(written: dict[S2FTLinear, str | None]) -> AbstractContextManager | None:
+    """What a backward enters: the weights of these layers, of one model, hold what they hold in the
+    forward. See `holding` and `AsGathered`.
+    """
+    gathered = {layer.gathered: layer.gathered.adapter for layer in written if layer.gathered}
+    if gathered:
+        return None if torch.compiler.is_compiling() else AsGathered(gathered)
+    return holding(next(iter(written)).keeper, dict(written))
 
 
 def _not_merged() -> None:

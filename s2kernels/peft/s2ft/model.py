@@ -107,6 +107,9 @@ class S2FTModel(AdapterModel):
         join_all(self.keeper)  # as early as can be: a GEMM may round otherwise elsewhere in memory
 
     def _detach(self) -> None:
+        for layer in self.keeper.layers:
+            if isinstance(layer, S2FTLinear) and layer.gathered is not None:
+                layer.gathered.check_given_back()
         super()._detach()
         arrangement_of(self.keeper).pairs = []
         for module in self.keeper.model.modules():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from s2kernels import backend
 from s2kernels.adapter import alike, fingerprint
 from s2kernels.autograd.sparse import Observer, Weight, check_entries, linear
-from s2kernels.peft.host.holding import Holding, holding
+from s2kernels.peft.host.holding import Holding, holding, keep_w0_for_backward_of
 from s2kernels.peft.host.kept_buffers import KeptBuffers, beside, has_values, with_values
 from s2kernels.peft.host.layer import AdapterLayer
 from s2kernels.peft.host.premises import Premises
@@ -62,10 +62,7 @@ class SpIELLinear(AdapterLayer):
     delta_name, index_name = "spiel_delta", "spiel_index"
     fingerprint_name = "spiel_fingerprint"
     adapter_layer_names = ("spiel_delta",)
-    other_param_names = (
-        *("spiel_index", "spiel_fingerprint", "modes", "observers"),
-        *("_plans", "_renew", "_seen", "_refused"),
-    )
+    other_param_names = ("spiel_index", "spiel_fingerprint", "modes", "observers", "_plans")
 
     def __init__(self, base_layer: nn.Module, keeper: WeightKeeper, name: str) -> None:
         super().__init__(keeper, name)
@@ -82,20 +79,14 @@ class SpIELLinear(AdapterLayer):
     ) -> None:
         """Add an adapter that trains the entries at `index` (k,), sorted, deltas in dtype.
 
-        Raises ValueError for an offloaded weight, for mode="inplace" where the base layer does not
-        admit it, and for a 4-bit weight that bitsandbytes has rearranged.
+        Raises ValueError as `check_mode` does, and for a 4-bit weight that bitsandbytes has
+        rearranged.
         """
-        self.check_is_loaded()
         check_order(self.get_base_layer())
         self.check_mode(mode)
-        weight = self.weight
         with with_values():
             num = check_entries("index", index, self.shape)
-        if dtype is None:
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
-        zeros = torch.zeros(num, dtype=dtype, device=weight.device)
-        self.add(adapter_name, mode, nn.Parameter(zeros), index)
+        self.add(adapter_name, mode, (num,), index, dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -179,7 +170,7 @@ class SpIELLinear(AdapterLayer):
         call = self.prepared()
         if self.keeper.are_ready({self: call.written}):
             return self._compute(x, call, *args, **kwargs)
-        with self.keeper.lock:
+        with self.keeper.forwards.lock:
             self.keeper.ensure_written({self: call.written})
             return self._compute(x, call, *args, **kwargs)
 
@@ -188,7 +179,7 @@ class SpIELLinear(AdapterLayer):
         if name is None:
             with keeping_order(self.get_base_layer()):
                 y = self.base_layer(x, *args, **kwargs)
-            self.keep_w0_for_backward_of(y)
+            keep_w0_for_backward_of(y, self)
             return y
         delta, index = self.spiel_delta[name], self.spiel_index[name]
         if name not in self._plans and torch.is_grad_enabled() and delta.requires_grad:
@@ -219,10 +210,7 @@ class SpIELLinear(AdapterLayer):
         self.spiel_index[adapter_name].copy_(replaced.index)
         check_entries(f"{self.name}: index", self.spiel_index[adapter_name], self.shape)
         self._plans.pop(adapter_name, None)
-        self.spiel_fingerprint[adapter_name] = self.unknown_fingerprint(adapter_name)
-        self._renew[adapter_name] = True
-        self._seen[adapter_name] = self._sources(adapter_name)
-        self.keeper.changed()
+        self.known.own(adapter_name)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
