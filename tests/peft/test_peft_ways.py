@@ -216,6 +216,27 @@ def test_data_parallel_is_refused(config):
         replica(IDS)
 
 
+class SumOfSquares(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(8, 6, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.fc(x).square().sum()
+
+
+@EVERY_MODE
+def test_a_model_may_return_a_single_number(config):
+    budget = dict(num_tunable_weights=9) if is_spiel(config) else dict(channels=2)
+    model = SumOfSquares()
+    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = randomized(get_peft_model(model, config(target_modules=["fc"], **budget)))
+    (layer,) = layers(model)
+    weight = (layer.weight + layer.get_delta_weight("default")).detach()
+    want = torch.nn.functional.linear(x, weight, layer.bias).square().sum()
+    torch.testing.assert_close(model(x).detach(), want, rtol=1e-12, atol=0)
+
+
 # Adapters on their way
 
 
