@@ -1,7 +1,6 @@
 """How a keeper gets to know what is done to its model: forwards, state_dict, load_state_dict."""
 
 import inspect
-from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -180,7 +179,8 @@ def _check_heads(cache: Any, heads: dict) -> None:
 
 
 def _note_heads(output: Any, heads: dict) -> None:
+    """Note in the KV caches of a model's output in which order their heads are."""
     parts = output.values() if isinstance(output, dict) else output
-    for part in parts if isinstance(parts, Iterable) else ():
+    for part in parts if isinstance(output, (dict, tuple)) else ():
         if isinstance(part, Cache):
             setattr(part, _HEADS, heads)
