@@ -144,6 +144,7 @@ def test_a_run_lowers_the_held_out_loss(trained, base, data):
     assert curve[-1][1] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_never_interrupted(trained, base, data, tmp_path):
     output = tmp_path / "resumed"
     shutil.copytree(trained / "checkpoint-6", output / "checkpoint-6")
@@ -325,6 +326,7 @@ def test_finetune_selects_on_a_share_of_its_training_data(base, data, tmp_path, 
     assert metrics_of(tmp_path)["steps"] == 3
 
 
+@pytest.mark.slow
 def test_a_mixture_goes_through_every_command(data, tmp_path, capsys):
     base = tmp_path / "base"
     sizes = dict(vocab_size=259, max_position_embeddings=256, eos_token_id=1)
