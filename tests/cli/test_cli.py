@@ -145,6 +145,7 @@ def test_a_run_lowers_the_held_out_loss(trained, base, data):
     assert curve[-1][1] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_never_interrupted(trained, base, data, tmp_path):
     output = tmp_path / "resumed"
     shutil.copytree(trained / "checkpoint-6", output / "checkpoint-6")
