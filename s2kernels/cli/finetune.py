@@ -32,11 +32,11 @@ from s2kernels.peft import (
     S2FTConfig,
     SpIELCallback,
     SpIELConfig,
-    gathered_state,
     indices_of,
     save_pretrained,
     select_indices,
 )
+from s2kernels.peft.host.saving import gathered_state
 
 MOST_HELD_OUT = 128  # examples, where --held-out was not given
 
