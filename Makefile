@@ -44,7 +44,7 @@ test-vllm:
 	.ci/test-vllm --output bench/results/cpu/vllm.json
 
 # Two processes of about the same length. Each prints what it has to say when it is done.
-TESTS_OF_OPS := $(foreach room,kernels autograd bench serve,tests/$(room)/)
+TESTS_OF_OPS := $(foreach room,kernels autograd bench plots serve,tests/$(room)/)
 OTHER_TESTS := $(filter-out $(TESTS_OF_OPS) tests/__pycache__/,$(wildcard tests/*/))
 
 .PHONY: test-fast test-ops test-others

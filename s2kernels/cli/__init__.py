@@ -81,7 +81,7 @@ def _told_in_a_line(parser: _Parser, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        parser.exit(130, f"{interrupt or 'interrupted'}\n")
+        parser.exit(130, f"\n{str(interrupt) or 'interrupted'}\n")
     except Exception as error:
         text = str(error)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

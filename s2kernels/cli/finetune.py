@@ -21,6 +21,7 @@ from s2kernels.cli import examples, models, runs, training
 from s2kernels.cli.answers import answers, check_chat, encode, prompt_of, show
 from s2kernels.cli.figures import draw_losses
 from s2kernels.files import replacing
+from s2kernels.peft.host.saving import gathered_state
 
 MOST_HELD_OUT = 128  # examples, where --held-out was not given
 
@@ -102,7 +103,7 @@ def finetune(args: Namespace) -> Callable[[], None]:
                 text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
                 (folder / runs.SETTINGS_NAME).write_text(text, "utf-8")
         metrics = {**counts, **_train(trainer, args.output, checkpoint), "options": settings}
-        state = tuners.gathered_state(trainer.model)  # of all processes, under FSDP2
+        state = gathered_state(trainer.model)  # of all processes, under FSDP2
         if not is_main:
             return
         with replacing(args.output) as folder:

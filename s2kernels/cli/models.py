@@ -120,7 +120,11 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=not is_hub_id(name))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer in {name}: give one by --tokenizer") from error
+        text = "no tokenizer is in it; another one's is given by --tokenizer"
+        if not Path(name).exists():
+            hub = f", and the hub: {' '.join(str(error).split()):.200}" if is_hub_id(name) else ""
+            text = f"there is no such folder{hub}"
+        raise ValueError(f"{name}: {text}") from error
 
 
 def with_adapter(model: Any, path: Path, **fields: Any) -> PeftModel:

@@ -17,7 +17,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from s2kernels.peft.host.saving import gathered_state, save_pretrained
+from s2kernels.peft.host.saving import save_pretrained
 from s2kernels.peft.s2ft.config import PEFT_TYPE, S2FTConfig
 from s2kernels.peft.s2ft.linear import S2FTLinear
 from s2kernels.peft.s2ft.model import S2FTModel
@@ -51,7 +51,6 @@ __all__ = [
     "SpIELModel",
     "SpIELTuner",
     "fsdp_placement",
-    "gathered_state",
     "indices_of",
     "make_optimizer",
     "report",

@@ -145,6 +145,7 @@ def test_a_run_lowers_the_held_out_loss(trained, base, data):
     assert curve[-1][1] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_never_interrupted(trained, base, data, tmp_path):
     output = tmp_path / "resumed"
     shutil.copytree(trained / "checkpoint-6", output / "checkpoint-6")
@@ -393,10 +394,11 @@ def test_mistakes_are_told_in_one_line(base, data, trained, tmp_path, capsys):
         ([*args, data, "--targets", "mlp"], "linear"),
         ([*args, data, "--max-length", "999"], "256 positions"),
         ([*args, data, "--max-length", "9"], "leaves no token"),
-        ([*args[:5], "--tokenizer", tmp_path, "--data", data], "no tokenizer in"),
-        ([*args[:5], "--data", data], "no tokenizer in"),
+        ([*args[:5], "--tokenizer", tmp_path, "--data", data], "no tokenizer is in it"),
+        ([*args[:5], "--data", data], "no tokenizer is in it"),
         ([*args, data, "--output", trained], "not an empty folder"),
         (["finetune", "--model", tmp_path, *args[3:], data], "has no config.json"),
+        (["finetune", "--model", new, *args[3:5], "--data", data], "there is no such folder"),
         (["finetune", "--model", small, *args[3:], data], "259 tokens"),
         (["inspect", tmp_path], "no adapter_config.json"),
         (["inspect", lora], "holds no adapter of S2FT or SpIEL: its type is 'LORA'"),

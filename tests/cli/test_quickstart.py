@@ -1,9 +1,10 @@
-"""Every command of docs/quickstart.md runs as it is written, on a tiny model."""
+"""Every command of docs/quickstart.md runs as it is written, on a tiny model and a free port."""
 
 import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,13 +57,15 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     save_tiny(tmp_path / "models" / "smollm2")
     (shown,) = re.findall(r"```json\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     Path("train.json").write_text(json.dumps(json.loads(shown) * 6))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     server = None
     ran = []
     try:
         for line in commands():
             if line.startswith(ELSEWHERE):
                 continue
-            words = shlex.split(line)
+            words = shlex.split(line.replace("8000", port))
             ran.append(" ".join(words[:2]))
             if words[:2] == ["s2kernels", "serve"]:
                 command = [sys.executable, "-m", "s2kernels", *words[1:], "--pool-mib", "4"]
@@ -79,7 +82,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     finally:
         if server is not None:
             server.terminate()
-            server.wait(20)
+            server.wait(120)
     assert ran == [
         *["s2kernels finetune"] * 3,
         *["s2kernels inspect", "s2kernels generate", "s2kernels evaluate"],

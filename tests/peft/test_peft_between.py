@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from adapter_models import EVERY_CONFIG, deltas, randomized
+from adapter_models import EVERY_CONFIG, randomized
 from model_states import assert_same, base_state
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -92,30 +92,28 @@ def mamba():
 
 @pytest.mark.parametrize("kind", ("s2ft", "spiel"))
 @pytest.mark.parametrize("mode", ("inplace", "additive"))
-def test_a_delta_that_gets_no_gradient_is_noticed_once(kind, mode):
+def test_a_trained_layer_that_is_not_called_is_noticed_once(kind, mode):
     """Mamba reads the weight of dt_proj, and does not call the layer."""
     fields = dict(layout="gather") if kind == "s2ft" else {}
     config = KINDS[kind](target_modules=["x_proj", "dt_proj"], mode=mode, **fields)
     model = get_peft_model(mamba(), config).train()
-    loss_of(model).backward()
-    with pytest.warns(UserWarning, match=r"layers.0.mixer.dt_proj, .* got no gradient in"):
+    with pytest.warns(UserWarning, match=r"layers.0.mixer.dt_proj, .* not called in the first"):
         loss_of(model).backward()
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*got no gradient")
+        warnings.filterwarnings("error", message=".*not called in the first")
         loss_of(model).backward()
 
 
 @EVERY_KIND
-def test_no_delta_is_missed_that_gets_a_gradient(kind):
+def test_no_layer_that_is_called_is_missed(kind):
     model = get_peft_model(tiny_model("llama"), KINDS[kind](target_modules="all-linear"))
     model.add_adapter("idle", KINDS[kind](target_modules="all-linear"))
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*got no gradient")
+        warnings.filterwarnings("error", message=".*not called in the first")
         for name in ("default", "idle", "default"):
             model.set_adapter(name)
             for _ in range(3):
                 (loss_of(model) + loss_of(model)).backward()
-    assert not any(delta._backward_hooks for delta in deltas(model) + deltas(model, "idle"))
 
 
 @pytest.mark.parametrize("change", ("merge", "delete", "add", "none"))

@@ -46,6 +46,7 @@ def compiled(model, part):
     return model
 
 
+@pytest.mark.slow
 @EVERY_CONFIG
 @pytest.mark.parametrize("part", ("model", "layers"))
 def test_a_compiled_base_is_adapted_as_any_other(config, part, tmp_path):

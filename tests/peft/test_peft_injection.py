@@ -96,14 +96,6 @@ def test_auto_is_additive_where_a_weight_is_shared():
     assert_same(base_state(model.base_model.model), original)
 
 
-def test_data_parallel_is_refused():
-    model = get_peft_model(tiny_model("llama", **WIDE), config())
-    inner = model.base_model.model
-    replica = inner._replicate_for_data_parallel()
-    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
-        replica(token_ids())
-
-
 def one_layer_offloaded():
     model = tiny_model("llama", torch.float32, **WIDE)
     cpu_offload(model.model.layers[1].mlp.down_proj, execution_device="cpu")

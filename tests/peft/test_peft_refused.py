@@ -165,6 +165,7 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=ids).logits
 
 
+@pytest.mark.slow
 @EVERY_CONFIG
 @pytest.mark.parametrize("forward_first", (False, True))
 @pytest.mark.parametrize("strict", (False, True))

@@ -10,8 +10,6 @@ from s2ft_models import (
     COMBINATIONS,
     EVERY_COMBINATION,
     EVERY_PROJECTION,
-    LAYOUTS,
-    MODES,
     WIDE,
     assert_own_gradient_despite_a_later_pass,
     config,
@@ -227,69 +225,9 @@ def test_saved_activations_are_those_of_the_floor_plus_the_slices(mode, layout, 
     assert saved(model) - floor == 4 * 16 * (num_trained - of_ffn) * 4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_disabled_pass_between_forward_and_backward_changes_no_gradient(mode, layout):
-    """As DPO does: policy forward, reference forward with the adapter off, backward."""
-    ids = token_ids()
-    fields = dict(mode=mode, layout=layout, target_modules="all-linear")
-    model = randomized(get_peft_model(tiny_model("llama", **WIDE), config(**fields)))
-    reference = tiny_model("llama", **WIDE)(ids).logits
-
-    model(input_ids=ids, labels=ids).loss.backward()
-    want = {name: delta.grad.clone() for name, delta in deltas(model).items()}
-
-    def disturb_and_leave():
-        with model.disable_adapter(), torch.no_grad():
-            assert (model(ids).logits - reference).abs().max() <= 1e-12
-
-    def take_the_slices_out():
-        model.base_model.keeper.restore()
-
-    for disturb in (disturb_and_leave, take_the_slices_out):
-        model.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        disturb()
-        loss.backward()
-        for name, delta in deltas(model).items():
-            torch.testing.assert_close(delta.grad, want[name], rtol=0, atol=1e-14)
-
-    # a backward while the adapter is off; what is off stays off
-    loss = model(input_ids=ids, labels=ids).loss
-    grads = {}
-    with model.disable_adapter():
-        tensors = list(deltas(model).values())
-        for tensor in tensors:
-            tensor.requires_grad_(True)
-        grads = torch.autograd.grad(loss, tensors)
-        assert (model(ids).logits - reference).abs().max() <= 1e-12
-    for grad, name in zip(grads, want, strict=True):
-        torch.testing.assert_close(grad, want[name], rtol=0, atol=1e-14)
-
-
 @pytest.mark.parametrize("first", ("base", "both"))
 def test_a_pass_of_the_slices_written_later_changes_no_gradient(first):
     fields = dict(layout="gather", target_modules="all-linear")
     model = get_peft_model(tiny_model("llama", **WIDE), config(**fields))
     model.add_adapter("second", config(seed=7, **fields))
     assert_own_gradient_despite_a_later_pass(randomized(model), first)
-
-
-def test_a_state_dict_between_forward_and_backward_is_an_error_or_harmless():
-    """Un-permuting moves the version of a weight that autograd has saved: no wrong gradient."""
-    ids = token_ids()
-    model = randomized(get_peft_model(tiny_model("llama", **WIDE), config(layout="permute")))
-    loss = model(input_ids=ids, labels=ids).loss
-    model.state_dict()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-    model = randomized(get_peft_model(tiny_model("llama", **WIDE), config(layout="gather")))
-    model(input_ids=ids, labels=ids).loss.backward()
-    want = {name: delta.grad.clone() for name, delta in deltas(model).items()}
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids).loss
-    model.state_dict()
-    loss.backward()
-    for name, delta in deltas(model).items():
-        assert torch.equal(delta.grad, want[name])

@@ -68,12 +68,6 @@ def test_random_entries_are_uniform(num):
     assert (counts - expected).abs().max() <= 4 * spread
 
 
-def test_data_parallel_is_refused():
-    replica = wrapped().base_model.model._replicate_for_data_parallel()
-    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
-        replica(IDS)
-
-
 def test_weights_that_are_elsewhere_are_refused():
     model = tiny_model("llama", torch.float32)
     cpu_offload(model.model.layers[1].mlp.down_proj, execution_device="cpu")

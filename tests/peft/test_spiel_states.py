@@ -1,71 +1,14 @@
 """SpIEL's base is never lost, whatever is done with adapters and weights."""
 
-import copy
-
 import pytest
 import torch
 from model_states import assert_same, base_state
 from peft import PeftModel, get_peft_model
-from spiel_models import EVERY_MODE, IDS, config, deltas, layers, randomized, train, wrapped
+from spiel_models import EVERY_MODE, IDS, config, layers, randomized, wrapped
 from tiny_models import tiny_model
 from torch import nn
 
 from s2kernels.peft.spiel.model import random_entries
-
-
-@EVERY_MODE
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_the_base_comes_back_bit_for_bit(dtype, mode):
-    model = tiny_model("llama", dtype)
-    original, logits = base_state(model), model(IDS).logits
-    model = wrapped(model, mode=mode, reselection_steps=3, accumulation_steps=1).train()
-    assert {delta.dtype for delta in deltas(model)} == {torch.float32}
-    train(model, steps=5)
-    with model.disable_adapter():
-        assert torch.equal(model(IDS).logits, logits)
-        assert_same(base_state(model), original)
-    trained = model(IDS).logits
-    assert not torch.equal(trained, logits)
-    assert_same(base_state(model), original)
-    assert torch.equal(model(IDS).logits, trained)
-
-    model.merge_adapter()
-    assert torch.equal(model(IDS).logits, trained)
-    changed = base_state(model)
-    for layer in layers(model):
-        weight, before = changed[f"{layer.name}.weight"], original[f"{layer.name}.weight"]
-        others = torch.ones(weight.numel(), dtype=torch.bool)
-        others[layer.spiel_index["default"].long()] = False
-        assert torch.equal(weight.flatten()[others], before.flatten()[others])
-        assert not torch.equal(weight, before)
-    model.unmerge_adapter()
-    assert_same(base_state(model), original)
-    assert torch.equal(model(IDS).logits, trained)
-
-    merged = copy.deepcopy(model).merge_and_unload()
-    assert torch.equal(merged(IDS).logits, trained) and not layers(merged)
-    base = model.unload()
-    assert_same(base_state(base), original)
-    assert not base._forward_pre_hooks and not base._forward_hooks
-    assert not hasattr(base, "_ddp_params_and_buffers_to_ignore")
-
-
-def test_an_exception_in_a_forward_restores_the_base():
-    model = tiny_model("llama", torch.float32)
-    original = [p.detach().clone() for p in model.parameters()]
-    model = randomized(wrapped(model, mode="inplace"))
-    want = model(IDS).logits
-
-    def fail(module, args):
-        raise KeyError("in the middle")
-
-    hook = model.base_model.model.model.layers[1].self_attn.register_forward_pre_hook(fail)
-    with pytest.raises(KeyError, match="in the middle"):
-        model(IDS)
-    hook.remove()
-    raw = [p for name, p in model.named_parameters() if "spiel_" not in name]
-    assert all(torch.equal(got, value) for got, value in zip(raw, original, strict=True))
-    assert torch.equal(model(IDS).logits, want)
 
 
 def test_other_positions_while_the_entries_are_written():
@@ -186,41 +129,6 @@ def test_several_adapters(mode, tmp_path):
     with model.disable_adapter():
         assert torch.equal(model(IDS).logits, logits)
     assert_same(base_state(model.unload()), original)
-
-
-@EVERY_MODE
-def test_a_deep_copy_trains_apart(mode):
-    model = wrapped(mode=mode, reselection_steps=3, accumulation_steps=1).train()
-    train(model, steps=2)
-    before = model(IDS).logits.detach()
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(IDS).logits, before)
-    losses = train(twin, steps=5)
-    assert losses[-1] < losses[0]
-    assert torch.equal(model(IDS).logits, before)
-    assert_same(base_state(twin), base_state(model))
-
-
-@EVERY_MODE
-def test_safe_merge_looks_at_what_the_weight_would_hold(mode):
-    """A sum that fp32 holds may be infinite in the weight's dtype."""
-    model = nn.Sequential(nn.Linear(24, 16, dtype=torch.float16))
-    original = model[0].weight.clone()
-    model = wrapped(model, target_modules=["0"], num_tunable_weights=50, mode=mode)
-    randomized(model, scale=1e5)
-    with pytest.raises(ValueError, match="not finite"):
-        model.merge_adapter(safe_merge=True)
-    assert torch.equal(layers(model)[0].weight, original)
-
-
-def test_a_change_of_dtype_keeps_the_entries_in_place():
-    model = tiny_model("llama", torch.float32)
-    original = {name: value.double() for name, value in base_state(model).items()}
-    model = randomized(wrapped(model))
-    want = model(IDS).logits
-    model.double()
-    assert (model(IDS).logits - want).abs().max() < 1e-4
-    assert_same(base_state(model), original)
 
 
 def test_a_shared_weight_is_trained_in_a_copy():

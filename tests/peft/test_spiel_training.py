@@ -58,20 +58,6 @@ def test_gradients_are_those_of_dense_autograd_at_the_entries(mode, ops, monkeyp
         torch.testing.assert_close(layer.spiel_delta["default"].grad, want, **tolerance)
 
 
-@EVERY_MODE
-def test_a_disabled_pass_between_forward_and_backward_changes_no_gradient(mode):
-    model = randomized(wrapped(mode=mode))
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    want = [delta.grad.clone() for delta in deltas(model)]
-    model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS).loss
-    with model.disable_adapter(), torch.no_grad():
-        model(IDS)
-    loss.backward()
-    for delta, grad in zip(deltas(model), want, strict=True):
-        torch.testing.assert_close(delta.grad, grad, rtol=0, atol=1e-14)
-
-
 @pytest.mark.parametrize("first", ("base", "additive", "inplace"))
 def test_another_adapter_between_forward_and_backward_changes_no_gradient(first):
     """Its entries are in the weights by then; every backward reads what its forward has read."""
@@ -91,18 +77,6 @@ def test_another_adapter_between_forward_and_backward_changes_no_gradient(first)
     model(IDS)
     loss.backward()
     torch.testing.assert_close(later_x.grad, x.grad, rtol=0, atol=1e-14 * float(x.grad.abs().max()))
-
-
-@pytest.mark.parametrize(
-    ("how", "mode"),
-    [("unload", "inplace"), ("merge_adapter", "inplace"), ("merge_adapter", "additive")],
-)
-def test_a_backward_after_merge_or_unload_changes_nothing(how, mode):
-    model = randomized(wrapped(mode=mode))
-    loss = model(input_ids=IDS, labels=IDS).loss
-    getattr(model, how)()
-    with pytest.raises(RuntimeError, match="between forward and backward"):
-        loss.backward()
 
 
 @EVERY_MODE

@@ -144,6 +144,7 @@ UNITS = {
 }
 
 
+@pytest.mark.slow
 def test_labels_have_units(drawn):
     for kind, wanted in UNITS.items():
         figures = [figure for figure in drawn if figure.stem.startswith(kind)]

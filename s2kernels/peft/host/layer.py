@@ -228,7 +228,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
         super().set_adapter(adapter_names, inference_mode)
         if self.active_adapters != before:
             self.keeper.changed()
-        self.keeper.first_gradients.watch(self)
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
@@ -240,8 +239,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         self.keeper.release()  # the basis may be that of the adapter
         super().delete_adapter(adapter_name)
-        for owner in (self.known, self.keeper.first_gradients):
-            owner.forget(adapter_name)
+        self.known.forget(adapter_name)
         self.keeper.changed()
 
     def _apply(self, fn, recurse: bool = True):

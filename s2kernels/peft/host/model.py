@@ -220,7 +220,7 @@ class AdapterModel(BaseTuner):
 
     def _take_charge(self, layers: list[Any], writes: bool = True) -> None:
         self.keeper.attach(layers)
-        self.keeper.hooks = ModelHooks(self.keeper, writes)
+        self.keeper.hooks = ModelHooks(self.keeper, self, writes)
 
     def _detach(self) -> None:
         """Restore the weights; the keeper is in charge of nothing any more."""

@@ -1,7 +1,6 @@
 """How a keeper gets to know what is done to its model: forwards, state_dict, load_state_dict."""
 
 import inspect
-from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from s2kernels.peft.host.obstacles import refuse_export
+from s2kernels.peft.host.uncalled import FirstForward
 from s2kernels.peft.host.weights import WeightKeeper
 
 _HEADS = "_s2kernels_heads"  # of a KV cache, the order of its heads: `Arrangement.heads`
@@ -18,13 +18,13 @@ _HEADS = "_s2kernels_heads"  # of a KV cache, the order of its heads: `Arrangeme
 class ModelHooks:
     """The hooks on the model of a keeper, and the forward in the place of that of its class.
 
-    writes: whether anything is ever written or permuted. If not, the model keeps its own forward,
-    which torch.compile can take in one graph.
+    tuner: PEFT's model around it. writes: whether anything is ever written or permuted. If not, the
+    model keeps its own forward, which torch.compile can take in one graph.
     """
 
-    def __init__(self, keeper: WeightKeeper, writes: bool = True) -> None:
+    def __init__(self, keeper: WeightKeeper, tuner: nn.Module, writes: bool = True) -> None:
         self.keeper = keeper
-        self._handles: list[Any] = []
+        self._handles: list[Any] = [FirstForward(keeper, tuner, keeper.model)]
         for module in self._owners():
             self._handles += [
                 module.register_state_dict_pre_hook(self._before_state_dict),
@@ -180,7 +180,8 @@ def _check_heads(cache: Any, heads: dict) -> None:
 
 
 def _note_heads(output: Any, heads: dict) -> None:
+    """Note in the KV caches of a model's output in which order their heads are."""
     parts = output.values() if isinstance(output, dict) else output
-    for part in parts if isinstance(parts, Iterable) else ():
+    for part in parts if isinstance(output, (dict, tuple)) else ():
         if isinstance(part, Cache):
             setattr(part, _HEADS, heads)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from s2kernels.coupling import not_plain
-from s2kernels.peft.host.first_gradients import FirstGradients
 from s2kernels.peft.host.forwards import Forwards
 from s2kernels.peft.host.obstacles import Obstacles
 from s2kernels.peft.host.premises import Premises
@@ -45,10 +44,10 @@ class WeightKeeper:
     ) -> None:
         self.model, self._launch, self.arrangement = model, launch, arrangement
         self.forwards = Forwards()
-        self.first_gradients = FirstGradients()
         self.obstacles = Obstacles(model)
         self.hooks: Any = None  # those on the model while it is attached
         self.layers: list[Any] = []  # each is a WrittenLayer
+        self.called: set[Any] = set()  # the layers that a forward has called
         self.attached = False
         self.changes = 0
         # by adapter: its configuration, and what this model made of it (`AdapterConfig.resolved`)
@@ -226,6 +225,7 @@ class WeightKeeper:
         """
         if layer.weight is not self._weights.get(layer) and not self.obstacles.sharded:
             self._look()
+        self.called.add(layer)
         self.notice_weight(layer)
 
     def notice_weight(self, layer: WrittenLayer) -> None:

@@ -26,7 +26,9 @@ class Held:
 
 
 class WrittenLayer(Protocol):
-    """A layer whose weight is written to. It describes itself, and holds nothing of its weight."""
+    """A layer whose weight is written to. It describes itself, and holds nothing of its weight.
+    `AdapterLayer` says what the methods without a text do.
+    """
 
     name: str
     known: KnownAdapters
@@ -40,8 +42,7 @@ class WrittenLayer(Protocol):
     @property
     def deltas(self) -> nn.ParameterDict: ...
 
-    def written_adapter(self) -> str | None:
-        """The adapter whose values belong in the weight now."""
+    def written_adapter(self) -> str | None: ...
 
     def take(self, adapter: str) -> Held:
         """A copy of what the weight holds where the adapter's values lie."""
@@ -49,14 +50,11 @@ class WrittenLayer(Protocol):
     def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
         """Arguments of the writing op: base + delta, or for None base alone, into held.weight."""
 
-    def operands(self, adapter: str) -> tuple[Tensor, ...] | None:
-        """The weight, the adapter's delta and index; None without that adapter."""
+    def operands(self, adapter: str) -> tuple[Tensor, ...] | None: ...
 
-    def note(self, premises: Premises, adapter: str | None) -> None:
-        """Note what these are."""
+    def note(self, premises: Premises, adapter: str | None) -> None: ...
 
-    def locate(self) -> None:
-        """Look up anew where the adapters' values lie, since the basis has changed."""
+    def locate(self) -> None: ...
 
 
 class Arrangement(Protocol):

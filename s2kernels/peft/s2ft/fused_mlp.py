@@ -81,21 +81,20 @@ class MLPCall(NamedTuple):
     holding: AbstractContextManager | None = None
 
 
-def fuse_mlp(keeper: WeightKeeper, structure: Structure) -> list[nn.Module]:
-    """Give the FFN a forward of its own, if that can be; returns the module then."""
+def fuse_mlp(keeper: WeightKeeper, structure: Structure) -> None:
+    """Give the FFN a forward of its own, if that can be."""
     module = keeper.model.get_submodule(structure.name)
     forward = type(module).forward
     gated = GATED.get((forward.__module__, forward.__qualname__))
     if gated is None or "forward" in vars(module):
-        return []
+        return
     modules = [module.get_submodule(name) for name in (*gated.gate_up, gated.down)]
     if not any(isinstance(each, S2FTLinear) for each in modules):
-        return []
+        return
     module.forward = FusedMLP(module, gated, keeper)
     linears = [linear_behind(each) for each in modules[:-1]]
     if len(linears) == 2 and linears[0] is not None and linears[1] is not None:
         arrangement_of(keeper).pairs.append((linears[0], linears[1]))
-    return [module]
 
 
 def join_all(keeper: WeightKeeper) -> None:

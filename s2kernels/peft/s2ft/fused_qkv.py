@@ -35,8 +35,8 @@ class QKVCall(NamedTuple):
     runs: list[Run] | None
 
 
-def fuse_qkv(keeper: WeightKeeper, structure: Structure) -> list[nn.Module]:
-    """Give q, k and v forwards that share their input, if all are plain; returns them then."""
+def fuse_qkv(keeper: WeightKeeper, structure: Structure) -> None:
+    """Give q, k and v forwards that share their input, if all are plain."""
     names = [name for name, member in structure.projections.items() if member.dim == "out"]
     module = keeper.model.get_submodule(structure.name)
     linears = [
@@ -45,13 +45,12 @@ def fuse_qkv(keeper: WeightKeeper, structure: Structure) -> list[nn.Module]:
         if type(each) is nn.Linear and "forward" not in vars(each)
     ]
     if len(names) != 3 or len(linears) != 3:
-        return []
+        return
     own = [layer for layer in keeper.layers if layer.structure == structure.name]
     inputs = SharedInput(linears, (own or keeper.layers)[0], keeper)
     for i, linear in enumerate(linears):
         linear.forward = Projection(inputs, i)  # type: ignore[method-assign]
     arrangement_of(keeper).pairs.append((linears[0], linears[1]))
-    return [*linears]
 
 
 class SharedInput:

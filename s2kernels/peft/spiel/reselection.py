@@ -180,12 +180,10 @@ class SpIELTuner:
         if self.watches or self.selection != "accumulated_gradient":
             return
         if self.schedule.watches(self.steps + 1):
-            self._open([GradientWindow(layer.shape, self.index_of(layer)) for layer in self.layers])
-
-    def _open(self, watches: list[GradientWindow]) -> None:
-        self.watches = watches
-        for layer, watch in zip(self.layers, watches, strict=True):
-            layer.observers[self.adapter_name] = watch.observe
+            for layer in self.layers:
+                watch = GradientWindow(layer.shape, self.index_of(layer))
+                layer.observers[self.adapter_name] = watch.observe
+                self.watches.append(watch)
 
     def _close_window(self) -> None:
         self.watches = []
@@ -199,12 +197,11 @@ class SpIELTuner:
     def _reselect(self) -> None:
         self.layers[0].keeper.restore(self.layers)
         for i, layer in enumerate(self.layers):
-            delta, index = layer.spiel_delta[self.adapter_name], self.index_of(layer)
-            num = self.schedule.count(self.steps, len(index))
+            num = self.schedule.count(self.steps, len(self.index_of(layer)))
             if self.selection == "accumulated_gradient":
                 self._grow_by_gradient(layer, self.watches[i], num)
             else:
-                self._grow_by_momentum(layer, delta, num)
+                self._grow_by_momentum(layer, num)
 
     def _grow_by_gradient(self, layer: SpIELLinear, watch: GradientWindow, num: int) -> None:
         if num == 0 or watch.candidates is None or watch.total is None or watch.squares is None:
@@ -218,8 +215,9 @@ class SpIELTuner:
         move_states(self.optimizer, delta, replaced, (mean, mean_square, watch.steps))
         layer.replace(self.adapter_name, replaced)
 
-    def _grow_by_momentum(self, layer: SpIELLinear, delta: Tensor, num: int) -> None:
-        index, state = self.index_of(layer), self.optimizer.state.get(delta, {})
+    def _grow_by_momentum(self, layer: SpIELLinear, num: int) -> None:
+        delta, index = layer.spiel_delta[self.adapter_name], self.index_of(layer)
+        state = self.optimizer.state.get(delta, {})
         num = min(num, layer.in_features * layer.out_features - len(index))
         if num == 0 or not state:
             return
