@@ -240,21 +240,18 @@ def _trainer(
         eval_on_start=bool(len(held_out)) and not args.resume,
         **dict(beta=args.beta) if prefers else dict(packing=args.packing, eval_packing=False),
     )
-    optimizer = None
-    if args.method == "spiel":
-        optimizer = tuners.make_optimizer(model, args.lr, weight_decay=args.weight_decay)
     trainer: Any = (trl.DPOTrainer if prefers else training.Completions)(
         model,
         args=options,
         train_dataset=rows,
         eval_dataset=held_out if len(held_out) else None,
         processing_class=tokenizer,
-        optimizers=(optimizer, None),
     )
     trainer.create_model_card = lambda *_, **__: None  # PEFT writes one
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(training.Bar)
     if args.method == "spiel":
+        trainer.optimizer = tuners.make_optimizer(model, args.lr, weight_decay=args.weight_decay)
         trainer.add_callback(tuners.SpIELCallback(resume_from=runs.last_checkpoint(args.output)))
     for parameter in model.parameters():
         if parameter.requires_grad:  # TRL makes it bf16 where the base is quantized

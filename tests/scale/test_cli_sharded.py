@@ -5,10 +5,11 @@ import os
 import shutil
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from sharded_models import batches, engaging_fsdp
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from s2kernels import cli
 
@@ -21,7 +22,6 @@ FSDP = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 MODEL = {
-    "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 176,
     "num_hidden_layers": 2,
@@ -35,8 +35,12 @@ def arguments(folder, output, *options):
     data = folder / "data.json"
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(6)]
     data.write_text(json.dumps(rows))
+    base = folder / "base"
+    if not base.exists():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(base)
     fixed = ["finetune", "--data", data, "--tokenizer", "bytes", "--output", folder / output]
-    fixed += ["--model-config", json.dumps(MODEL), "--device", "cpu", "--max-steps", "3"]
+    fixed += ["--model", base, "--device", "cpu", "--max-steps", "3"]
     fixed += ["--held-out", "7", "--lr", "0.01", "--save-steps", "2", *options]
     return [str(each) for each in fixed]
 
@@ -71,7 +75,7 @@ def test_finetune_is_the_same_sharded_and_goes_on_from_a_checkpoint(ranks, tmp_p
     tokens = batches(1)[0]
     found = []
     for name in ("one", "two"):
-        base = AutoModelForCausalLM.from_pretrained(tmp_path / name / "base")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         found.append(PeftModel.from_pretrained(base, tmp_path / name).eval()(tokens).logits)
     assert (found[0] - found[1]).abs().max() < 1e-5
 
