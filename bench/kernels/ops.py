@@ -113,7 +113,7 @@ def _slice_grad(dim: str, o: Operands, s: Sizes) -> Calls:
 
 
 def _slice_update(dim: str, o: Operands, s: Sizes) -> Calls:
-    """`slice_grad` that a step of AdamW uses up, with its weight and without."""
+    """`slice_grad` that a step of AdamW uses up, and whose weight is written."""
     dy, x, compact = o(s.m, s.n), o(s.m, s.k), o(s.m, s.r)
     states = [_delta(o, s, dim) for _ in range(3)]
     update = Update(*states, o.fp32(3), (0.9, 0.999), 1e-8)
@@ -125,7 +125,6 @@ def _slice_update(dim: str, o: Operands, s: Sizes) -> Calls:
         yield *pair, None, dim, update._replace(slice=written)
         # Few tokens: no split, and the step is done where the sum is computed.
         yield dy[:64], x[:64], where, dim, update._replace(slice=written)
-    yield *pair, None, dim, update
 
 
 def _slice_grad_each(dim: str, o: Operands, s: Sizes) -> Calls:
@@ -274,7 +273,7 @@ def _sliced() -> Iterator[tuple[str, Case]]:
     """The ops whose code depends on R and on the dimension of the slice."""
     for op, calls, scattering in (
         ("slice_grad", _slice_grad, ("in", "out")),
-        ("slice_update", _slice_update, ("in",)),
+        ("slice_update", _slice_update, ("in", "out")),
         ("slice_grad_each", _slice_grad_each, ("in",)),  # the same code but for strides
         ("slice_linear_", _slice_linear_, ("out",)),
         ("slice_linear_dx_", _slice_linear_dx_, ("in",)),
@@ -282,6 +281,8 @@ def _sliced() -> Iterator[tuple[str, Case]]:
         for dim in ("in", "out"):
             smallest = 16 if op.startswith("slice_linear") else 1
             widths = [r for r in _WIDTHS if r >= smallest] if dim in scattering else [256]
+            if op == "slice_update":  # besides, it is slice_grad
+                widths = [64, 256]
             for r in widths:
                 measured = dim == "in" and r == 256 and op != "slice_update"
                 waits = ("torch",) if op == "slice_grad_each" else ()

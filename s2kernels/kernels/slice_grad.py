@@ -136,9 +136,9 @@ def _reduce_kernel(
     num_splits, rows, cols,
     stride_or, stride_oc,
     exp_avg_ptr, exp_avg_sq_ptr, coefficients_ptr, eps,
-    weight_ptr, base_ptr, where_ptr, stride_weight_r, stride_weight_c,
+    weight_ptr, base_ptr, where_row_ptr, where_col_ptr, stride_weight_r, stride_weight_c,
     ACCUMULATE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
-    CHANNELS_ARE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     # fmt: on
     # not rows.to(tl.int64): a size of 1 is no tensor, but a Python int
@@ -153,10 +153,10 @@ def _reduce_kernel(
     if exp_avg_ptr is not None:
         weight_offs = offs
         if weight_ptr is not None:
-            if where_ptr is not None and CHANNELS_ARE_ROWS:
-                row = tl.load(where_ptr + row, mask=mask, other=0).to(tl.int64)
-            elif where_ptr is not None:
-                col = tl.load(where_ptr + col, mask=mask, other=0).to(tl.int64)
+            if where_row_ptr is not None:
+                row = tl.load(where_row_ptr + row, mask=mask, other=0).to(tl.int64)
+            if where_col_ptr is not None:
+                col = tl.load(where_col_ptr + col, mask=mask, other=0).to(tl.int64)
             weight_offs = row * stride_weight_r + col * stride_weight_c
         adamw_tile(
             acc, out_ptr, exp_avg_ptr, exp_avg_sq_ptr, coefficients_ptr, eps, base_ptr, weight_ptr,
@@ -229,12 +229,12 @@ def slice_grad(
                 target, out,
                 num_splits, *shape,
                 *out.stride(),
-                *update,
+                *update[:-1],
+                *((None, update[-1]) if dim == "in" else (update[-1], None)),
                 *strides,
                 ACCUMULATE=accumulate,
                 BETA1=betas[0],
                 BETA2=betas[1],
-                CHANNELS_ARE_ROWS=dim == "out",
                 **REDUCE_LAUNCH,
             )  # fmt: skip
     return out

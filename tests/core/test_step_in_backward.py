@@ -389,10 +389,11 @@ def test_a_layer_that_is_computed_again_after_its_step_is_refused():
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_term_of_the_loss_that_reads_a_delta_is_refused(order):
     layer = Layer("in")
-    FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
     first, second = (loss_of(layer, 0), layer.delta.sum())[::order]
     with pytest.raises(RuntimeError, match="this gradient was used up"):
         (first + second).backward()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("norm", ["clip_grad_norm_", "clip_grad_value_"])
@@ -408,12 +409,13 @@ def test_clipping_is_refused(norm):
 
 def test_logging_a_norm_leaves_ordinary_gradients_alone():
     model = Mixed()
-    FlatAdamW(trained(model), **OPTIONS, step_in_backward=True)
+    optimizer = FlatAdamW(trained(model), **OPTIONS, step_in_backward=True)
     model(torch.ones(2, 5, K)).square().mean().backward()
     want = model.norm.weight.grad.clone()
     for foreach in (False, None):
         nn.utils.clip_grad_norm_(model.parameters(), float("inf"), foreach=foreach)
         assert torch.equal(model.norm.weight.grad, want)
+    optimizer.step()
 
 
 def test_several_processes_are_refused(monkeypatch):

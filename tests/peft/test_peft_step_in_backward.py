@@ -68,29 +68,35 @@ def writes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, dict(fuse=False), dict(target_modules="all-linear")], ids=str
+    "fields",
+    [
+        dict(mode="inplace", layout="permute"),
+        dict(mode="inplace", layout="permute", fuse=False),
+        dict(mode="inplace", layout="gather", target_modules="all-linear"),
+        dict(mode="additive", layout="permute", target_modules="all-linear"),
+        dict(mode="additive", layout="gather", fuse=False),
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
 )
-@pytest.mark.parametrize("layout", ["permute", "gather"])
-@pytest.mark.parametrize("mode", ["inplace", "additive"])
-def test_fifty_steps_are_those_of_two_passes(mode, layout, fields, joined_as_on_a_gpu):
-    models = [adapted(mode=mode, layout=layout, **fields).train() for _ in range(2)]
-    ours, _ = train(models[0], 50, step_in_backward=True), train(models[1], 50)
-    if mode == "inplace":
-        assert_slices_are_current(models[0])
-    got, want = map(deltas_of, models)
-    assert (got - want).abs().max() < 1e-9 and (
-        want - deltas_of(adapted(**fields))
-    ).abs().max() > 0.01
-    assert not ours._blocks[0][0].grads.numel() and all(p.grad is None for p in trained(models[0]))
-    assert_same(base_state(models[0]), base_state(adapted(mode=mode, layout=layout, **fields)))
+def test_fifty_steps_are_those_of_two_passes(fields, joined_as_on_a_gpu):
+    """In fp64, where rounding is too small to show after 50 steps."""
+    model, twin = (adapted(**fields).train() for _ in range(2))
+    before, base = deltas_of(model), base_state(adapted(**fields))
+    ours, _ = train(model, 50, step_in_backward=True), train(twin, 50)
+    if fields["mode"] == "inplace":
+        assert_slices_are_current(model)
+    got, want = deltas_of(model), deltas_of(twin)
+    assert (got - want).abs().max() < 1e-9 and (want - before).abs().max() > 0.1
+    assert not ours._blocks[0][0].grads.numel() and all(p.grad is None for p in trained(model))
+    assert_same(base_state(model), base)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3"])
 def test_steps_in_fp32(model_type):
     """gpt2 stores its weights transposed; phi3 has gate and up in one."""
     models = [adapted(model_type, torch.float32).train() for _ in range(2)]
-    train(models[0], 10, step_in_backward=True)
-    train(models[1], 10)
+    train(models[0], 6, step_in_backward=True)
+    train(models[1], 6)
     assert_slices_are_current(models[0])
     torch.testing.assert_close(*map(deltas_of, models), rtol=1e-3, atol=1e-4)
 
@@ -143,8 +149,8 @@ def test_checkpoints_of_blocks(layout, use_reentrant, joined_as_on_a_gpu):
     for model in models:
         checkpoint_activations(model.get_base_model(), {"use_reentrant": use_reentrant})
         model.enable_input_require_grads()
-    train(models[0], 20, step_in_backward=True)
-    train(models[1], 20)
+    train(models[0], 8, step_in_backward=True)
+    train(models[1], 8)
     assert (deltas_of(models[0]) - deltas_of(models[1])).abs().max() < 1e-9
     assert_slices_are_current(models[0])
 
@@ -174,7 +180,7 @@ def test_what_comes_between_backward_and_step(first):
         FlatAdamW(trained(model), **OPTIONS, step_in_backward=model is models[0])
         for model in models
     ]
-    for look in [disabled, merged, saved, evaluated] * 2:
+    for look in (disabled, merged, saved, evaluated):
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
             if model is models[0] and first:
@@ -241,9 +247,11 @@ def test_a_backward_that_stops_between_layers(error):
 def test_a_layer_of_a_model_that_is_used_twice_is_refused():
     model = adapted().train()
     before = deltas_of(model)
-    FlatAdamW(trained(model), **OPTIONS, step_in_backward=True)
+    optimizer = FlatAdamW(trained(model), **OPTIONS, step_in_backward=True)
     inner = model.get_base_model().model
     inner.layers[1] = inner.layers[0]
     with pytest.raises(RuntimeError, match="read by 2 forwards"):
         backward(model)
     assert torch.equal(deltas_of(model), before[: len(deltas_of(model))])
+    optimizer.step()
+    assert not optimizer.state
