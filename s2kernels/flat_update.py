@@ -7,7 +7,7 @@ told that it was used up (`UsedUp`).
 """
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,12 @@ from torch import Tensor
 from s2kernels.autograd.accumulate import Use
 from s2kernels.update import Update
 
-if TYPE_CHECKING:
-    from s2kernels.flat_block import Block
-
 
 class BackwardSteps:
     """Those of the parameters of one block, which are known by their places in it.
+
+    It holds nothing of the block, a `s2kernels.flat_block.Block`, which must go when its optimizer
+    does.
 
     done   the parameters that were stepped since the last optimizer.step()
     """
@@ -44,7 +44,7 @@ class BackwardSteps:
         self._uses[i].append(weakref.ref(use))
         return use
 
-    def take(self, block: "Block", i: int, use: Use | None) -> Update | None:
+    def take(self, block: Any, i: int, use: Use | None) -> Update | None:
         """The step of a parameter, which is done from then on; None for one that gets a gradient.
 
         Raises RuntimeError, and nothing has changed, where the gradient is not all of it.
@@ -85,7 +85,7 @@ class BackwardSteps:
         values, group = block.view(block.values, i), block.group
         return Update(values, exp_avg, exp_avg_sq, coefficients, group["betas"], group["eps"])
 
-    def count(self, block: "Block", states: dict[Tensor, dict[str, Any]]) -> None:
+    def count(self, block: Any, states: dict[Tensor, dict[str, Any]]) -> None:
         """Optimizer.step() of those that are done.
 
         Raises RuntimeError for one that was given another gradient since.
@@ -102,7 +102,7 @@ class BackwardSteps:
             step += 1
         self.forget(block)
 
-    def forget(self, block: "Block") -> None:
+    def forget(self, block: Any) -> None:
         """Take it that none was stepped since the last optimizer.step()."""
         for i in self.done:
             if isinstance(block.params[i].grad, UsedUp):
@@ -110,7 +110,7 @@ class BackwardSteps:
         self.done.clear()
         self._coefficients.clear()
 
-    def _coefficients_of(self, block: "Block", i: int) -> Tensor:
+    def _coefficients_of(self, block: Any, i: int) -> Tensor:
         """Those of `Update`, without waiting for the device, and once for each step count."""
         step, group = block.steps[i], block.group
         if id(step) not in self._coefficients:
