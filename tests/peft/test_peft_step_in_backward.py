@@ -46,9 +46,9 @@ def train(model, steps, **options):
 def assert_slices_are_current(model):
     """Every weight holds W0 + delta, rounded once, where it is trained."""
     for layer in layers_of(model):
-        held = layer.keeper.held(layer)
+        held = layer.keeper.held_by_layer[layer]
         before = layer.weight.detach().clone()
-        with layer.keeper.lock:
+        with layer.keeper.forwards.lock:
             layer.keeper.ensure_written({layer: held.adapter})
         assert torch.equal(layer.weight, before), layer.name
 

@@ -70,7 +70,7 @@ class Holding:
         then has to write is nothing, until something else changes the delta.
         """
         for layer in self._adapters:
-            held = self._keeper.held(layer)
+            held = self._keeper.held_by_layer.get(layer)
             if held is not None and held.delta is delta:
                 ((weight, base, _, where, dim),) = layer.entries(held, None)
                 held.written = None  # where this is interrupted
