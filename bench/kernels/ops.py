@@ -282,7 +282,7 @@ def _sliced() -> Iterator[tuple[str, Case]]:
             smallest = 16 if op.startswith("slice_linear") else 1
             widths = [r for r in _WIDTHS if r >= smallest] if dim in scattering else [256]
             if op == "slice_update":  # besides, it is slice_grad
-                widths = [64, 256]
+                widths = [64, 256] if dim == "in" else [256]
             for r in widths:
                 measured = dim == "in" and r == 256 and op != "slice_update"
                 waits = ("torch",) if op == "slice_grad_each" else ()
