@@ -28,8 +28,8 @@ from s2kernels.autograd.accumulate import owner_of, slot_of
 from s2kernels.autograd.checks import check_index, compute_dtype
 from s2kernels.autograd.first_order import cast, first_order
 from s2kernels.autograd.linear import join_index, split_index
-from s2kernels.moments import Moments
 from s2kernels.reference import Index, take
+from s2kernels.update import Update
 
 Ops = ModuleType | SimpleNamespace
 
@@ -288,7 +288,7 @@ def _delta_grad(
     that no token went to. An in-slice's operand is compact already.
     """
     slot = slot_of(ctx, ctx.owned)
-    assert not isinstance(slot, Moments)  # those are of matrices alone
+    assert not isinstance(slot, Update)  # those are of matrices alone
     grad = torch.zeros_like(delta) if slot is None else slot
     where = None if ctx.dim == "in" else join_index(index, ctx.start, delta[0], ctx.dim)
     ops.slice_grad_each(dy, operand, offsets, where, ctx.dim, grad)

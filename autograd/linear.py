@@ -10,13 +10,20 @@ mode="inplace": the slice lies in the dense weight, so y and dx are one dense GE
 mode="additive": the weight stays as it is, and the slice's part is added to y and to dx.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from s2kernels import backend
-from s2kernels.autograd.accumulate import owner_of, slot_of
+from s2kernels.autograd.accumulate import (
+    Owned,
+    WeightHolder,
+    check_unscaled,
+    is_stepped,
+    owner_of,
+    slot_of,
+)
 from s2kernels.autograd.checks import (
     MODES,
     check_choice,
@@ -29,6 +36,7 @@ from s2kernels.autograd.checks import (
 )
 from s2kernels.autograd.first_order import apply, cast, first_order
 from s2kernels.reference import Index, take
+from s2kernels.update import Update
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -99,7 +107,7 @@ def linear(
     dim: str,
     bias: Tensor | None,
     mode: str,
-    holding: AbstractContextManager | None = None,
+    holding: WeightHolder | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """`s2_linear` for a caller that has checked its arguments once and for all, as the host has.
@@ -154,7 +162,8 @@ class S2LinearFunction(torch.autograd.Function):
             operand if needs_delta else None, weight if needs_dx else None, delta, index
         )
         ctx.start, ctx.dim, ctx.mode, ctx.impl = start, dim, mode, impl
-        ctx.holding, ctx.owned = holding if needs_dx else None, owner_of(delta)
+        ctx.owned = owner_of(delta)
+        ctx.holding = holding if needs_dx or is_stepped(ctx.owned) else None
         return like_tokens(y, shape)
 
     @staticmethod
@@ -216,18 +225,30 @@ class S2DeltaFunction(torch.autograd.Function):
         return dy, dx, d_delta, None, None, None, None
 
 
-def delta_grad(node, ops, dy, operand, where, dim, delta, owned):
-    """d_delta in delta.dtype, or None where it was added to delta.grad; see autograd.accumulate.
+def delta_grad(node, ops, dy, operand, where, dim, delta, owned: Owned | None):
+    """d_delta in delta.dtype, or None where it was used otherwise; see autograd.accumulate.
+
+    Nothing of the backward may read delta or its slice of the weight after this: an owner may have
+    it do its step.
 
     node: the ctx of the backward. An in-slice's operand is already compact. owned: what `owner_of`
     gave for the parameter in forward, of which `delta` may be a copy.
     """
     where = None if dim == "in" else where
+    if owned is not None and owned[2] is not None:
+        check_unscaled(dy)
     slot = slot_of(node, owned)
-    if slot is not None:
+    if owned is None or slot is None:
+        return cast(ops.slice_grad(dy, operand, where, dim), delta.dtype)
+    if not isinstance(slot, Update):
         ops.slice_grad(dy, operand, where, dim, out=slot)
         return None
-    return cast(ops.slice_grad(dy, operand, where, dim), delta.dtype)
+    parameter = owned[0]
+    with nullcontext() if node.holding is None else node.holding.writing(parameter) as written:
+        # a backward that still needs what it was is to notice it
+        torch.autograd.graph.increment_version(parameter)
+        ops.slice_grad(dy, operand, where, dim, out=slot._replace(slice=written))
+    return None
 
 
 def as_tokens(x: Tensor) -> Tensor:

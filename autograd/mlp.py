@@ -14,13 +14,12 @@ in memory (`join_`), gate and up are one GEMM, and so is dx.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from s2kernels import backend
-from s2kernels.autograd.accumulate import owner_of
+from s2kernels.autograd.accumulate import WeightHolder, is_stepped, owner_of
 from s2kernels.autograd.checks import (
     MODES,
     check_choice,
@@ -114,7 +113,7 @@ def mlp(
     index: Index,
     mode: str,
     both: Tensor | None = None,
-    holding: AbstractContextManager | None = None,
+    holding: WeightHolder | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """`s2_mlp` for a caller that has checked its arguments once and for all, as the host has.
@@ -185,8 +184,8 @@ class S2MLPFunction(torch.autograd.Function):
             index,
         )
         ctx.start, ctx.mode, ctx.both, ctx.impl = start, mode, both, impl
-        ctx.holding = holding if ctx.needs_dh else None
         ctx.owned = [owner_of(delta) for delta in (gate_delta, up_delta, down_delta)]
+        ctx.holding = holding if ctx.needs_dh or any(map(is_stepped, ctx.owned)) else None
         return like_tokens(y, shape)
 
     @staticmethod
@@ -221,10 +220,6 @@ class S2MLPFunction(torch.autograd.Function):
             h_slice = ops.swiglu(take(gate, where), take(up, where))
         if needs_down:
             d_down = delta_grad(ctx, ops, dy, h_slice, where, "in", down_delta, down_owned)
-        if needs_gate:
-            d_gate = delta_grad(ctx, ops, dgate, x, where, "out", gate_delta, gate_owned)
-        if needs_up:
-            d_up = delta_grad(ctx, ops, dup, x, where, "out", up_delta, up_owned)
         if ctx.needs_dx:
             # under hooks on saved tensors, or after they were moved, they lie elsewhere
             if d_gate_up is not None and _are_halves(ctx.both, gate_weight, up_weight):
@@ -235,6 +230,11 @@ class S2MLPFunction(torch.autograd.Function):
                 ops.slice_linear_dx_(dx, dgate, gate_delta, where, "out")
             if additive and up_delta is not None:
                 ops.slice_linear_dx_(dx, dup, up_delta, where, "out")
+        # now that nobody reads gate_delta and up_delta any more, nor their weights
+        if needs_gate:
+            d_gate = delta_grad(ctx, ops, dgate, x, where, "out", gate_delta, gate_owned)
+        if needs_up:
+            d_up = delta_grad(ctx, ops, dup, x, where, "out", up_delta, up_owned)
         for i, needs_dbias in enumerate(ctx.needs_dbias):
             if needs_dbias:
                 dbias[i] = (dy if i == 2 else (dgate, dup)[i]).sum(0)

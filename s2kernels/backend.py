@@ -50,7 +50,6 @@ def _mixed(writing: ModuleType) -> SimpleNamespace:
         linear_plus_slice=_linear_plus_slice,
         linear_dx_plus_slice=_linear_dx_plus_slice,
         linear_dx_swiglu_bwd=_linear_dx_swiglu_bwd,
-        adamw_values_=kernels.adamw_values_,
         slice_grad=kernels.slice_grad,
         slice_grad_each=kernels.slice_grad_each,
         swiglu=kernels.swiglu,

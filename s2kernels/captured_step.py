@@ -76,7 +76,7 @@ def capture(
 
     Raises ValueError for an optimizer that cannot be captured or is scaled for fp16 (a GradScaler
     waits for the device in every step), a warmup below 1, a max_norm that is not positive, or that
-    is given with a FlatAdamW(moments_in_backward=True).
+    is given with a FlatAdamW(step_in_backward=True).
     """
     if warmup < 1:
         raise ValueError(f"warmup must be 1 at least, got {warmup}")
@@ -84,9 +84,9 @@ def capture(
         raise ValueError(f"max_norm must be positive, got {max_norm}")
     if getattr(optimizer, "scaler", None) is not None:
         raise ValueError("optimizer must not be scaled: train in bf16, which needs no GradScaler")
-    uses_up = isinstance(optimizer, FlatAdamW) and optimizer.moments_in_backward
+    uses_up = isinstance(optimizer, FlatAdamW) and optimizer.step_in_backward
     if max_norm is not None and uses_up:
-        raise ValueError("max_norm must be None with moments_in_backward, which keeps no gradients")
+        raise ValueError("max_norm must be None with step_in_backward, which keeps no gradients")
     step = CapturedStep(model, optimizer, loss or _model_loss, max_norm, warmup)
     if step.obstacle is not None:
         warnings.warn(

@@ -38,17 +38,23 @@ class FlatAdamW(torch.optim.AdamW):
                    get an ordinary gradient; create_graph=True is not: d_delta has no graph.
                    Under DistributedDataParallel gradients are reduced as ever. With its
                    gradient_as_bucket_view they lie in its buckets, and are copied from there.
-    moments_in_backward:
-                   gradients of deltas are nowhere in memory: the kernel that computes them updates
-                   exp_avg and exp_avg_sq, and the step computes the values from those, equal to
-                   rounding. Every backward must be followed by a step. What needs the gradients
-                   themselves must not be used, and what can be noticed raises RuntimeError:
-                   accumulation over micro-batches, retain_graph, a delta used twice or in another
-                   term of the loss, several processes, a GradScaler; TypeError: fp16. Clipping is
-                   not noticed, since it finds no gradients: switch it off (max_grad_norm=0 in
-                   transformers). Where a step is left out after a backward, the moments have had
-                   its gradient. Hooks on a delta, `torch.autograd.grad`, experts and parameters
-                   that no kernel of ours trains have ordinary gradients.
+    step_in_backward:
+                   gradients of deltas are nowhere in memory: the kernel that computes one does the
+                   step of its delta and writes the slice of its weight, once dx is computed. step()
+                   counts. It equals two passes to rounding. lr is read in the backward. Every
+                   backward must be followed by a step(). After one that failed, the layers that it
+                   reached are stepped and the others are not; step() counts those, and then the
+                   next one may come.
+                   What needs gradients is refused. By RuntimeError before anything changes:
+                   retain_graph, create_graph, a delta that several forwards use, several processes;
+                   by TypeError fp16. By RuntimeError once it looks for the gradient: the second of
+                   several micro-batches, clipping, a GradScaler, a term of the loss that reads a
+                   delta. Hooks on a delta, `torch.autograd.grad`, torch.compile, experts and
+                   parameters that no kernel of ours trains have ordinary gradients and two passes.
+                   A norm of gradients that is logged is 1e12 or more: it stands for "not known".
+                   Values that something else writes into a delta must be written as torch counts it
+                   (`copy_`, load_state_dict), not through `.data`: forwards of a model write the
+                   slices only if a delta has changed since the backward.
 
     The states, `state_dict` and `load_state_dict` are those of torch.optim.AdamW, parameter by
     parameter: the one loads what the other saved. A parameter without a gradient is skipped, as
@@ -71,9 +77,8 @@ class FlatAdamW(torch.optim.AdamW):
 
     Raises ValueError for parameters that are not plain floating tensors, such as those on the meta
     device, or that share memory, before any of the group is moved, and RuntimeError for a move that
-    comes to light while a CUDA graph is captured, or between a backward with moments_in_backward
-    and its step. With moments_in_backward, ValueError for parameters that are neither fp32 nor fp64
-    or are sharded, and beside accumulate_in_backward.
+    comes to light while a CUDA graph is captured. With step_in_backward, ValueError for parameters
+    that are neither fp32 nor fp64 or are sharded, and beside accumulate_in_backward.
     """
 
     def __init__(
@@ -86,15 +91,15 @@ class FlatAdamW(torch.optim.AdamW):
         *,
         capturable: bool = False,
         accumulate_in_backward: bool = False,
-        moments_in_backward: bool = False,
+        step_in_backward: bool = False,
     ) -> None:
-        if accumulate_in_backward and moments_in_backward:
+        if accumulate_in_backward and step_in_backward:
             raise ValueError(
-                "accumulate_in_backward keeps the gradients that moments_in_backward uses up: give "
+                "accumulate_in_backward keeps the gradients that step_in_backward uses up: give "
                 "one of the two"
             )
         self.accumulate_in_backward = accumulate_in_backward
-        self.moments_in_backward = moments_in_backward
+        self.step_in_backward = step_in_backward
         self._blocks: list[list[Block]] = []  # of each group
         super().__init__(params, lr, betas, eps, weight_decay, fused=True, capturable=capturable)
 
@@ -116,18 +121,25 @@ class FlatAdamW(torch.optim.AdamW):
         super().zero_grad(set_to_none)
 
     def forget_backward(self) -> None:
-        """Takes it that no gradient was used up since the last step: for `s2kernels.capture`, whose
-        recordings compute nothing, those that fail included.
+        """Takes it that no parameter was stepped since the last step(): for `s2kernels.capture`,
+        whose recordings compute nothing, those that fail included.
         """
-        for blocks in self._blocks:
-            for block in blocks:
-                block.used_up.clear()
+        for block in chain.from_iterable(self._blocks):
+            block.backward_steps.forget(block)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. Parameters that share a step count here have one each."""
+        """As torch's. Parameters that share a step count here have one each, which includes what a
+        backward has done that no step() has counted yet.
+        """
+        ahead: set[Tensor] = set()
+        for block in chain.from_iterable(self._blocks):
+            done = sorted(block.backward_steps.done)
+            block.runs(self.state, done)  # they have a state
+            ahead.update(block.params[i] for i in done)
         saved = super().state_dict()
+        params = [p for group in self.param_groups for p in group["params"]]
         for key, state in saved["state"].items():
-            saved["state"][key] = state | {"step": state["step"].clone()}
+            saved["state"][key] = state | {"step": state["step"] + (params[key] in ahead)}
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -156,14 +168,13 @@ class FlatAdamW(torch.optim.AdamW):
             group.update(fused=True, foreach=None)
             for block in self._up_to_date(index):
                 block.take_states(self.state)
+                block.backward_steps.forget(block)
 
     def _init_group(self, group, values, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps):  # type: ignore[override]
         """What torch's step asks for: the tensors of a group that it is to work on."""
         index = next(i for i, each in enumerate(self.param_groups) if each is group)
         for block in self._up_to_date(index):
-            if block.used_up:
-                self._check_not_scaled()
-                block.step_used_up(self.state)
+            block.backward_steps.count(block, self.state)
             block.collect_grads()
             for run in block.runs(self.state, block.with_grads()):
                 # The parameters do not see that their buffer is written: a backward that still
@@ -193,9 +204,9 @@ class FlatAdamW(torch.optim.AdamW):
         """The blocks of a group, laid out anew if a parameter has moved or come to need one."""
         params = self.param_groups[index]["params"]
         sharded = _sharded(params)
-        if any(p.is_meta for p in sharded) or (sharded and self.moments_in_backward):
+        if any(p.is_meta for p in sharded) or (sharded and self.step_in_backward):
             raise ValueError(
-                "params must be plain floating parameters for moments_in_backward, and have "
+                "params must be plain floating parameters for step_in_backward, and have "
                 f"values, got a DTensor on {sharded[0].device}"
             )
         params = [p for p in params if not isinstance(p, DTensor)]
@@ -213,11 +224,6 @@ class FlatAdamW(torch.optim.AdamW):
                 "parameters of FlatAdamW have moved since its last step, which a CUDA graph cannot "
                 "follow: call zero_grad() or step() once before it is captured"
             )
-        if any(block.used_up for block in blocks):
-            raise RuntimeError(
-                "parameters of FlatAdamW have moved between a backward with moments_in_backward "
-                "and its step: call step() before they do"
-            )
         alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for p in wanted:
             if reason := not_plain(p):
@@ -225,9 +231,9 @@ class FlatAdamW(torch.optim.AdamW):
                     "params must be plain floating parameters to lie in one buffer, got one of "
                     f"shape {tuple(p.shape)}: {reason}"
                 )
-            if self.moments_in_backward and p.dtype not in (torch.float32, torch.float64):
+            if self.step_in_backward and p.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
-                    "params must be in fp32 for moments_in_backward, whose moments have their "
+                    "params must be in fp32 for step_in_backward, whose moments have their "
                     f"dtype, got one of shape {tuple(p.shape)} in {p.dtype}"
                 )
             alike.setdefault((p.dtype, p.device), []).append(p)
@@ -235,23 +241,19 @@ class FlatAdamW(torch.optim.AdamW):
         if len(set(addresses)) < len(addresses):
             raise ValueError("params must have memory of their own, got two that share theirs")
         group = self.param_groups[index]
-        flags = self.accumulate_in_backward, self.moments_in_backward
+        done = {block.params[i] for block in blocks for i in block.backward_steps.done}
+        for block in blocks:
+            block.runs(self.state, sorted(block.backward_steps.done))  # they have a state
+        flags = self.accumulate_in_backward, self.step_in_backward
         blocks = [Block(params, group, *flags) for params in alike.values()]
         for block in blocks:
             block.take_states(self.state)
+            block.backward_steps.done |= {i for i, p in enumerate(block.params) if p in done}
         self._blocks[index] = blocks
         return blocks
 
-    def _check_not_scaled(self) -> None:
-        """Raises RuntimeError where a GradScaler calls the step, which would have unscaled them."""
-        if getattr(self, "grad_scale", None) is not None or hasattr(self, "found_inf"):
-            raise RuntimeError(
-                "moments_in_backward must not train with a GradScaler: the scaled gradients are in "
-                "the moments"
-            )
-
     def __getstate__(self) -> dict[str, Any]:
-        flags = ("accumulate_in_backward", "moments_in_backward")
+        flags = ("accumulate_in_backward", "step_in_backward")
         return super().__getstate__() | {name: getattr(self, name) for name in flags}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

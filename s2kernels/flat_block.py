@@ -5,19 +5,18 @@
 Every parameter begins on a multiple of 128 bytes, since kernels read aligned addresses faster. The
 padding is zero, has a zero gradient, and so AdamW leaves it zero.
 
-Where gradients are used up by the moments in the backward, a buffer for them is made only if one
-comes that is not: of a parameter with hooks, or that no kernel of ours computes.
+Where gradients are used up in the backward, a buffer for them is made only if one comes that is
+not: of a parameter with hooks, or that no kernel of ours computes.
 """
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from s2kernels import backend
-from s2kernels.autograd.accumulate import own_gradient
-from s2kernels.moments import Moments
+from s2kernels.autograd.accumulate import Use, own_gradient
+from s2kernels.flat_update import BackwardSteps, UsedUp
+from s2kernels.update import Update
 
 ALIGNMENT_BYTES = 128
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -32,14 +31,15 @@ class Block:
     slots           for each parameter its view of `grads`, or none
     steps           for each parameter how often it was updated, fp32 (): the same tensor for those
                     that were always updated together; None for never
-    used_up         the parameters whose gradient went into their moments since the last step
+    backward_steps  those that are done in the backward, if steps_in_backward
     """
 
     def __init__(
-        self, params: list[Tensor], group: dict[str, Any], accumulate: bool, use_up: bool
+        self, params: list[Tensor], group: dict[str, Any], accumulate: bool, steps_in_backward: bool
     ) -> None:
         self.params = params
-        self.group, self._use_up = group, use_up
+        self.group, self.steps_in_backward = group, steps_in_backward
+        self.backward_steps = BackwardSteps(len(params))
         unit = ALIGNMENT_BYTES // params[0].element_size()
         self._starts = [0]
         for p in params:
@@ -47,7 +47,6 @@ class Block:
         self.values, self.grads = self._zeros(self._starts[-1]), self._zeros(0)
         self.moments = [self._zeros(0) for _ in MOMENTS]
         self.steps: list[Tensor | None] = [None] * len(params)
-        self.used_up: set[int] = set()
 
         views = self._views(self.values)
         torch._foreach_copy_(views, [p.detach() for p in params])
@@ -58,10 +57,10 @@ class Block:
         self._slot_addresses: list[int] = []
         # slots that nothing was put into since all were zeroed
         self._is_clear = [False] * len(params)
-        if not use_up:
+        if not steps_in_backward:
             self._make_slots()
         self.collect_grads()
-        if accumulate or use_up:
+        if accumulate or steps_in_backward:
             self._index = {id(p): i for i, p in enumerate(params)}
             for p in params:
                 own_gradient(p, self)
@@ -71,6 +70,10 @@ class Block:
         return [p.data_ptr() for p in self.params] == self._addresses and [
             slot.data_ptr() for slot in self.slots
         ] == self._slot_addresses
+
+    def is_at_home(self, i: int) -> bool:
+        """`is_in_place`, of the values of one parameter."""
+        return self.params[i].data_ptr() == self._addresses[i]
 
     def span(self, run: slice) -> slice:
         """Where the parameters of a run lie in the flat tensors."""
@@ -82,7 +85,7 @@ class Block:
         return [
             i
             for i, (p, slot) in enumerate(zip(self.params, slots, strict=True))
-            if p.grad is not None and p.grad is not slot
+            if p.grad is not None and p.grad is not slot and not isinstance(p.grad, UsedUp)
         ]
 
     def collect_grads(self) -> None:
@@ -99,11 +102,15 @@ class Block:
             self.params[i].grad = self.slots[i]
             self._is_clear[i] = False
 
-    def take_slot(self, parameter: Tensor) -> Tensor | Moments | None:
+    def begin_use(self, parameter: Tensor) -> Use | None:
+        """See `s2kernels.autograd.accumulate.GradientOwner`."""
+        return self.backward_steps.begin_use(self._index[id(parameter)])
+
+    def take_slot(self, parameter: Tensor, use: Use | None) -> Tensor | Update | None:
         """See `s2kernels.autograd.accumulate.GradientOwner`."""
         i = self._index[id(parameter)]
-        if self._use_up:
-            return self._take_moments(i)
+        if self.steps_in_backward:
+            return self.backward_steps.take(self, i, use)
         slot = self.slots[i]
         if parameter.grad is None:
             if (slot.dtype, slot.device) != (parameter.dtype, parameter.device):
@@ -119,60 +126,11 @@ class Block:
             self._is_clear[i] = False
         return slot if parameter.grad is slot else None
 
-    def _take_moments(self, i: int) -> Moments | None:
-        """Those of the parameter, once for each step; None for one that gets a gradient."""
-        p = self.params[i]
-        # experts, whose gradients are of one kernel for all; moved, and not yet laid out anew
-        if p.grad is not None or p.dim() != 2 or p.data_ptr() != self._addresses[i]:
-            return None
-        if i in self.used_up:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(p.shape)} got a second gradient before "
-                "optimizer.step(), and the first one is in its moments: moments_in_backward goes "
-                "without accumulation over micro-batches, retain_graph and deltas used twice"
-            )
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise RuntimeError(
-                "moments_in_backward must not train on several processes, which would each use up "
-                "a gradient of their own: make FlatAdamW without it"
-            )
+    def moments_of(self, i: int) -> list[Tensor]:
+        """Its exp_avg and exp_avg_sq, as views."""
         if not self.moments[0].numel():
             self._make_moments()
-        self.used_up.add(i)
-        exp_avg, exp_avg_sq = (self._view(moment, i) for moment in self.moments)
-        return Moments(exp_avg, exp_avg_sq, self.group["betas"])
-
-    def step_used_up(self, states: dict[Tensor, dict[str, Any]]) -> None:
-        """The values of those whose gradient is in their moments.
-
-        Raises RuntimeError for one that has another gradient beside.
-        """
-        for i in self.used_up:
-            if self.params[i].grad is not None:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(self.params[i].shape)} got a gradient beside the "
-                    "one that is in its moments: moments_in_backward goes without terms of the "
-                    "loss that read a delta itself"
-                )
-        ops = backend.select(self.values)
-        for run in self.runs(states, sorted(self.used_up)):
-            step, span = self.steps[run.start], self.span(run)
-            assert step is not None
-            step += 1
-            moments = (moment[span] for moment in self.moments)
-            coefficients = self._coefficients(step)
-            ops.adamw_values_(self.values[span], *moments, coefficients, self.group["eps"])
-            torch.autograd.graph.increment_version(self.params[run])
-        self.used_up.clear()
-
-    def _coefficients(self, step: Tensor) -> Tensor:
-        """Those of `adamw_values_`, without waiting for the device."""
-        (beta1, beta2), lr = self.group["betas"], self.group["lr"]
-        t = step.double()
-        lr = lr.double() if isinstance(lr, Tensor) else torch.full_like(t, lr)
-        decay = 1 - lr * self.group["weight_decay"]
-        exact = torch.stack((decay, lr / (1 - beta1**t), (1 - beta2**t).rsqrt()))
-        return exact.to(self.values.dtype)
+        return [self.view(moment, i) for moment in self.moments]
 
     def take_states(self, states: dict[Tensor, dict[str, Any]]) -> None:
         """Makes the moments in `states` views of `moments`, and has parameters of one step count
@@ -195,7 +153,8 @@ class Block:
 
     def with_grads(self) -> list[int]:
         """The parameters with a gradient in memory."""
-        return [i for i, p in enumerate(self.params) if p.grad is not None]
+        grads = [p.grad for p in self.params]
+        return [i for i, g in enumerate(grads) if g is not None and not isinstance(g, UsedUp)]
 
     def runs(self, states: dict[Tensor, dict[str, Any]], chosen: list[int]) -> list[slice]:
         """The parameters at these ascending places, as runs of neighbours that share a step count,
@@ -223,8 +182,9 @@ class Block:
 
     def _set_state(self, states: dict[Tensor, dict[str, Any]], i: int, step: Tensor) -> None:
         self.steps[i] = step
-        moments = (self._view(moment, i) for moment in self.moments)
-        states[self.params[i]] = {"step": step} | dict(zip(MOMENTS, moments, strict=True))
+        states[self.params[i]] = {"step": step} | dict(
+            zip(MOMENTS, self.moments_of(i), strict=True)
+        )
 
     def _make_moments(self) -> None:
         self.moments = [torch.zeros_like(self.values) for _ in MOMENTS]
@@ -236,9 +196,10 @@ class Block:
         return torch.zeros(size, dtype=self.params[0].dtype, device=self.params[0].device)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        return [self._view(flat, i) for i in range(len(self.params))]
+        return [self.view(flat, i) for i in range(len(self.params))]
 
-    def _view(self, flat: Tensor, i: int) -> Tensor:
+    def view(self, flat: Tensor, i: int) -> Tensor:
+        """The part of a flat tensor that belongs to a parameter, in its shape."""
         p = self.params[i]
         return flat[self._starts[i] : self._starts[i] + p.numel()].view(p.shape)
 

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from s2kernels.grouped import grouped_in_ as grouped_in_
 from s2kernels.grouped import grouped_out_ as grouped_out_
-from s2kernels.moments import Moments
 from s2kernels.plan import tile_plan as tile_plan
 from s2kernels.sparse import growth_candidates as growth_candidates
 from s2kernels.sparse import sm3_growth as sm3_growth
 from s2kernels.sparse import sm3_update as sm3_update
 from s2kernels.sparse import sparse_grad as sparse_grad
 from s2kernels.sparse import sparse_write as sparse_write
+from s2kernels.update import Update
 
 Index = Tensor | slice
 
@@ -53,7 +53,7 @@ def slice_grad(
     x: Tensor,
     index: Index | None,
     dim: str,
-    out: Tensor | Moments | None = None,
+    out: Tensor | Update | None = None,
 ) -> Tensor:
     """Gradient of a slice of the weight (S2FT section 3.3).
 
@@ -61,18 +61,11 @@ def slice_grad(
     dim="out": dy[:, index]ᵀ x, (R, K); with index=None, dy is the compact slice (M, R).
 
     Returns it in fp32 (fp64 for fp64 operands), or adds it into `out`, of that shape and of any
-    floating dtype, and returns `out`. Or uses it up in `out`, the moments of AdamW, and returns the
-    first of them.
-
-    Raises TypeError for moments with operands of fp16.
+    floating dtype, and returns `out`. Or uses it up in `out`, a step of AdamW, which is then done,
+    and returns its values.
     """
-    if isinstance(out, Moments):
-        out.check(dy)
-        exp_avg, exp_avg_sq, (beta1, beta2) = out
-        grad = slice_grad(dy, x, index, dim)
-        exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        return exp_avg
+    if isinstance(out, Update):
+        return _adamw(out, slice_grad(dy, x, index, dim))
     if index is not None:
         dy, x = (dy, take(x, index)) if dim == "in" else (take(dy, index), x)
     acc = _accumulator(dy)
@@ -92,19 +85,18 @@ def slice_grad(
     return out
 
 
-def adamw_values_(
-    values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, coefficients: Tensor, eps: float
-) -> None:
-    """The second half of a step of AdamW, of the moments that the first half left, in place.
-
-    p = (1 - lr λ) p - lr / (1 - β₁ᵗ) m / (√v / √(1 - β₂ᵗ) + ε)
-
-    values, exp_avg m and exp_avg_sq v (n,), contiguous, of one dtype; coefficients (3,): 1 - lr λ,
-    lr / (1 - β₁ᵗ) and 1 / √(1 - β₂ᵗ), in fp32, or fp64 for fp64 values.
-    """
+def _adamw(update: Update, grad: Tensor) -> Tensor:
+    """The step of `s2kernels.update` by this gradient, and what follows in the weight."""
+    values, exp_avg, exp_avg_sq, coefficients, (beta1, beta2), eps, written = update
     decay, step_size, correction = coefficients
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     size = exp_avg_sq.sqrt().mul_(correction).add_(eps)
     values.mul_(decay).sub_(size.reciprocal_().mul_(exp_avg).mul_(step_size))
+    if written is not None:
+        weight, base, where, dim = written
+        slice_write([weight], [base], [values], [where], [dim])
+    return values
 
 
 def slice_grad_each(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from s2kernels import kernels
 from s2kernels.plan import TilePlan, index_dtype
+from s2kernels.update import Update, WeightSlice
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,21 @@ def _slice_grad(dim: str, o: Operands, s: Sizes) -> Calls:
     yield dy, x, o.index(s.r, s.k if dim == "in" else s.n), dim
     # Few tokens: no split, and the sum goes straight into the gradient.
     yield dy[:64], x[:64], slice(256, 256 + s.r), dim, _delta(o, s, dim)
+
+
+def _slice_update(dim: str, o: Operands, s: Sizes) -> Calls:
+    """`slice_grad` that a step of AdamW uses up, and whose weight is written."""
+    dy, x, compact = o(s.m, s.n), o(s.m, s.k), o(s.m, s.r)
+    states = [_delta(o, s, dim) for _ in range(3)]
+    update = Update(*states, o.fp32(3), (0.9, 0.999), 1e-8)
+    index = o.host.index(s.r, s.k if dim == "in" else s.n)  # whose sectors are counted
+    weight, base = o(s.n, s.k), o(*states[0].shape)
+    pair = (dy, compact) if dim == "in" else (compact, x)
+    for where in (slice(256, 256 + s.r), index):
+        written = WeightSlice(weight, base, where, dim)
+        yield *pair, None, dim, update._replace(slice=written)
+        # Few tokens: no split, and the step is done where the sum is computed.
+        yield dy[:64], x[:64], where, dim, update._replace(slice=written)
 
 
 def _slice_grad_each(dim: str, o: Operands, s: Sizes) -> Calls:
@@ -241,17 +257,21 @@ def _sliced() -> Iterator[tuple[str, Case]]:
     """The ops whose code depends on R and on the dimension of the slice."""
     for op, calls, scattering in (
         ("slice_grad", _slice_grad, ("in", "out")),
+        ("slice_update", _slice_update, ("in", "out")),
         ("slice_grad_each", _slice_grad_each, ("in",)),  # the same code but for strides
         ("slice_linear_", _slice_linear_, ("out",)),
         ("slice_linear_dx_", _slice_linear_dx_, ("in",)),
     ):
         for dim in ("in", "out"):
-            smallest = 1 if op.startswith("slice_grad") else 16
+            smallest = 16 if op.startswith("slice_linear") else 1
             widths = [r for r in _WIDTHS if r >= smallest] if dim in scattering else [256]
+            if op == "slice_update":  # besides, it is slice_grad
+                widths = [64, 256] if dim == "in" else [256]
             for r in widths:
-                measured = dim == "in" and r == 256
+                measured = dim == "in" and r == 256 and op != "slice_update"
                 waits = ("torch",) if op == "slice_grad_each" else ()
-                case = Case(op, partial(calls, dim), r, measured=measured, waits=waits)
+                of = "slice_grad" if op == "slice_update" else op
+                case = Case(of, partial(calls, dim), r, measured=measured, waits=waits)
                 yield f"{op}-{dim}-{r}", case
 
 
@@ -281,12 +301,6 @@ def _others() -> Iterator[Case]:
         waits=waiting,
     )
     yield Case("sm3_update", _sm3_update, by_tokens=False)
-    yield Case(
-        "adamw_values_",
-        lambda o, s: [(*(o.fp32(s.n * s.r) for _ in range(3)), o.fp32(3), 1e-8)],
-        measured=False,
-        by_tokens=False,
-    )
     yield Case("sm3_growth", _sm3_growth, launch=_launch_products, by_tokens=False, waits=waiting)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from s2kernels.reference import Index
+from s2kernels.update import Update
 
 SECTOR = 32  # bytes that a GPU reads or writes at least, of a weight with scattered entries
 
@@ -44,8 +45,22 @@ def linear_dx(dy, weight) -> Work:
 def slice_grad(dy, x, index, dim, out=None) -> Work:
     narrow, wide = (x, dy) if dim == "in" else (dy, x)
     (m, p), r = wide.shape, count(narrow, index)
-    result = 4 * p * r if out is None else 2 * size(out)  # read and written
+    if out is None:
+        result = 4 * p * r
+    elif isinstance(out, Update):
+        result = _updated(out)
+    else:
+        result = 2 * size(out)  # read and written
     return Work(_numbers(x, m * (p + r)) + result, 2 * m * p * r)
+
+
+def _updated(update: Update) -> int:
+    """Of a step of AdamW: values and moments, read and written, and the slice of the weight."""
+    states = 2 * _sizes((update.values, update.exp_avg, update.exp_avg_sq))
+    if update.slice is None:
+        return states
+    weight, base, where, dim = update.slice
+    return states + slice_write([weight], [base], [None], [where], [dim]).bytes
 
 
 def slice_grad_each(dy, x, offsets, index, dim, out) -> Work:
@@ -132,22 +147,17 @@ def sm3_growth(row, col, index, k) -> Work:
     return Work(_sizes((row, col)) + size(index) + 4 * k, len(row) * len(col))
 
 
-def adamw_values_(values, exp_avg, exp_avg_sq, coefficients, eps) -> Work:
-    return Work(2 * size(values) + size(exp_avg) + size(exp_avg_sq), 8 * values.numel())
-
-
 OPS: dict[str, Callable[..., Work]] = {
     op.__name__: op
     for op in (
         *(linear, linear_dx, linear_plus_slice, linear_dx_plus_slice, linear_dx_swiglu_bwd),
         *(slice_grad, slice_grad_each, slice_write, slice_linear_, slice_linear_dx_),
         *(swiglu, swiglu_bwd),
-        *(sparse_write, sparse_grad, growth_candidates, sm3_update, sm3_growth, adamw_values_),
+        *(sparse_write, sparse_grad, growth_candidates, sm3_update, sm3_growth),
     )
 }
 # Ops without a matrix product. Their FLOPs are not counted in a step.
 POINTWISE = {"swiglu", "swiglu_bwd", "slice_write", "sparse_write", "sm3_update", "sm3_growth"}
-POINTWISE |= {"adamw_values_"}
 
 
 def count(x: Tensor, index: Index | None) -> int:

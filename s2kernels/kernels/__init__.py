@@ -3,7 +3,6 @@
 They take float32, float16 and bfloat16, every size from 0 up, and any strides.
 """
 
-from s2kernels.kernels.adamw import adamw_values_
 from s2kernels.kernels.fused_linear import (
     linear_dx_plus_slice,
     linear_dx_swiglu_bwd,
@@ -23,7 +22,6 @@ from s2kernels.kernels.swiglu import swiglu, swiglu_bwd
 from s2kernels.plan import tile_plan
 
 __all__ = [
-    "adamw_values_",
     "grouped_in_",
     "grouped_out_",
     "growth_candidates",

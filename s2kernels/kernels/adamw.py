@@ -1,66 +1,40 @@
-"""AdamW in two halves: the moments where a gradient is computed, the values in the step.
+"""AdamW where a gradient is computed: on a tile of it, which is written nowhere.
 
-    m = β₁ m + (1 - β₁) g        v = β₂ v + (1 - β₂) g²        `update_moments`, on a tile of g
-    p = (1 - lr λ) p - lr / (1 - β₁ᵗ) m / (√v / √(1 - β₂ᵗ) + ε)        `adamw_values_`
+    m = β₁ m + (1 - β₁) g        v = β₂ v + (1 - β₂) g²
+    p = (1 - lr λ) p - lr / (1 - β₁ᵗ) m / (√v / √(1 - β₂ᵗ) + ε)
+    W[slice] = W0[slice] + p, rounded once
 
-g is in registers when its moments are updated, and is written nowhere. The step is elementwise on
-the flat buffers of an optimizer, n numbers: 12 n bytes read and 4 n written, in fp32.
+For each entry, with p, m and v in fp32 and W in bf16, 12 bytes are read, 2 of W0, and 14 written.
 """
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from s2kernels.kernels.target import on_device
-
-LAUNCH = dict(BLOCK=1024, num_warps=4)
-
-
-@triton.jit
-def update_moments(
-    grad, exp_avg_ptrs, exp_avg_sq_ptrs, mask, BETA1: tl.constexpr, BETA2: tl.constexpr
-):
-    """m and v at those addresses, of the fp32 gradients of a tile."""
-    # One after the other: a tile of each at a time is in registers beside the gradients.
-    exp_avg_sq = tl.load(exp_avg_sq_ptrs, mask=mask, other=0.0).to(tl.float32)
-    exp_avg_sq = exp_avg_sq * BETA2 + grad * grad * (1 - BETA2)
-    tl.store(exp_avg_sq_ptrs, exp_avg_sq.to(exp_avg_sq_ptrs.dtype.element_ty), mask=mask)
-    exp_avg = tl.load(exp_avg_ptrs, mask=mask, other=0.0).to(tl.float32)
-    exp_avg = exp_avg * BETA1 + grad * (1 - BETA1)
-    tl.store(exp_avg_ptrs, exp_avg.to(exp_avg_ptrs.dtype.element_ty), mask=mask)
 
 
 # fmt: off
 @triton.jit
-def _adamw_values_kernel(
-    values_ptr, exp_avg_ptr, exp_avg_sq_ptr, coefficients_ptr,
-    num, eps,
-    BLOCK: tl.constexpr,
+def adamw_tile(
+    grad, values_ptr, exp_avg_ptr, exp_avg_sq_ptr, coefficients_ptr, eps, base_ptr, weight_ptr,
+    offs, weight_offs, mask, BETA1: tl.constexpr, BETA2: tl.constexpr,
 ):
     # fmt: on
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < num
-    decay = tl.load(coefficients_ptr)
-    step_size = tl.load(coefficients_ptr + 1)
-    correction = tl.load(coefficients_ptr + 2)
-    values = tl.load(values_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    exp_avg = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    size = tl.sqrt_rn(exp_avg_sq) * correction + eps
-    values = values * decay - step_size * tl.div_rn(exp_avg, size)
-    tl.store(values_ptr + offs, values.to(values_ptr.dtype.element_ty), mask=mask)
+    """One step of the entries at `offs` of p, m, v and W0, which are at `weight_offs` in W.
 
-
-def adamw_values_(
-    values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, coefficients: Tensor, eps: float
-) -> None:
-    """values (n,), in place, of moments (n,), contiguous, and coefficients (3,), fp32:
-    1 - lr λ, lr / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ).
+    grad: their gradients, fp32. weight_ptr is None where nothing is written into a weight.
     """
-    num = values.shape[0]
-    with on_device(values):
-        _adamw_values_kernel[(triton.cdiv(num, LAUNCH["BLOCK"]),)](
-            values, exp_avg, exp_avg_sq, coefficients,
-            num, eps,
-            **LAUNCH,
-        )  # fmt: skip
+    # One after the other: as few tiles as possible are in registers beside the gradients.
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    exp_avg_sq = exp_avg_sq * BETA2 + grad * grad * (1 - BETA2)
+    tl.store(exp_avg_sq_ptr + offs, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
+    size = tl.sqrt_rn(exp_avg_sq) * tl.load(coefficients_ptr + 2) + eps
+    exp_avg = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    exp_avg = exp_avg * BETA1 + grad * (1 - BETA1)
+    tl.store(exp_avg_ptr + offs, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=mask)
+    change = tl.load(coefficients_ptr + 1) * tl.div_rn(exp_avg, size)
+    values = tl.load(values_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    values = values * tl.load(coefficients_ptr) - change
+    tl.store(values_ptr + offs, values.to(values_ptr.dtype.element_ty), mask=mask)
+    if weight_ptr is not None:
+        base = tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        total = (base + values).to(weight_ptr.dtype.element_ty)
+        tl.store(weight_ptr + weight_offs, total, mask=mask)

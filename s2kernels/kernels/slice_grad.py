@@ -12,8 +12,8 @@ P/128 x R/128 tiles are far fewer than the multiprocessors of a GPU, while M is 
 are split over programs, each of which writes a partial sum in fp32, and a second kernel adds the
 partial sums in a fixed order. There are no atomics: equal inputs give bit-equal gradients.
 
-The gradient is written, added to one that is there, or used up by the moments of AdamW: the last
-kernel that holds a tile of it does either (`s2kernels.kernels.adamw`).
+The gradient is written, added to one that is there, or used up by a step of AdamW, which writes the
+weight's slice, too (`s2kernels.kernels.adamw`). The last kernel that holds a tile of it does that.
 
 Limit: the bytes of the wide operand, M P elements read once (R up to 128), below some 200 channels;
 2 M P R FLOPs above.
@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2kernels.kernels.adamw import update_moments
+from s2kernels.kernels.adamw import adamw_tile
 from s2kernels.kernels.target import launch_parameters, num_sms, on_device, tuned_parameters
-from s2kernels.kernels.tiles import fitted_block, grouped_tile
-from s2kernels.moments import Moments
+from s2kernels.kernels.tiles import column_halves, fitted_block, grouped_tile
+from s2kernels.update import Update
 
 # BLOCK_R is the largest one; fitted_block takes a smaller one for a smaller slice.
 LAUNCH = {
@@ -42,6 +42,9 @@ NARROW_LAUNCH = {
 }
 REDUCE_LAUNCH = dict(BLOCK=1024, num_warps=4)
 
+# exp_avg, exp_avg_sq, coefficients, eps, weight, base and where of `Update`
+NO_UPDATE = (None,) * 7
+
 # Fewer tokens than this a program, and writing and adding partial sums costs more than it saves.
 MIN_TOKENS_PER_SPLIT = 256
 
@@ -49,11 +52,13 @@ MIN_TOKENS_PER_SPLIT = 256
 # fmt: off
 @triton.jit
 def _slice_grad_kernel(
-    wide_ptr, slice_ptr, index_ptr, out_ptr, exp_avg_sq_ptr,
+    wide_ptr, slice_ptr, index_ptr, out_ptr,
     M, P, R, tokens_per_split,
     stride_wm, stride_wp,
     stride_sm, stride_sr,
     stride_split, stride_op, stride_or,
+    exp_avg_ptr, exp_avg_sq_ptr, coefficients_ptr, eps,
+    weight_ptr, base_ptr, where_ptr, stride_weight_p, stride_weight_r,
     ACCUMULATE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_P: tl.constexpr,
 ):
@@ -87,19 +92,38 @@ def _slice_grad_kernel(
         )
         acc = tl.dot(tl.trans(wide), part, acc, input_precision="ieee")
 
-    out_ptrs = (
-        out_ptr
-        + split.to(tl.int64) * stride_split
-        + offs_p[:, None] * stride_op
-        + offs_r[None, :] * stride_or
-    )
-    mask = mask_p[:, None] & mask_r[None, :]
-    if exp_avg_sq_ptr is not None:
-        exp_avg_sq_ptrs = (
-            exp_avg_sq_ptr + offs_p[:, None] * stride_op + offs_r[None, :] * stride_or
-        )
-        update_moments(acc, out_ptrs, exp_avg_sq_ptrs, mask, BETA1, BETA2)
+    if exp_avg_ptr is not None:
+        # By quarters of a wide tile: the addresses of all that a step reads take many registers.
+        NUM_PARTS: tl.constexpr = 4 if BLOCK_R > 32 else 1
+        WIDTH: tl.constexpr = BLOCK_R // NUM_PARTS
+        left, right, part = acc, acc, acc
+        if NUM_PARTS == 4:
+            left, right = column_halves(acc)
+        for i in tl.static_range(NUM_PARTS):
+            if NUM_PARTS == 4:
+                first, second = column_halves(left if i < 2 else right)
+                part = first if i % 2 == 0 else second
+            offs_r = pid_r.to(tl.int64) * BLOCK_R + i * WIDTH + tl.arange(0, WIDTH)
+            mask_r = offs_r < R
+            offs = offs_p[:, None] * stride_op + offs_r[None, :] * stride_or
+            weight_offs = offs
+            if weight_ptr is not None:
+                if where_ptr is not None:
+                    offs_r = tl.load(where_ptr + offs_r, mask=mask_r, other=0).to(tl.int64)
+                weight_offs = offs_p[:, None] * stride_weight_p + offs_r[None, :] * stride_weight_r
+            adamw_tile(
+                part, out_ptr, exp_avg_ptr, exp_avg_sq_ptr, coefficients_ptr, eps,
+                base_ptr, weight_ptr, offs, weight_offs, mask_p[:, None] & mask_r[None, :],
+                BETA1, BETA2,
+            )  # fmt: skip
     else:
+        out_ptrs = (
+            out_ptr
+            + split.to(tl.int64) * stride_split
+            + offs_p[:, None] * stride_op
+            + offs_r[None, :] * stride_or
+        )
+        mask = mask_p[:, None] & mask_r[None, :]
         if ACCUMULATE:
             acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -108,9 +132,11 @@ def _slice_grad_kernel(
 # fmt: off
 @triton.jit
 def _reduce_kernel(
-    partial_ptr, out_ptr, exp_avg_sq_ptr,
+    partial_ptr, out_ptr,
     num_splits, rows, cols,
     stride_or, stride_oc,
+    exp_avg_ptr, exp_avg_sq_ptr, coefficients_ptr, eps,
+    weight_ptr, base_ptr, where_row_ptr, where_col_ptr, stride_weight_r, stride_weight_c,
     ACCUMULATE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -122,13 +148,24 @@ def _reduce_kernel(
     acc = tl.zeros((BLOCK,), tl.float32)
     for split in range(num_splits):
         acc += tl.load(partial_ptr + split * size + offs, mask=mask, other=0.0)
-    where = (offs // cols) * stride_or + (offs % cols) * stride_oc
-    if exp_avg_sq_ptr is not None:
-        update_moments(acc, out_ptr + where, exp_avg_sq_ptr + where, mask, BETA1, BETA2)
+    row, col = offs // cols, offs % cols
+    offs = row * stride_or + col * stride_oc
+    if exp_avg_ptr is not None:
+        weight_offs = offs
+        if weight_ptr is not None:
+            if where_row_ptr is not None:
+                row = tl.load(where_row_ptr + row, mask=mask, other=0).to(tl.int64)
+            if where_col_ptr is not None:
+                col = tl.load(where_col_ptr + col, mask=mask, other=0).to(tl.int64)
+            weight_offs = row * stride_weight_r + col * stride_weight_c
+        adamw_tile(
+            acc, out_ptr, exp_avg_ptr, exp_avg_sq_ptr, coefficients_ptr, eps, base_ptr, weight_ptr,
+            offs, weight_offs, mask, BETA1, BETA2,
+        )  # fmt: skip
     else:
         if ACCUMULATE:
-            acc += tl.load(out_ptr + where, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            acc += tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def slice_grad(
@@ -136,18 +173,20 @@ def slice_grad(
     x: Tensor,
     index: Tensor | slice | None,
     dim: str,
-    out: Tensor | Moments | None = None,
+    out: Tensor | Update | None = None,
 ) -> Tensor:
     """dyᵀ x[:, index] (N, R) for dim="in", dy[:, index]ᵀ x (R, K) for dim="out".
 
     dy (M, N), x (M, K); with index=None the operand that would be gathered is the compact (M, R).
     Returns it in fp32, or adds it into `out`, of any floating dtype, and returns `out`, or uses it
-    up in `out`, the moments of AdamW, and returns the first of them.
+    up in `out`, a step of AdamW, and returns its values.
     """
-    exp_avg_sq, beta1, beta2 = None, None, None
-    if isinstance(out, Moments):
-        out.check(dy)
-        out, exp_avg_sq, (beta1, beta2) = out
+    update: tuple = NO_UPDATE
+    strides: tuple = (None, None)
+    betas: tuple = (None, None)
+    if isinstance(out, Update):
+        update, strides, betas = _unpacked(out)
+        out = out.values
     wide, part = (dy, x) if dim == "in" else (x, dy)
     if isinstance(index, slice):
         part, index = part[:, index], None  # a run of channels is a view
@@ -173,27 +212,46 @@ def slice_grad(
 
     with on_device(wide):
         _slice_grad_kernel[(tiles, num_splits)](
-            wide, part, index, target, exp_avg_sq if num_splits == 1 else None,
+            wide, part, index, target,
             M, P, R, tokens_per_split,
             *wide.stride(),
             *part.stride(),
             P * R, stride_op, stride_or,
+            *(NO_UPDATE if num_splits > 1 else update),
+            *(strides if dim == "in" else strides[::-1]),
             ACCUMULATE=accumulate and num_splits == 1,
-            BETA1=beta1,
-            BETA2=beta2,
+            BETA1=betas[0],
+            BETA2=betas[1],
             **launch,
         )  # fmt: skip
         if num_splits > 1:
             _reduce_kernel[(triton.cdiv(P * R, REDUCE_LAUNCH["BLOCK"]),)](
-                target, out, exp_avg_sq,
+                target, out,
                 num_splits, *shape,
                 *out.stride(),
+                *update[:-1],
+                *((None, update[-1]) if dim == "in" else (update[-1], None)),
+                *strides,
                 ACCUMULATE=accumulate,
-                BETA1=beta1,
-                BETA2=beta2,
+                BETA1=betas[0],
+                BETA2=betas[1],
                 **REDUCE_LAUNCH,
             )  # fmt: skip
     return out
+
+
+def _unpacked(update: Update) -> tuple[tuple, tuple, tuple]:
+    """(what kernels take in the place of NO_UPDATE, strides of the weight, betas)."""
+    weight = base = where = None
+    strides: tuple = (None, None)
+    if update.slice is not None:
+        weight, base, where, dim = update.slice
+        strides = weight.stride()
+        if isinstance(where, slice):  # a run of channels is a view
+            weight, where = weight[:, where] if dim == "in" else weight[where], None
+        weight, base = weight.detach(), base.contiguous()
+    states = update.exp_avg, update.exp_avg_sq, update.coefficients, update.eps
+    return (*states, weight, base, where), strides, update.betas
 
 
 def _choose_splits(num_tokens: int, tiles: int, programs: int) -> int:

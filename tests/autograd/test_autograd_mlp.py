@@ -284,10 +284,12 @@ def test_saved_tensors_that_went_elsewhere(mode):
 @pytest.mark.parametrize("saving", (nullcontext, save_on_cpu))
 def test_gradients_go_where_their_owner_says(saving):
     class Owner:
+        steps_in_backward = False
+
         def __init__(self):
             self.slots = {}
 
-        def take_slot(self, parameter):
+        def take_slot(self, parameter, use):
             parameter.grad = self.slots.setdefault(id(parameter), torch.zeros_like(parameter))
             return parameter.grad
 

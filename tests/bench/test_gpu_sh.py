@@ -55,6 +55,17 @@ def tried(out: Path) -> list[str]:
     return [line.rpartition(" ")[0] for line in (out / "tries.txt").read_text().splitlines()]
 
 
+def test_it_takes_the_first_python_that_has_torch(tmp_path):
+    for name, lines in (("python3", "exit 1"), ("python", '[[ $1 == -c ]] || echo "called: $@"')):
+        script = tmp_path / name
+        script.write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        script.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = gpu_sh("out", "--plan", PYTHON="", PATH=path)
+    assert done.returncode == 0
+    assert "called: -m bench.campaign out --plan" in done.stdout
+
+
 def test_the_parts_in_order_and_what_the_next_call_does(tmp_path, stand_in):
     python, calls = stand_in
     out = tmp_path / "out"

@@ -12,7 +12,7 @@ ROOMS = (
     (
         "s2kernels.plan",
         "s2kernels.groups",
-        "s2kernels.moments",
+        "s2kernels.update",
         "s2kernels.sparse",
         "s2kernels.grouped",
         "s2kernels.reference",

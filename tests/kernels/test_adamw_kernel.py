@@ -1,23 +1,28 @@
-"""Gradients that the moments of AdamW use up, and the values that follow from those."""
+"""Gradients that a step of AdamW uses up: values, moments and the slice of the weight."""
 
 import importlib
 
 import pytest
 import torch
-from layouts import LAYOUTS, slice_operands
-from numerics import assert_as_accurate
+from layouts import LAYOUTS, slice_operands, transposed
+from numerics import DTYPES, assert_as_accurate
 
 from s2kernels import kernels, reference
-from s2kernels.moments import Moments
+from s2kernels.update import Update, WeightSlice
 
 slice_grad_module = importlib.import_module("s2kernels.kernels.slice_grad")
-BETAS = (0.85, 0.97)
+BETAS, EPS = (0.85, 0.97), 1e-3
+COEFFICIENTS = (0.99, 0.3, 1.7)
 # (M, N, K, R): aligned; odd in every dimension and past one tile; one of everything; no tokens
 SHAPES = [(64, 128, 128, 32), (45, 137, 131, 67), (1, 1, 1, 1), (0, 9, 7, 3)]
 
 
-def moments(shape, device):
-    return torch.randn(shape, device=device), torch.rand(shape, device=device)
+def states(shape, device):
+    """Values and moments, some of which are zero; no others so small that they blow errors up."""
+    values, exp_avg, exp_avg_sq = (torch.randn(shape, device=device) for _ in range(3))
+    exp_avg_sq = exp_avg_sq.abs() + 0.2
+    exp_avg[::3, ::5] = exp_avg_sq[::3, ::5] = 0
+    return values, exp_avg, exp_avg_sq
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
@@ -25,64 +30,89 @@ def moments(shape, device):
 @pytest.mark.parametrize("kind", ["run", "any", "compact"])
 @pytest.mark.parametrize("dim", ["in", "out"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_moments_use_the_gradient_up(shape, dim, kind, layout, num_splits, device, monkeypatch):
+def test_a_step_uses_the_gradient_up(shape, dim, kind, layout, num_splits, device, monkeypatch):
+    """The weight is as odd as the operands; its slice is written where the operand is compact."""
     monkeypatch.setattr(slice_grad_module, "MIN_TOKENS_PER_SPLIT", 16)
     monkeypatch.setattr(slice_grad_module, "_choose_splits", lambda *args: num_splits)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dy, x, index = slice_operands(shape, dim, kind, dtype, device, layout)
-    slice_shape = (shape[1], shape[3]) if dim == "in" else (shape[3], shape[2])
-    given = moments(slice_shape, device)
+    _, N, K, R = shape
+    given = states((N, R) if dim == "in" else (R, K), device)
+    where = index
+    if index is None:
+        size = K if dim == "in" else N
+        where = torch.randperm(size, device=device)[:R].int() if R % 2 else slice(size - R, size)
+    weight = (
+        torch.randn(K, N, device=device).t()
+        if layout is transposed
+        else torch.randn(N, K).to(device)
+    )
+    axis = 1 if dim == "in" else 0
+    at = torch.arange(N if axis == 0 else K, device=device)[where]
+    base = torch.randn_like(given[0]).to(dtype)
 
     def updated(ops, wide=None):
-        dtypes = [x.dtype if wide is None else wide for x in (dy, x, *given)]
-        a, b, m, v = (
-            each.to(dtype, copy=True) for each, dtype in zip((dy, x, *given), dtypes, strict=True)
+        one, other, *tensors = (
+            each.to(wide or each.dtype, copy=True) for each in (dy, x, *given, base, weight)
         )
-        result = ops.slice_grad(a, b, index, dim, Moments(m, v, BETAS))
-        assert result is m
-        return m, v
+        p, m, v, base_slice, w = tensors
+        coefficients = torch.tensor(COEFFICIENTS, dtype=p.dtype, device=device)
+        written = WeightSlice(w, base_slice, where, dim)
+        update = Update(p, m, v, coefficients, BETAS, EPS, written)
+        assert ops.slice_grad(one, other, index, dim, update) is p
+        assert torch.equal(w.index_select(axis, at), base_slice + p)
+        others = torch.ones(w.shape[axis], dtype=torch.bool, device=device)
+        others[at] = False
+        kept = others.nonzero().flatten()
+        assert torch.equal(w.index_select(axis, kept), weight.to(w.dtype).index_select(axis, kept))
+        return p, m, v
 
     exact = updated(reference, torch.float64)
     for actual, true, eager in zip(updated(kernels), exact, updated(reference), strict=True):
         assert_as_accurate(actual, true, eager)
 
 
-def test_the_moments_are_those_of_adam(device):
-    """Of algorithm 1, by hand."""
-    dy, x = (torch.randn(7, size, dtype=torch.float64, device=device) for size in (5, 3))
-    m, v = (each.double() for each in moments((5, 3), device))
-    grad = dy.t() @ x
-    want = BETAS[0] * m + (1 - BETAS[0]) * grad, BETAS[1] * v + (1 - BETAS[1]) * grad**2
-    reference.slice_grad(dy, x, None, "in", Moments(m, v, BETAS))
-    torch.testing.assert_close((m, v), want)
+@pytest.mark.parametrize("ops", [kernels, reference])
+@pytest.mark.parametrize("dim", ["in", "out"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_slice_is_rounded_once_into_a_weight_of_half_precision(ops, dim, dtype, device):
+    """The delta is in fp32."""
+    dy, x = torch.randn(20, 12, device=device), torch.randn(20, 10, device=device)
+    given = states((12, 4) if dim == "in" else (4, 10), device)
+    weight = torch.randn(12, 10, device=device).to(dtype)
+    axis = 1 if dim == "in" else 0
+    base = weight.narrow(axis, 3, 4).clone()
+    coefficients = torch.tensor(COEFFICIENTS, device=device)
+    written = WeightSlice(weight, base, slice(3, 7), dim)
+    ops.slice_grad(dy, x, slice(3, 7), dim, Update(*given, coefficients, BETAS, EPS, written))
+    want = (base.float() + given[0]).to(dtype)
+    assert torch.equal(weight.narrow(axis, 3, 4), want)
 
 
 @pytest.mark.parametrize("ops", [kernels, reference])
-def test_fp16_is_refused_before_anything_changes(ops, device):
-    dy, x = (torch.randn(4, size, device=device).half() for size in (5, 3))
-    m, v = moments((5, 3), device)
-    before = m.clone(), v.clone()
-    with pytest.raises(TypeError, match="must not train in float16"):
-        ops.slice_grad(dy, x, None, "in", Moments(m, v, BETAS))
-    assert torch.equal(m, before[0]) and torch.equal(v, before[1])
+def test_without_a_weight_the_values_alone_are_written(ops, device):
+    dy, x = torch.randn(20, 12, device=device), torch.randn(20, 4, device=device)
+    values, exp_avg, exp_avg_sq = states((12, 4), device)
+    before = values.double(), exp_avg.double(), exp_avg_sq.double()
+    coefficients = torch.tensor(COEFFICIENTS, device=device)
+    ops.slice_grad(dy, x, None, "in", Update(values, exp_avg, exp_avg_sq, coefficients, BETAS, EPS))
+    for got, want in zip((values, exp_avg, exp_avg_sq), by_hand(dy, x, *before), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("num", [0, 1, 1000, 5000])
-def test_values(num, device):
-    """Whatever the moments are, zero included."""
-    given = [torch.randn(num, device=device), *moments((num,), device)]
-    for each in given[1:]:
-        each[::7] = 0
-    coefficients = torch.tensor([0.99, 0.3, 1.7], device=device)
+def test_the_step_is_that_of_adamw(device):
+    """Of algorithm 2, by hand."""
+    dy, x = (torch.randn(7, size, dtype=torch.float64, device=device) for size in (5, 3))
+    given = [each.double() for each in states((5, 3), device)]
+    want = by_hand(dy, x, *given)
+    coefficients = torch.tensor(COEFFICIENTS, dtype=torch.float64, device=device)
+    reference.slice_grad(dy, x, None, "in", Update(*given, coefficients, BETAS, EPS))
+    torch.testing.assert_close(tuple(given), want)
 
-    def updated(ops, dtype=torch.float32):
-        p, m, v, c = (x.to(dtype, copy=True) for x in (*given, coefficients))
-        assert ops.adamw_values_(p, m, v, c, 1e-8) is None
-        assert torch.equal(m, given[1].to(dtype)) and torch.equal(v, given[2].to(dtype))
-        return p
 
-    exact = updated(reference, torch.float64)
-    assert_as_accurate(updated(kernels), exact, updated(reference))
-    p, m, v = (x.double() for x in given)
-    decay, step_size, correction = coefficients.double()
-    torch.testing.assert_close(exact, decay * p - step_size * m / (v.sqrt() * correction + 1e-8))
+def by_hand(dy, x, p, m, v):
+    grad = dy.double().t() @ x.double()
+    m = BETAS[0] * m + (1 - BETAS[0]) * grad
+    v = BETAS[1] * v + (1 - BETAS[1]) * grad**2
+    decay, step_size, correction = COEFFICIENTS
+    return decay * p - step_size * m / (v.sqrt() * correction + EPS), m, v

@@ -63,8 +63,8 @@ def _resumed(rank):
     optimizer = FlatAdamW(trained(model))
     optimizer.zero_grad(set_to_none=False)
     assert all(p.grad is not None and not p.grad.to_local().any() for p in trained(model))
-    with pytest.raises(ValueError, match="plain floating parameters for moments_in_backward"):
-        FlatAdamW(trained(model), moments_in_backward=True)
+    with pytest.raises(ValueError, match="plain floating parameters for step_in_backward"):
+        FlatAdamW(trained(model), step_in_backward=True)
 
 
 def test_states_go_over_to_torch_and_back(ranks):

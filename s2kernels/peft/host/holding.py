@@ -1,11 +1,14 @@
 """What a backward is given: a context in which weights hold what its forward saw."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2kernels.peft.host.weights import WeightKeeper
+from s2kernels.update import WeightSlice
 
 
 def holding(keeper: WeightKeeper, adapters: dict[Any, str | None]) -> "Holding | None":
@@ -60,6 +63,21 @@ class Holding:
 
     def __exit__(self, *exc: Any) -> None:
         self._keeper.forwards.lock.release()
+
+    @contextmanager
+    def writing(self, delta: Tensor) -> Iterator[WeightSlice | None]:
+        """See `s2kernels.autograd.accumulate.WeightHolder`; it has been entered. What a forward
+        then has to write is nothing, until something else changes the delta.
+        """
+        for layer in self._adapters:
+            held = self._keeper.held_by_layer.get(layer)
+            if held is not None and held.delta is delta:
+                ((weight, base, _, where, dim),) = layer.entries(held, None)
+                held.written = None  # where this is interrupted
+                yield WeightSlice(weight, base, where, dim)
+                held.written = delta._version, delta.data_ptr()
+                return
+        yield None
 
     def _check(self) -> None:
         for layer, wanted in self._wanted:

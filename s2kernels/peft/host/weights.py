@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2kernels.capturing import is_capturing
 from s2kernels.coupling import not_plain
 from s2kernels.peft.host.forwards import Forwards
 from s2kernels.peft.host.obstacles import Obstacles
@@ -125,7 +126,11 @@ class WeightKeeper:
         return self._writes is not None
 
     def write(self) -> None:
-        """Write what was decided, as it is now."""
+        """Write what was decided, as it is now; nothing where a backward has written all of it."""
+        held = self.held_by_layer.values()
+        # a CUDA graph writes in any case: replays do not ask who has changed a delta
+        if held and all(each.is_current() for each in held) and not is_capturing():
+            return
         for entries in self._writes or ():
             self._launch(entries)
 

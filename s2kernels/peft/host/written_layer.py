@@ -16,6 +16,8 @@ class Held:
 
     weight: the Parameter that was written to; the layer may have been given another since.
     where: the channels or entries; base: what the weight held there; delta: what was added to it.
+    written: the version and address of the delta that a backward has written into the weight along
+    with it (`Holding.writing`); None where that is a forward's to do.
     """
 
     adapter: str
@@ -23,6 +25,12 @@ class Held:
     where: Any
     base: Tensor
     delta: Tensor
+    written: tuple[int, int] | None = None
+
+    def is_current(self) -> bool:
+        """Whether a backward has written the delta as it is now."""
+        delta = self.delta
+        return self.written is not None and self.written == (delta._version, delta.data_ptr())
 
 
 class WrittenLayer(Protocol):

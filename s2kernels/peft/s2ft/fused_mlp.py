@@ -9,13 +9,13 @@ On a GPU the weights of gate and up are laid one after the other: the pair is on
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from s2kernels import backend
+from s2kernels.autograd.accumulate import WeightHolder
 from s2kernels.autograd.joined import joined
 from s2kernels.autograd.mlp import mlp
 from s2kernels.capturing import is_capturing
@@ -78,7 +78,7 @@ class MLPCall(NamedTuple):
     where: Index = slice(0, 0)
     mode: str = "inplace"
     both: Tensor | None = None
-    holding: AbstractContextManager | None = None
+    holding: WeightHolder | None = None
 
 
 def fuse_mlp(keeper: WeightKeeper, structure: Structure) -> None:

@@ -6,6 +6,7 @@ columns. So each process writes the slice of its own shard, and nothing more is 
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -126,3 +127,7 @@ class AsGathered:
 
     def __exit__(self, *exc: Any) -> None:
         pass
+
+    def writing(self, delta: Tensor) -> AbstractContextManager[None]:
+        """See `s2kernels.autograd.accumulate.WeightHolder`: the next gather brings the delta."""
+        return nullcontext()

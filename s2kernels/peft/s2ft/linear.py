@@ -1,6 +1,5 @@
 """The layer that PEFT puts in the place of a Linear: how its slices reach the output."""
 
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from s2kernels.architectures import Member
+from s2kernels.autograd.accumulate import WeightHolder
 from s2kernels.autograd.linear import delta_linear, linear
 from s2kernels.coupling import is_conv1d, is_dense
 from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
@@ -38,7 +38,7 @@ class LinearCall(NamedTuple):
     bias: Tensor | None
     slices: list[tuple[Tensor, Index]]
     mode: str
-    holding: AbstractContextManager | None
+    holding: WeightHolder | None
 
 
 class S2FTLinear(S2FTLayer):
@@ -178,7 +178,7 @@ class S2FTLinear(S2FTLayer):
         return rows.add(y, x, self, self.dim, adapter_names, parts) if parts else y
 
 
-def holding_for(written: dict[S2FTLinear, str | None]) -> AbstractContextManager | None:
+def holding_for(written: dict[S2FTLinear, str | None]) -> WeightHolder | None:
     """What a backward enters: the weights of these layers, of one model, hold what they hold in the
     forward. See `holding` and `AsGathered`.
     """

@@ -1,6 +1,8 @@
-"""FlatAdamW with moments in the backward: equal to two passes, or refused."""
+"""FlatAdamW with its step in the backward: equal to two passes, or refused."""
 
 import copy
+import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from captured_models import assert_same, batch, record_steps
 from peft import get_peft_model
 from tiny_models import checkpoint_activations, tiny_model, token_ids
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from s2kernels import capture
 from s2kernels.autograd import s2_delta, s2_linear
@@ -61,9 +64,9 @@ def train(model, optimizer, loss, steps):
 
 
 def pair(model, **options):
-    """(model, its optimizer with moments in the backward), (its twin, the optimizer without)."""
+    """(model, its optimizer with the step in the backward), (its twin, the optimizer without)."""
     twin = copy.deepcopy(model)
-    ours = FlatAdamW(trained(model), **OPTIONS | options, moments_in_backward=True)
+    ours = FlatAdamW(trained(model), **OPTIONS | options, step_in_backward=True)
     return (model, ours), (twin, FlatAdamW(trained(twin), **OPTIONS | options))
 
 
@@ -129,25 +132,30 @@ def test_a_model_trains_the_same(mode, checkpointing, device):
     assert both[0][1]._blocks[0][0].grads.numel() == 0
 
 
-def test_nothing_changes_before_the_step():
-    """A backward that fails, or whose step is left out, leaves the values alone."""
+def test_the_step_is_done_in_the_backward_and_counted_by_step():
     layer = Layer("in")
     before = layer.delta.detach().clone()
-    optimizer = FlatAdamW(trained(layer), **OPTIONS, moments_in_backward=True)
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
     loss_of(layer, 0).backward()
-    assert torch.equal(layer.delta, before)
+    after = layer.delta.detach().clone()
+    assert not torch.equal(after, before)
     optimizer.step()
-    assert not torch.equal(layer.delta, before)
+    assert torch.equal(layer.delta, after)
+    assert layer.delta.grad is None and optimizer.state[layer.delta]["step"] == 1
 
 
 def test_a_step_is_noticed_by_a_backward_that_needs_what_was_before():
     layer = Layer("in")
-    optimizer = FlatAdamW(trained(layer), **OPTIONS, moments_in_backward=True)
-    first, second = loss_of(layer, 0), loss_of(layer, 1)
-    first.backward()
-    optimizer.step()
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
+    first = loss_of(layer, 0)
+    with torch.no_grad():
+        layer.delta.add_(1)
+    before = layer.delta.detach().clone()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        second.backward()
+        first.backward()
+    assert torch.equal(layer.delta, before)
+    optimizer.step()
+    assert not optimizer.state
 
 
 class Mixed(nn.Module):
@@ -212,7 +220,7 @@ def test_states_are_those_of_torchs_adamw():
     torchs = torch.optim.AdamW(trained(twin), **OPTIONS)
     torchs.load_state_dict(states)
     again = copy.deepcopy(model)
-    ours = FlatAdamW(trained(again), lr=1.0, moments_in_backward=True)
+    ours = FlatAdamW(trained(again), lr=1.0, step_in_backward=True)
     ours.load_state_dict(states)
     for each, optimizer in ((twin, torchs), (again, ours)):
         for i in range(5):
@@ -225,10 +233,10 @@ def test_states_are_those_of_torchs_adamw():
 
 def test_a_deep_copy_of_the_optimizer_goes_on_apart():
     layer = Layer("in")
-    optimizer = FlatAdamW(trained(layer), **OPTIONS, moments_in_backward=True)
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
     train(layer, optimizer, loss_of, 2)
     other, copied = copy.deepcopy((layer, optimizer))
-    assert copied.moments_in_backward
+    assert copied.step_in_backward
     train(layer, optimizer, loss_of, 3)
     train(other, copied, loss_of, 3)
     assert torch.equal(layer.delta, other.delta) and other.delta.grad is None
@@ -241,7 +249,7 @@ def test_replays_of_a_captured_step_are_the_loop(monkeypatch, device):
     options = dict(lr=2**-7, capturable=True)
     both = pair(model, **options)
     (model, ours), (twin, _) = both
-    theirs = FlatAdamW(trained(twin), **OPTIONS | options, moments_in_backward=True)
+    theirs = FlatAdamW(trained(twin), **OPTIONS | options, step_in_backward=True)
     step = capture(model, ours, warmup=2)
     for i in range(8):
         data = batch(device, i)
@@ -253,7 +261,7 @@ def test_replays_of_a_captured_step_are_the_loop(monkeypatch, device):
         assert torch.equal(loss, expected), i
     assert_same(model, twin)
     assert step.replays == 6
-    with pytest.raises(ValueError, match="max_norm must be None with moments_in_backward"):
+    with pytest.raises(ValueError, match="max_norm must be None with step_in_backward"):
         capture(model, ours, max_norm=1.0)
 
 
@@ -263,7 +271,7 @@ def test_a_recording_that_fails_uses_up_nothing(monkeypatch, device):
     model = get_peft_model(tiny_model("llama", torch.float32).to(device).train(), config)
     (model, ours), (twin, _) = pair(model, lr=2**-7, capturable=True)
     theirs = FlatAdamW(
-        trained(twin), **OPTIONS | dict(lr=2**-7), capturable=True, moments_in_backward=True
+        trained(twin), **OPTIONS | dict(lr=2**-7), capturable=True, step_in_backward=True
     )
 
     class Fails(torch.autograd.Function):
@@ -307,85 +315,208 @@ def test_a_recording_that_fails_uses_up_nothing(monkeypatch, device):
 
 @DIMS
 def test_a_second_gradient_before_the_step_is_refused(dim):
+    """Accumulation over micro-batches; and the next step may come once this one was counted."""
     layer = Layer(dim)
-    optimizer = FlatAdamW(trained(layer), **OPTIONS, moments_in_backward=True)
-    before = layer.delta.detach().clone()
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
     loss_of(layer, 0).backward()
+    after = layer.delta.detach().clone()
     with pytest.raises(RuntimeError, match="second gradient before optimizer.step()"):
-        loss_of(layer, 1).backward()  # accumulation
-    assert torch.equal(layer.delta, before)
+        loss_of(layer, 1).backward()
+    assert torch.equal(layer.delta, after)
     optimizer.step()
-
-    loss = loss_of(layer, 2)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second gradient before optimizer.step()"):
-        loss.backward()
+    loss_of(layer, 1).backward()
     optimizer.step()
-
-    with pytest.raises(RuntimeError, match="second gradient before optimizer.step()"):
-        (loss_of(layer, 3) + loss_of(layer, 4)).backward()  # used twice
+    assert optimizer.state[layer.delta]["step"] == 2
 
 
-def test_a_term_of_the_loss_that_reads_a_delta_is_refused():
+def refused(layer, optimizer, match, make_loss, **options):
+    """The backward raises, nothing changes, and the next step is done."""
+    before, count = layer.delta.detach().clone(), len(optimizer.state)
+    with pytest.raises(RuntimeError, match=match):
+        make_loss().backward(**options)
+    gc.collect()  # pytest's error holds the graph
+    assert torch.equal(layer.delta, before) and layer.delta.grad is None
+    optimizer.step()
+    assert len(optimizer.state) == count
+    loss_of(layer, 0).backward()
+    optimizer.step()
+    assert not torch.equal(layer.delta, before)
+
+
+@DIMS
+@pytest.mark.parametrize("option", ["retain_graph", "create_graph"])
+def test_a_graph_that_is_kept_is_refused(dim, option):
+    layer = Layer(dim)
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
+    match = "without retain_graph and create_graph"
+    refused(layer, optimizer, match, lambda: loss_of(layer, 0), **{option: True})
+
+
+def test_two_forwards_before_a_backward_are_refused():
     layer = Layer("in")
-    optimizer = FlatAdamW(trained(layer), **OPTIONS, moments_in_backward=True)
-    (loss_of(layer, 0) + layer.delta.square().sum()).backward()
-    if layer.delta.grad is None:
-        pytest.fail("autograd adds the gradient of the other term")
-    with pytest.raises(RuntimeError, match="gradient beside the one that is in its moments"):
-        optimizer.step()
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
+    match = "read by 2 forwards"
+    refused(layer, optimizer, match, lambda: loss_of(layer, 3) + loss_of(layer, 4))  # used twice
+    other = loss_of(layer, 1)
+    with pytest.raises(RuntimeError, match=match):
+        loss_of(layer, 2).backward()
+    del other
+    gc.collect()
+    loss_of(layer, 2).backward()  # what nobody holds any more does not count
+    optimizer.step()
+    with torch.no_grad():
+        other = loss_of(layer, 1)
+    loss_of(layer, 2).backward()
+    optimizer.step()
+    assert other is not None and optimizer.state[layer.delta]["step"] == 3
+
+
+def test_a_layer_that_is_computed_again_after_its_step_is_refused():
+    """One that two checkpoints share: the second one would read what the first one has stepped."""
+    layer = Layer("in")
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
+
+    def loss():
+        x = torch.ones(2, K, requires_grad=True)
+        y = checkpoint(layer, x, use_reentrant=True)
+        return checkpoint(layer, y[:, :K], use_reentrant=True).square().mean()
+
+    with pytest.raises(RuntimeError, match="computed again inside of the backward"):
+        loss().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_term_of_the_loss_that_reads_a_delta_is_refused(order):
+    layer = Layer("in")
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
+    first, second = (loss_of(layer, 0), layer.delta.sum())[::order]
+    with pytest.raises(RuntimeError, match="this gradient was used up"):
+        (first + second).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("norm", ["clip_grad_norm_", "clip_grad_value_"])
+def test_clipping_is_refused(norm):
+    layer = Layer("in")
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
+    loss_of(layer, 0).backward()
+    with pytest.raises(RuntimeError, match="this gradient was used up"):
+        getattr(nn.utils, norm)(layer.parameters(), 1.0)
+    assert nn.utils.clip_grad_norm_(layer.parameters(), float("inf")) >= 1e12  # not known
+    optimizer.step()
+
+
+def test_logging_a_norm_leaves_ordinary_gradients_alone():
+    model = Mixed()
+    optimizer = FlatAdamW(trained(model), **OPTIONS, step_in_backward=True)
+    model(torch.ones(2, 5, K)).square().mean().backward()
+    want = model.norm.weight.grad.clone()
+    for foreach in (False, None):
+        nn.utils.clip_grad_norm_(model.parameters(), float("inf"), foreach=foreach)
+        assert torch.equal(model.norm.weight.grad, want)
+    optimizer.step()
 
 
 def test_several_processes_are_refused(monkeypatch):
     layer = Layer("in")
-    optimizer = FlatAdamW(trained(layer), **OPTIONS, moments_in_backward=True)
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
+    before = layer.delta.detach().clone()
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="must not train on several processes"):
         loss_of(layer, 0).backward()
-    assert not optimizer._blocks[0][0].used_up
+    assert torch.equal(layer.delta, before) and layer.delta.grad is None
+    optimizer.step()
+    assert not optimizer.state
 
 
-def test_a_grad_scaler_is_refused():
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_grad_scaler_is_refused(unscale):
     layer = Layer("in")
-    optimizer = FlatAdamW(trained(layer), **OPTIONS, moments_in_backward=True)
-    before = layer.delta.detach().clone()
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(layer, 0)).backward()
-    with pytest.raises((RuntimeError, AssertionError), match="GradScaler|No inf checks"):
-        scaler.step(optimizer)
-    assert torch.equal(layer.delta, before)
+    with pytest.raises(RuntimeError, match="this gradient was used up"):
+        scaler.unscale_(optimizer) if unscale else scaler.step(optimizer)
 
 
 def test_fp16_is_refused():
     layer = Layer("in")
-    optimizer = FlatAdamW(trained(layer), **OPTIONS, moments_in_backward=True)
+    optimizer = FlatAdamW(trained(layer), **OPTIONS, step_in_backward=True)
+    before = layer.delta.detach().clone()
     layer.weight = layer.weight.half()
     x = torch.ones(2, K, dtype=torch.float16)
     with pytest.raises(TypeError, match="must not train in float16"):
         layer(x).sum().backward()
-    assert not optimizer._blocks[0][0].moments[0].any()
+    assert torch.equal(layer.delta, before)
+    assert not optimizer._blocks[0][0].moments[0].numel()
 
 
 def test_what_the_optimizer_refuses():
     half = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     before = half.data_ptr()
-    with pytest.raises(ValueError, match="params must be in fp32 for moments_in_backward"):
-        FlatAdamW([half], moments_in_backward=True)
+    with pytest.raises(ValueError, match="params must be in fp32 for step_in_backward"):
+        FlatAdamW([half], step_in_backward=True)
     assert half.data_ptr() == before
     with pytest.raises(ValueError, match="give one of the two"):
-        FlatAdamW(
-            [nn.Parameter(torch.ones(3))], accumulate_in_backward=True, moments_in_backward=True
-        )
+        FlatAdamW([nn.Parameter(torch.ones(3))], accumulate_in_backward=True, step_in_backward=True)
 
 
-def test_a_move_between_backward_and_step_is_refused():
-    layer = Layer("in")
-    optimizer = FlatAdamW(trained(layer), **OPTIONS, moments_in_backward=True)
-    loss_of(layer, 0).backward()
-    layer.delta.data = layer.delta.data.clone()
-    with pytest.raises(RuntimeError, match="have moved between a backward"):
-        optimizer.step()
+def test_a_move_between_backward_and_step():
+    """Of one delta, and of the whole model, gradients included: the step is counted, once."""
+    both = pair(Layer("in"))
+    for (layer, optimizer), moves in zip(both, (True, False), strict=True):
+        for i in range(3):
+            optimizer.zero_grad()
+            loss_of(layer, i).backward()
+            if moves and i == 1:
+                layer.delta.data = layer.delta.data.clone()
+            elif moves:
+                layer.double().float()
+            with pytest.raises(RuntimeError) if moves and i == 1 else nullcontext():
+                if moves and i == 1:
+                    optimizer._up_to_date(0)
+                    loss_of(layer, i).backward()
+            optimizer.step()
+    assert_equal(*both, **FP32)
+
+
+def test_a_state_dict_between_backward_and_step():
+    both = pair(Layer("in"))
+    (layer, ours), _ = both
+    for model, optimizer in both:
+        for i in range(2):
+            optimizer.zero_grad()
+            loss_of(model, i).backward()
+            if optimizer is ours:
+                saved = ours.state_dict()
+                assert saved["state"][0]["step"] == i + 1
+            optimizer.step()
+    assert_equal(*both, **FP32)
+    loss_of(layer, 2).backward()
+    ours.load_state_dict(saved)  # what is loaded counts as it is
+    ours.step()
+    assert ours.state[layer.delta]["step"] == 2
+    loss_of(layer, 3).backward()
+    ours.step()
+
+
+def test_groups_of_their_own_rates():
+    model = nn.ModuleList([Layer("in"), Layer("out")])
+    twin = copy.deepcopy(model)
+
+    def optimizer_of(model, **options):
+        groups = [
+            dict(params=[each.delta], lr=lr) for each, lr in zip(model, (0.1, 0.01), strict=True)
+        ]
+        groups[1]["weight_decay"] = 0.3
+        return FlatAdamW(groups, **OPTIONS, **options)
+
+    both = (model, optimizer_of(model, step_in_backward=True)), (twin, optimizer_of(twin))
+    for each, optimizer in both:
+        train(each, optimizer, lambda m, i: loss_of(m[0], i) + loss_of(m[1], i), 50)
+    assert_equal(*both, **FP32)
 
 
 @pytest.mark.slow
@@ -401,10 +532,10 @@ def test_transformers_trainer(micro_batches, tmp_path):
         report_to=[], disable_tqdm=True, use_cpu=True, seed=0,
     )  # fmt: skip
 
-    def run(moments_in_backward, **resume):
+    def run(step_in_backward, **resume):
         config = S2FTConfig(heads=1, channels=4)
         model = get_peft_model(tiny_model("llama", torch.float32), config)
-        optimizer = FlatAdamW(trained(model), **OPTIONS, moments_in_backward=moments_in_backward)
+        optimizer = FlatAdamW(trained(model), **OPTIONS, step_in_backward=step_in_backward)
         trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
         trainer.train(**resume)
         return torch.cat([p.detach().flatten() for p in trained(model)])
