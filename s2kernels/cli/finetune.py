@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -41,6 +42,8 @@ def finetune(args: Namespace) -> Callable[[], None]:
     models.device_of(args.device)  # raises where it is not there
     if args.method == "spiel" and args.optimizer != "adamw_torch":
         raise ValueError("--optimizer: SpIEL has one of its own")
+    if args.prompt and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("--prompt: one process answers, and FSDP has given it a part of the model")
     config = _adapter_config(args)
     sources = {"data": examples.sources_of(args.data)}
     if args.selection is not None:

@@ -5,6 +5,7 @@ The settings are the options of the command line; the file that keeps them can b
 
 import hashlib
 import json
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -82,7 +83,12 @@ def settings_of(args: Namespace, sources: Mapping[str, Sequence[Any]]) -> dict[s
         for source in given:
             digest.update(source.read_bytes() if isinstance(source, Path) else source.encode())
         digests[name] = digest.hexdigest()
-    return kept | {"sha256": digests}
+    return kept | {"processes": num_processes(), "sha256": digests}
+
+
+def num_processes() -> int:
+    """That torchrun or accelerate has started for this run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -115,7 +121,8 @@ def check_same(output: Path, now: dict[str, Any]) -> None:
         old, new = (files, digests) if of_file else (before, now)
         if old.get(name) != new.get(name):
             values = "" if of_file else f", {before.get(name)!r}, not {now.get(name)!r}"
-            raise ValueError(f"--resume: the run began with another {_option(name)}{values}")
+            what = "number of processes" if name == "processes" else _option(name)
+            raise ValueError(f"--resume: the run began with another {what}{values}")
 
 
 def as_arguments(path: Path, others: Sequence[str], method: str | None) -> list[str]:
@@ -127,7 +134,7 @@ def as_arguments(path: Path, others: Sequence[str], method: str | None) -> list[
     """
     found = _read(path)
     given = {word.partition("=")[0] for word in others}
-    dropped = {"sha256", *(name for name in found if _option(str(name)) in given)}
+    dropped = {"processes", "sha256", *(name for name in found if _option(str(name)) in given)}
     if given & {"--epochs", "--max-steps"}:
         dropped |= {"epochs", "max_steps"}
     if "--selection" in given:

@@ -87,6 +87,13 @@ def test_finetune_is_the_same_sharded_and_goes_on_from_a_checkpoint(ranks, tmp_p
     assert all((resumed[name] == value).all() for name, value in trained.items())
 
 
+def test_no_process_answers_a_prompt_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SystemExit):
+        cli.main(arguments(tmp_path, "out", "--prompt", "1+1="))
+    assert "--prompt: one process answers" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_finetune_of_spiel_sharded_is_refused(ranks, tmp_path):
     argv = arguments(tmp_path, "out", "--batch-size", "4", "--method", "spiel")
