@@ -60,8 +60,7 @@ def evaluate(args: Namespace) -> None:
 def _right(model: Any, tokenizer: Any, pairs: Any, args: Namespace) -> int:
     """How many answers to the prompts are right."""
     right = 0
-    for start in range(0, len(pairs), args.batch_size):
-        batch = pairs[start : start + args.batch_size]
+    for batch in pairs.iter(args.batch_size):
         prompts = [encode(tokenizer, prompt) for prompt in batch["prompt"]]
         made = answers(model.generate, tokenizer, prompts, model.device, args.max_new_tokens)
         right += sum(map(is_right, made, map(str, batch["answer"])))

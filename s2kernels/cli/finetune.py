@@ -208,9 +208,7 @@ def read_selection(path: Path) -> dict[str, torch.Tensor]:
     for name, chosen in units:
         numbers = chosen if isinstance(chosen, list) else [None]
         if not all(type(unit) is int and 0 <= unit < 2**31 for unit in numbers):
-            raise ValueError(
-                f"{path}: a list of whole numbers wanted for {name}, got {chosen!r:.99}"
-            )
+            raise ValueError(f"{path}: {name}: list of whole numbers wanted, got {chosen!r:.99}")
     return {name: torch.tensor(chosen, dtype=torch.int32) for name, chosen in units}
 
 

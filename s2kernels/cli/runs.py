@@ -67,8 +67,8 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def settings_of(args: Namespace, sources: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The options of a run, as they are kept in run.yaml, and digests of the files, or names on the
-    hub, that were given by an option.
+    """The options of a run, as they are kept in run.yaml, its number of processes, and digests of
+    the files, or names on the hub, that were given by an option.
     """
     kept = {k: v for k, v in vars(args).items() if k not in _NOT_KEPT and v is not None}
     for name in _PATHS & kept.keys():
@@ -83,12 +83,7 @@ def settings_of(args: Namespace, sources: Mapping[str, Sequence[Any]]) -> dict[s
         for source in given:
             digest.update(source.read_bytes() if isinstance(source, Path) else source.encode())
         digests[name] = digest.hexdigest()
-    return kept | {"processes": num_processes(), "sha256": digests}
-
-
-def num_processes() -> int:
-    """That torchrun or accelerate has started for this run."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return kept | {"num_processes": int(os.environ.get("WORLD_SIZE", 1)), "sha256": digests}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -121,8 +116,7 @@ def check_same(output: Path, now: dict[str, Any]) -> None:
         old, new = (files, digests) if of_file else (before, now)
         if old.get(name) != new.get(name):
             values = "" if of_file else f", {before.get(name)!r}, not {now.get(name)!r}"
-            what = "number of processes" if name == "processes" else _option(name)
-            raise ValueError(f"--resume: the run began with another {what}{values}")
+            raise ValueError(f"--resume: the run began with another {_option(name)}{values}")
 
 
 def as_arguments(path: Path, others: Sequence[str], method: str | None) -> list[str]:
@@ -134,7 +128,7 @@ def as_arguments(path: Path, others: Sequence[str], method: str | None) -> list[
     """
     found = _read(path)
     given = {word.partition("=")[0] for word in others}
-    dropped = {"processes", "sha256", *(name for name in found if _option(str(name)) in given)}
+    dropped = {"num_processes", "sha256", *(name for name in found if _option(str(name)) in given)}
     if given & {"--epochs", "--max-steps"}:
         dropped |= {"epochs", "max_steps"}
     if "--selection" in given:

@@ -53,15 +53,15 @@ def select(args: Namespace) -> None:
     units = {name: ranked[name] for name in found if name in ranked}
 
     selection = {"model": str(args.model), "strategy": args.strategy, **how}
-    selection |= {"granularity": args.granularity}
-    selection |= {"units": {name: chosen.tolist() for name, chosen in units.items()}}
+    chosen = {name: selected.tolist() for name, selected in units.items()}
+    selection |= {"granularity": args.granularity, "units": chosen}
     with replacing(args.output.parent) as folder:
         (folder / args.output.name).write_text(json.dumps(selection, indent=1) + "\n", "utf-8")
     with replacing(args.output.parent) as folder:  # if it fails, the selection is there
         draw_scores(values, units, kinds, args.strategy, folder / picture.name)
     for kind in dict.fromkeys(kinds.values()):
-        chosen = sum(len(units.get(name, ())) for name in kinds if kinds[name] == kind)
+        num = sum(len(units.get(name, ())) for name in kinds if kinds[name] == kind)
         total = sum(len(values[name]) for name in kinds if kinds[name] == kind)
-        print(f"{kind}: {chosen} of {total} {'heads' if kind == 'attention' else 'channels'}")
+        print(f"{kind}: {num} of {total} {'heads' if kind == 'attention' else 'channels'}")
     beside = f", its picture in {picture}" if picture.exists() else ""
     print(f"selection in {args.output}{beside}")

@@ -313,7 +313,7 @@ def test_two_processes_train_as_one_does(base, tmp_path, capsys):
             assert abs(left - right) <= most
     with pytest.raises(SystemExit):
         cli.main([*arguments(base, data, tmp_path / "two", *options, "2"), "--resume"])
-    assert "began with another number of processes, 2, not 1" in capsys.readouterr().err
+    assert "began with another --num-processes, 2, not 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow
