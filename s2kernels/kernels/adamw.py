@@ -22,8 +22,8 @@ def adamw_tile(
 
     grad: their gradients, fp32. weight_ptr is None where nothing is written into a weight.
     """
-    # One after the other: as few tiles as possible are in registers beside the gradients. Values are
-    # loaded before the quotient: behind it two launches spilled 8 bytes of a thread.
+    # One after the other: as few tiles as possible are in registers beside the gradients. Values
+    # are loaded before the quotient: behind it two launches spilled 8 bytes of a thread.
     exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     exp_avg_sq = exp_avg_sq * BETA2 + grad * grad * (1 - BETA2)
     tl.store(exp_avg_sq_ptr + offs, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
