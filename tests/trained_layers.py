@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import torch
+from numerics import assert_as_accurate
 from torch import nn
 
 from bench.measure.memory import Kept, kept_by
@@ -162,3 +163,13 @@ class SparseLayer(Layer):
 def assert_close(actual, expected):
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def assert_as_accurate_as_dense(layer, impl):
+    """Outputs and gradients, by the tolerance rule, beside dense autograd in fp64 and eagerly."""
+    y = layer(impl=impl)
+    y.backward(layer.dy)
+    actual = (y.detach(), *layer.gradients())
+    exact, eager = layer.dense(torch.float64), layer.dense()
+    for got, want, peer in zip(actual, exact, eager, strict=True):
+        assert_as_accurate(got, want, peer.to(got.dtype))

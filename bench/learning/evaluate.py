@@ -49,15 +49,19 @@ def row(pairs: Sequence[tuple[list[int], list[int]]], first: int = 0) -> Row:
     return Row(ids, positions, torch.tensor(keep), torch.tensor(labels), torch.tensor(owner))
 
 
-def token_losses(model: nn.Module, packed: Row) -> Tensor:
-    """Cross entropy of each label in nats, fp32 (labels,)."""
-    logits = model(
+def label_logits(model: nn.Module, packed: Row) -> Tensor:
+    """What the model says where each label is wanted (labels, vocabulary)."""
+    return model(
         input_ids=packed.ids,
         position_ids=packed.positions,
         logits_to_keep=packed.keep,
         use_cache=False,
     ).logits[0]
-    return cross_entropy(logits.float(), packed.labels, reduction="none")
+
+
+def token_losses(model: nn.Module, packed: Row) -> Tensor:
+    """Cross entropy of each label in nats, fp32 (labels,)."""
+    return cross_entropy(label_logits(model, packed).float(), packed.labels, reduction="none")
 
 
 @torch.no_grad()
@@ -104,12 +108,7 @@ def choice(model: nn.Module, examples: Sequence[Example], tokenizer: Any) -> flo
     right = 0
     for _, part in _rows(pairs):
         packed = row(part)
-        logits = model(
-            input_ids=packed.ids,
-            position_ids=packed.positions,
-            logits_to_keep=packed.keep,
-            use_cache=False,
-        ).logits[0]
+        logits = label_logits(model, packed)
         best = torch.tensor(digits)[logits[:, digits].argmax(dim=1)]
         right += int((best == packed.labels).sum())
     return right / len(examples)

@@ -4,9 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import assert_as_accurate
 from torch.utils.checkpoint import checkpoint
-from trained_layers import COUNTS, INDICES, SliceLayer, SparseLayer, assert_close
+from trained_layers import (
+    COUNTS,
+    INDICES,
+    SliceLayer,
+    SparseLayer,
+    assert_as_accurate_as_dense,
+    assert_close,
+)
 
 SLICES = {
     f"{dim}-{mode}-{name}": partial(SliceLayer, dim, mode, index)
@@ -58,12 +64,7 @@ def test_equal_to_dense_autograd_where_it_trains(layers, tokens, impl, device, d
     for dtype in dtypes:
         for make in layers:
             layer = make(tokens=tokens, dtype=dtype, device=device, n=33, k=50)
-            y = layer(impl=impl)
-            y.backward(layer.dy)
-            actual = (y.detach(), *layer.gradients())
-            exact, eager = layer.dense(torch.float64), layer.dense()
-            for got, want, peer in zip(actual, exact, eager, strict=True):
-                assert_as_accurate(got, want, peer.to(got.dtype))
+            assert_as_accurate_as_dense(layer, impl)
 
 
 @kinds

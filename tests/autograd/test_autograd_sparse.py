@@ -5,9 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from numerics import assert_as_accurate
 from torch.utils.checkpoint import checkpoint
-from trained_layers import COUNTS, assert_close
+from trained_layers import COUNTS, assert_as_accurate_as_dense, assert_close
 from trained_layers import SparseLayer as Layer
 
 from s2kernels.autograd import panels, sparse_linear
@@ -38,12 +37,7 @@ def test_several_panels_are_as_accurate_as_one_gemm(mode, impl, device, dtypes, 
     monkeypatch.setattr(panels, "WORKSPACE", 8 * 50)
     for dtype in dtypes:
         layer = Layer(mode, 300, (21,), dtype, device, n=200, k=50)
-        y = layer(impl=impl)
-        y.backward(layer.dy)
-        actual = (y.detach(), *layer.gradients())
-        exact, eager = layer.dense(torch.float64), layer.dense()
-        for got, want, peer in zip(actual, exact, eager, strict=True):
-            assert_as_accurate(got, want, peer.to(got.dtype))
+        assert_as_accurate_as_dense(layer, impl)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

@@ -32,6 +32,14 @@ def _alone(method, **fields):
     return train(model), values(model)
 
 
+def assert_as_alone(found, method):
+    """Each process has the losses and the values of one that trains alone."""
+    losses, deltas = _alone(method)
+    for got, values_there in found:
+        assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 2e-6
+        assert distance(deltas, values_there) < 1e-5
+
+
 def _sharded(rank, method, how):
     model = adapted(method)
     if how == "layers":
@@ -47,10 +55,7 @@ def _sharded(rank, method, how):
 @pytest.mark.parametrize("how", ("layers", "root", "inner root"))
 @pytest.mark.parametrize("method", CONFIGS)
 def test_fsdp2_trains_what_one_process_does(ranks, method, how):
-    losses, deltas = _alone(method)
-    for got, values_there in ranks.run(_sharded, method, how):
-        assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 2e-6
-        assert distance(deltas, values_there) < 1e-5
+    assert_as_alone(ranks.run(_sharded, method, how), method)
 
 
 def _by_its_own_forward(rank, method, by_layer):
@@ -71,10 +76,7 @@ def _by_its_own_forward(rank, method, by_layer):
 @pytest.mark.parametrize("by_layer", (True, False))
 @pytest.mark.parametrize("method", CONFIGS)
 def test_layers_that_another_forward_calls_notice_fsdp2(ranks, method, by_layer):
-    losses, deltas = _alone(method)
-    for got, values_there in ranks.run(_by_its_own_forward, method, by_layer):
-        assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 2e-6
-        assert distance(deltas, values_there) < 1e-5
+    assert_as_alone(ranks.run(_by_its_own_forward, method, by_layer), method)
 
 
 def _fsdp1(rank, method, by_layer):
@@ -98,10 +100,7 @@ def _fsdp1(rank, method, by_layer):
 @pytest.mark.parametrize("by_layer", (True, False))
 @pytest.mark.parametrize("method", CONFIGS)
 def test_fsdp1_trains_what_one_process_does(ranks, method, by_layer):
-    losses, deltas = _alone(method)
-    for got, values_there in ranks.run(_fsdp1, method, by_layer):
-        assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 2e-6
-        assert distance(deltas, values_there) < 1e-5
+    assert_as_alone(ranks.run(_fsdp1, method, by_layer), method)
 
 
 def _refusals(rank, method):
