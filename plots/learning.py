@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from plots import style
-from plots.learning_tables import ENTRANTS, STRATEGIES, measure
+from plots.learning_tables import ENTRANTS, STRATEGIES, measure, shares
 from plots.studies import DOWN, Found, chosen, interval, of, read, values
 
 LOOKS = {
@@ -72,17 +72,8 @@ def learning(found: list[Found], path: Path, caption: str) -> Path:
 def share(found: list[Found], path: Path, caption: str) -> Path:
     """What S2FT and LoRA reach with more and fewer trained numbers, one seed."""
     fig, panels = plt.subplots(1, 2, figsize=(style.WIDTH, 3.2))
-    for label in ("lora", "s2ft down"):
-        look, fields = LOOKS[label], ENTRANTS[label]
-        best = chosen(found, **fields)
-        if best is None:
-            continue
-        runs = list(best[1][:1])
-        for run, result in found:
-            rest = {name: value for name, value in run.items() if name not in ("lr", "rank")}
-            if "rank" in run and rest == fields:
-                runs.append((run, result))
-        runs.sort(key=lambda f: f[1]["trained parameters"])
+    for label, runs in shares(found).items():
+        look = LOOKS[label]
         trained = [result["trained parameters"] for _, result in runs]
         for axes, name in zip(panels, ("easy loss", "text loss"), strict=True):
             heights = [result["measures"][name] for _, result in runs]

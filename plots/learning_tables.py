@@ -36,7 +36,7 @@ COMMAND = "`python -m bench.learning {} --model DIR --data DIR --resume`"
 
 # Runs of each study, without rates beyond the grid; what studies share is counted once.
 NEEDED = {
-    **{"learn": 40, "channels": 24, "projections": 7, "fusion": 9, "sequential": 4},
+    **{"learn": 42, "channels": 24, "projections": 7, "fusion": 9, "sequential": 4},
     **{"overlap": 1, "spiel": 14, "memory": 7},
 }
 
@@ -84,6 +84,38 @@ def grid(found: list[Found]) -> list[Table]:
                 ]
                 rows.append([label, f"{run['lr']:g}", *numbers])
     return [(["method", "rate", "validation loss", *MEASURES], rows)]
+
+
+def shares(found: list[Found]) -> dict[str, list[Found]]:
+    """LoRA and S2FT at their chosen rates and the first seed, from few trained numbers to many."""
+    lora, s2ft = ENTRANTS["lora"], ENTRANTS["s2ft down"]
+    few = {"lora": lora | {"projections": DOWN, "rank": 2}, "s2ft down": s2ft | {"units": [1, 7]}}
+    runs_of = {}
+    for label, fields in {"lora": lora, "s2ft down": s2ft}.items():
+        best = chosen(found, **fields)
+        if best is None:
+            continue
+        runs = best[1][:1] + of(found, **few[label])
+        ranks = sorted({run["rank"] for run, _ in found if "rank" in run})
+        for rank in ranks:
+            runs += of(found, **fields, rank=rank)
+        runs_of[label] = sorted(runs, key=lambda f: f[1]["trained parameters"])
+    return runs_of
+
+
+def share(found: list[Found]) -> list[Table]:
+    """What S2FT and LoRA reach with more and fewer trained numbers, one seed."""
+    names = ("validation loss", *MEASURES)
+    rows = [
+        [
+            label,
+            f"{result['trained parameters']:,}",
+            *(f"{measure(name)(result):.3f}" for name in names),
+        ]
+        for label, runs in shares(found).items()
+        for _, result in runs
+    ]
+    return [(["method", "trained", *names], rows)]
 
 
 def channels(found: list[Found]) -> list[Table]:
@@ -334,6 +366,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "learning theory": theory,
     "learning learn": _of("learn", learn),
     "learning grid": _of("learn", grid),
+    "learning share": _of("learn", share),
 } | {
     f"learning {table.__name__}": _of(table.__name__, table)
     for table in (channels, projections, fusion, sequential, overlap, spiel, memory)

@@ -18,6 +18,7 @@ from bench.learning.data import Example, Material
 from bench.learning.protocol import RANK, Protocol
 from bench.measure import machine
 from bench.methods import METHODS, Budget, Method, comparable
+from bench.methods.adapters import LoRA
 from bench.methods.spiel import SpIEL
 from s2kernels.coupling import structures
 from s2kernels.peft import S2FTConfig, indices_of, select_indices
@@ -37,6 +38,7 @@ class Run:
                 of `bench.learning.probes`
     method      a name in bench.methods.METHODS, or "s2ft"
     rank        of LoRA; the others train as many parameters
+    projections S2FT: those it trains; LoRA: ("down_proj",) for it alone, otherwise all linears
     channels    S2FT: "random", or a strategy of s2kernels.select with "largest" or "smallest"
     units       S2FT: heads and channels of a block, in the place of what the rank says
     disjoint    S2FT: each task has channels of its own
@@ -77,6 +79,12 @@ class S2FT(Method):
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         return get_peft_model(model, self.config)
+
+
+class LoRADown(LoRA):
+    """LoRA on down_proj alone, where rank 1 of all linear layers would be too much."""
+
+    targets = DOWN
 
 
 @dataclass
@@ -169,6 +177,8 @@ class Bench:
         model = copy.deepcopy(base).train()
         if run.method == "s2ft":
             return S2FT(model, budget, run.lr, self.config(run, base, budget, task, part))
+        if run.method == "lora" and run.projections == DOWN:
+            return LoRADown(model, budget, run.lr)
         method = METHODS[run.method](model, budget, run.lr)
         if isinstance(method, SpIEL):
             every, watched = self.protocol.reselection

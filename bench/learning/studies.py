@@ -19,6 +19,8 @@ ENTRANTS = {
 MOMENTUM = Run("spiel_ma")
 MOMENTUM_RATES = (1e-3, 3e-3, 1e-2)  # SM3 divides by a sum of squares, not by a mean
 RANKS = (1, 4, 13)  # of the sweep over the trained share: LoRA on all linears has no less than 1
+# About 0.1 % of the parameters: channels of each block; LoRA's rank on down_proj alone.
+LEAST, LEAST_RANK = (1, 7), 2
 STRATEGIES = ("weight", "activation", "product", "gradient")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DENSITIES = (0.001, 0.01, 0.05)
@@ -85,6 +87,8 @@ def learn(find: Find) -> Phases:
         yield seeded([tuned(entrant, find) for entrant in part])
     swept = [tuned(ENTRANTS[name], find) for name in ("s2ft down", "lora")]
     yield [replace(run, rank=rank) for rank in RANKS for run in swept]
+    down, everywhere = swept
+    yield [replace(down, units=LEAST), replace(everywhere, rank=LEAST_RANK, projections=DOWN)]
 
 
 def channels(find: Find) -> Phases:

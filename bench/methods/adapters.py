@@ -19,6 +19,7 @@ class LoRA(Method):
     """
 
     name = "lora"
+    targets: ClassVar[tuple[str, ...]] = LINEARS
     fp32_adapters: ClassVar[bool] = False
     use_dora: ClassVar[bool] = False
 
@@ -28,7 +29,7 @@ class LoRA(Method):
             r=self.budget.rank,
             lora_alpha=2 * self.budget.rank,
             lora_dropout=0.0,
-            target_modules=list(LINEARS),
+            target_modules=list(self.targets),
             task_type="CAUSAL_LM",
             use_dora=self.use_dora,
         )
