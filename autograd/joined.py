@@ -3,22 +3,13 @@
     yᵢ = x Wᵢᵀ + bᵢ        dx = dy₁ W₁ + dy₂ W₂ + ...
 
 Wᵢ (Nᵢ, K). Joined weights are views of one storage, (N₁ + N₂ + ..., K), in which each keeps its
-rows: their names, what writes into them and what permutes them in place know nothing of it. With
-few tokens the yᵢ of joined weights are views of one (M, N₁ + N₂ + ...), and keep all of it alive.
-With many tokens each yᵢ is a product and a tensor of its own: see
-`s2kernels.backend.prefers_joined_outputs`.
+rows: their names, what writes into them and what permutes them in place know nothing of it.
 """
-
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from s2kernels import backend
-from s2kernels.autograd.first_order import apply, cast, first_order
-from s2kernels.autograd.linear import as_tokens, like_tokens
+from s2kernels.autograd.first_order import cast
 
 
 def joined(*weights: Tensor) -> Tensor | None:
@@ -86,81 +77,6 @@ def join_(*weights: Tensor) -> None:
 def is_alone(weight: Tensor) -> bool:
     """Whether nothing else lies in the storage of weight."""
     return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
-
-
-class Run(NamedTuple):
-    """Weights that are one GEMM: `whole` (sum of Nᵢ, K), their biases, and their Nᵢ."""
-
-    whole: Tensor
-    biases: tuple[Tensor | None, ...]
-    sizes: list[int]
-
-
-def runs_of(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Run]:
-    """The weights (Nᵢ, K) and biases (Nᵢ,) as the fewest GEMMs.
-
-    Weights that follow one another in one storage are one, where all of them have a bias or none
-    has.
-    """
-    runs: list[Run] = []
-    start = 0
-    while start < len(weights):
-        for stop in range(len(weights), start, -1):
-            part, its_biases = weights[start:stop], tuple(biases[start:stop])
-            alike = len({bias is None for bias in its_biases}) == 1
-            whole = part[0] if len(part) == 1 else joined(*part) if alike else None
-            if whole is not None:
-                runs.append(Run(whole, its_biases, [len(weight) for weight in part]))
-                break
-        start = stop
-    return runs
-
-
-def joined_linear(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    runs: Sequence[Run],
-    holding: AbstractContextManager | None = None,
-    impl: str | None = None,
-) -> tuple[Tensor, ...]:
-    """The outputs (..., Nᵢ) of frozen linear layers of x (..., K), for a caller that has checked.
-
-    weights (Nᵢ, K), and `runs_of` them and their frozen biases, in the dtype of x (autocast casts
-    all). The backward runs inside `holding`. It saves the weights alone. Gradient: x.
-    """
-    return apply(JoinedLinearFunction, x, runs, holding, impl, *weights)
-
-
-class JoinedLinearFunction(torch.autograd.Function):
-    """yᵢ (..., Nᵢ) from x (..., K); see `joined_linear`."""
-
-    @staticmethod
-    def forward(ctx, x, runs, holding, impl, *weights):
-        shape, x = x.shape, as_tokens(x)
-        ops = backend.select(x, impl)
-        ctx.set_materialize_grads(False)  # an output that is not used costs no GEMM
-        ctx.save_for_backward(*(weights if ctx.needs_input_grad[0] else ()))
-        ctx.holding, ctx.impl = holding if ctx.needs_input_grad[0] else None, impl
-        ys = []
-        for whole, biases, sizes in runs:
-            if len(sizes) > 1 and backend.prefers_joined_outputs(x, whole):
-                y = like_tokens(project(ops, x, whole, *biases), shape)
-                ys += y.split_with_sizes(sizes, -1)
-            else:
-                for weight, bias in zip(whole.split(sizes), biases, strict=True):
-                    ys.append(like_tokens(project(ops, x, weight, bias), shape))
-        return tuple(ys)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, *dys):
-        dx = shape = None
-        for dy, weight in zip(dys, ctx.saved_tensors, strict=True):
-            if dy is not None:
-                shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
-                dx = add_dx(backend.select(dy, ctx.impl), dx, dy, weight)
-        dx = None if dx is None else dx.view(*shape[:-1], dx.shape[-1])
-        return dx, *[None] * (3 + len(dys))
 
 
 def project(ops, x: Tensor, weight: Tensor, *biases: Tensor | None) -> Tensor:

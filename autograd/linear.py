@@ -126,7 +126,7 @@ def delta_linear(
     """`s2_delta` for a caller that has checked its arguments."""
     index_tensor, start = split_index(index)
     out = S2DeltaFunction.apply(
-        y.reshape(-1, y.shape[-1]), as_tokens(x), delta, index_tensor, start, dim, impl
+        as_matrix(y), as_matrix(in_compute_dtype(x)), delta, index_tensor, start, dim, impl
     )
     return out.view(y.shape)
 
@@ -140,21 +140,23 @@ class S2LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, delta, index, start, dim, mode, holding, impl):
-        shape, x = x.shape, as_tokens(x)
+        x = in_compute_dtype(x)
+        tokens = as_matrix(x)
         ops = backend.select(x, impl)
         where = join_index(index, start, delta, dim)
 
         needs_dx, _, ctx.needs_dbias, needs_delta = ctx.needs_input_grad[:4]
         compact = needs_delta and dim == "in"
         # before the GEMM, while what produced x has left it in the cache
-        operand = take(x, where) if compact else x
+        operand = take(tokens, where) if compact else tokens
         dense = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
-        if mode == "additive" and compact:
-            y = ops.linear_plus_slice(x, *dense, operand, delta)
-        else:
+        if mode == "inplace":
             y = ops.linear(x, *dense)
-            if mode == "additive":
-                ops.slice_linear_(y, x, delta, where, dim)
+        elif compact:
+            y = like_tokens(ops.linear_plus_slice(tokens, *dense, operand, delta), x.shape)
+        else:
+            y = ops.slice_linear_(ops.linear(tokens, *dense), tokens, delta, where, dim)
+            y = like_tokens(y, x.shape)
 
         # delta is saved in inplace mode too: a step of the optimizer between forward and backward
         # changes what dx ought to be, and autograd notices it by the version of a saved tensor.
@@ -164,13 +166,13 @@ class S2LinearFunction(torch.autograd.Function):
         ctx.start, ctx.dim, ctx.mode, ctx.impl = start, dim, mode, impl
         ctx.owned = owner_of(delta)
         ctx.holding = holding if needs_dx or is_stepped(ctx.owned) else None
-        return like_tokens(y, shape)
+        return y
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         operand, weight, delta, index = ctx.saved_tensors
-        shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
+        shape, dy = dy.shape, as_matrix(dy)
         ops = backend.select(dy, ctx.impl)
         dim, where = ctx.dim, join_index(index, ctx.start, delta, ctx.dim)
         dx = dbias = d_delta = None
@@ -251,11 +253,15 @@ def delta_grad(node, ops, dy, operand, where, dim, delta, owned: Owned | None):
     return None
 
 
-def as_tokens(x: Tensor) -> Tensor:
-    """x as (M, K) in the dtype the layer computes in."""
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+def in_compute_dtype(x: Tensor) -> Tensor:
+    """x in the dtype the layer computes in."""
     # asked here, too, since it is nearly never so
-    return tokens.to(compute_dtype(x)) if torch._C._is_any_autocast_enabled() else tokens
+    return x.to(compute_dtype(x)) if torch._C._is_any_autocast_enabled() else x
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x (..., K) as (M, K)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def like_tokens(y: Tensor, shape: torch.Size) -> Tensor:

@@ -32,8 +32,9 @@ from s2kernels.autograd.checks import (
 from s2kernels.autograd.first_order import apply, cast, first_order
 from s2kernels.autograd.joined import add_dx, joined, project
 from s2kernels.autograd.linear import (
-    as_tokens,
+    as_matrix,
     delta_grad,
+    in_compute_dtype,
     join_index,
     like_tokens,
     split_index,
@@ -152,7 +153,7 @@ class S2MLPFunction(torch.autograd.Function):
         holding,
         impl,
     ):
-        shape, x = x.shape, as_tokens(x)
+        shape, x = x.shape, as_matrix(in_compute_dtype(x))
         ops = backend.select(x, impl)
         where = _channels(index, start, gate_delta, up_delta, down_delta)
         additive = mode == "additive"
@@ -166,9 +167,11 @@ class S2MLPFunction(torch.autograd.Function):
             if delta is not None:
                 ops.slice_linear_(out, x, delta, where, "out")
         h = ops.swiglu(gate, up)
-        y = project(ops, h, down_weight, down_bias)
         if additive and down_delta is not None:
-            ops.slice_linear_(y, h, down_delta, where, "in")
+            y = project(ops, h, down_weight, down_bias)
+            y = like_tokens(ops.slice_linear_(y, h, down_delta, where, "in"), shape)
+        else:
+            y = project(ops, h.view(*shape[:-1], h.shape[1]), down_weight, down_bias)
 
         ctx.needs_dx = ctx.needs_input_grad[0]
         ctx.needs_dbias = ctx.needs_input_grad[4:7]
@@ -186,13 +189,13 @@ class S2MLPFunction(torch.autograd.Function):
         ctx.start, ctx.mode, ctx.both, ctx.impl = start, mode, both, impl
         ctx.owned = [owner_of(delta) for delta in (gate_delta, up_delta, down_delta)]
         ctx.holding = holding if ctx.needs_dh or any(map(is_stepped, ctx.owned)) else None
-        return like_tokens(y, shape)
+        return y
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         x, gate, up, gate_weight, up_weight, down_weight, *deltas, index = ctx.saved_tensors
-        shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
+        shape, dy = dy.shape, as_matrix(dy)
         gate_delta, up_delta, down_delta = deltas
         gate_owned, up_owned, down_owned = ctx.owned
         ops = backend.select(dy, ctx.impl)
@@ -256,7 +259,7 @@ def room_for_gradients(gate_up, gate, up):
     """
     keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
     if not keep:  # whoever else has hold of them is told so by autograd
-        torch.autograd.graph.increment_version([gate, up] if gate_up is None else gate_up)
+        torch._C._increment_version([gate, up] if gate_up is None else [gate_up])
         return gate_up, gate, up
     if gate_up is None:
         return None, torch.empty_like(gate), torch.empty_like(up)

@@ -31,7 +31,7 @@ from s2kernels.autograd.checks import (
     version_of,
 )
 from s2kernels.autograd.first_order import apply, cast, first_order
-from s2kernels.autograd.linear import as_tokens, like_tokens
+from s2kernels.autograd.linear import as_matrix, in_compute_dtype, like_tokens
 from s2kernels.autograd.panels import Panels, Weight, linear_by_panels, linear_dx_by_panels
 from s2kernels.plan import TilePlan, index_dtype
 
@@ -147,11 +147,13 @@ class SparseLinearFunction(torch.autograd.Function):
         impl,
         observe,
     ):
-        shape, x = x.shape, as_tokens(x)
+        x = in_compute_dtype(x)
+        tokens = as_matrix(x)
         ops = backend.select(x, impl)
         bias = None if bias is None else cast(bias, x.dtype)
         if mode == "additive":
-            y = linear_by_panels(ops, x, panels or weight, bias, delta, index)
+            y = linear_by_panels(ops, tokens, panels or weight, bias, delta, index)
+            y = like_tokens(y, x.shape)
         else:
             y = ops.linear(x, cast(weight, x.dtype), bias)
 
@@ -160,20 +162,20 @@ class SparseLinearFunction(torch.autograd.Function):
         # changes what dx ought to be, and autograd notices it by the version of a saved tensor.
         # So it does for an index that a selection has changed.
         ctx.save_for_backward(
-            x if ctx.needs_delta or observe is not None else None,
+            tokens if ctx.needs_delta or observe is not None else None,
             weight if ctx.needs_dx else None,
             delta,
             index,
         )
         ctx.panels, ctx.plan, ctx.mode, ctx.impl = panels, plan, mode, impl
         ctx.holding, ctx.observe = holding if ctx.needs_dx else None, observe
-        return like_tokens(y, shape)
+        return y
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         x, weight, delta, index = ctx.saved_tensors
-        shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
+        shape, dy = dy.shape, as_matrix(dy)
         ops = backend.select(dy, ctx.impl)
         dx = dbias = d_delta = None
         if ctx.needs_dx:

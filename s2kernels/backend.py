@@ -77,23 +77,6 @@ def prefers_joined(weight: Tensor) -> bool:
     return weight.is_cuda
 
 
-# What an H200 moves at 4.3 TB/s in the 4.5 us that a launch takes.
-LAUNCH_BYTES = 19_000_000
-
-
-def prefers_joined_outputs(x: Tensor, weight: Tensor) -> bool:
-    """Whether layers of x (M, K), whose weights are joined in `weight` (N, K), are to be one GEMM.
-
-    That saves a launch. Its outputs are strided views of one (M, N), and who wants each of them
-    contiguous copies all of it, as liger-kernel's rotary embedding does with q and k: M N elements
-    are read and written. For q and k of LLaMA-2-7B in half precision these are 2 · 8192 · 2 bytes
-    a token, 17 MB at 512 tokens (4 us) and 134 MB at 4096 (31 us). So it pays as long as a copy
-    takes no longer than a launch: up to 579 tokens there. This is predicted, not measured.
-    """
-    copied = 2 * x.shape[0] * weight.shape[0] * x.element_size()
-    return copied <= LAUNCH_BYTES
-
-
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _faster("linear", x, weight).linear(x, weight, bias)
 

@@ -39,7 +39,7 @@ Index = Tensor | slice
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + b for x (M, K), weight (N, K), bias (N,); y (M, N) in x.dtype."""
+    """y = x Wᵀ + b for x (..., K), weight (N, K), bias (N,); y (..., N) in x.dtype."""
     return F.linear(x, weight, bias)
 
 

@@ -12,7 +12,7 @@ themselves (addmm), and no product is made twice: xa (M, r) is saved.
 
 Layers that read the same x are one `Stack`: q, k, v; gate, up. Their frozen weights lie one below
 the other in one tensor, in the place of the modules' own, and so do their A; their Bt lie side by
-side. Two of them are one product where `backend.prefers_joined` has S2FT join them. The FFN is one
+side. gate and up are one product where `backend.prefers_joined` has S2FT join them. The FFN is one
 Function that saves x, gate and up; the backward of SwiGLU rebuilds h, and writes over gate and up.
 """
 
@@ -80,15 +80,7 @@ class First(nn.Module):
         self._waiting: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = tuple((size,) for size in self.stack.sizes)
-        # At most q and k in one product and one tensor. Attention keeps v, but of q and k only what
-        # RoPE made of them: in one tensor with them, v would keep both alive.
-        tokens = x.flatten(0, -2)
-        if len(groups) == 3 and backend.prefers_joined(self.stack.weight):
-            together = groups[0] + groups[1]
-            if backend.prefers_joined_outputs(tokens, self.stack.weight[: sum(together)]):
-                groups = (together, groups[2])
-        ys = StackFunction.apply(tokens, *self.stack.tensors(), groups)
+        ys = StackFunction.apply(x.flatten(0, -2), *self.stack.tensors(), self.stack.sizes)
         self._waiting = {place: y.unflatten(0, x.shape[:-1]) for place, y in enumerate(ys)}
         return self.take(0)
 
@@ -120,15 +112,11 @@ class MLP(nn.Module):
 
 
 class StackFunction(torch.autograd.Function):
-    """The outputs (M, n) of a stack, from x (M, K).
-
-    groups: the widths n of the outputs, those together that share a product and a tensor.
-    """
+    """The outputs (M, n) of a stack, from x (M, K). sizes: the widths n."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, Bt, groups):
-        wide = _products(x, weight, bias, [sum(group) for group in groups])
-        ys = [y for each, group in zip(wide, groups, strict=True) for y in each.split(group, 1)]
+    def forward(ctx, x, weight, bias, A, Bt, sizes):
+        ys = _products(x, weight, bias, sizes)
         xa = _add_adapters(ys, x, A, Bt)
         ctx.save_for_backward(x, xa, weight, A, Bt)
         return tuple(ys)

@@ -19,7 +19,7 @@ from s2kernels.peft import S2FTConfig
 class S2FTInplace(Method):
     """The slice is written into the dense weight: forward and dx are one dense GEMM each.
 
-    The FFN is one Function, and q and k are one GEMM on a GPU, as they are by default.
+    The FFN is one Function, as it is by default.
     """
 
     name = "s2ft_inplace"

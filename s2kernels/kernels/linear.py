@@ -135,12 +135,13 @@ def dot_tiles(a_desc, b_desc, first_m, first_c, start, acc, B_TRANSPOSED: tl.con
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + b for x (M, K), weight (N, K), bias (N,); y (M, N) in x.dtype."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    if takes_descriptors(x, weight, y):
-        launch_descriptors("linear", x, weight, bias, y, transposed=True)
+    """y = x Wᵀ + b for x (..., K), weight (N, K), bias (N,); y (..., N) in x.dtype."""
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, out = (matrix.reshape(-1, matrix.shape[-1]) for matrix in (x, y))
+    if takes_descriptors(rows, weight, out):
+        launch_descriptors("linear", rows, weight, bias, out, transposed=True)
     else:
-        _launch_pointers(x, weight.t(), bias, y)
+        _launch_pointers(rows, weight.t(), bias, out)
     return y
 
 

@@ -92,7 +92,8 @@ def measured_faster(op: str, x: Tensor, weight: Tensor) -> bool:
     """
     measured = FASTER.get((chip(x.device).name, op, str(x.dtype).removeprefix("torch.")), {})
     ranges = measured.get((weight.shape[0], weight.shape[1]), ())
-    return any(first <= x.shape[0] <= last for first, last in ranges) and all(
+    num_tokens = x.numel() // max(1, x.shape[-1])
+    return any(first <= num_tokens <= last for first, last in ranges) and all(
         matrix.is_contiguous() and matrix.data_ptr() % 16 == 0 for matrix in (x, weight)
     )
 

@@ -36,6 +36,12 @@ def test_linear(shape, dtype, device):
     _check("linear", t["x"], t["weight"], t["bias"])
 
 
+@pytest.mark.parametrize("tokens", [(), (3, 5), (2, 0), (2, 3, 4)])
+def test_linear_of_tokens_in_any_shape(tokens, dtype, device):
+    t = _operands((1, 24, 40), dtype, device)
+    _check("linear", torch.randn(*tokens, 40, device=device).to(dtype), t["weight"], t["bias"])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_dx(shape, dtype, device):
     t = _operands(shape, dtype, device)

@@ -25,11 +25,11 @@ GATED_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "qwen3_moe")
 def test_it_computes_what_the_modules_do(model_type, mode, layout, calls):
     fields = dict(mode=mode, layout=layout)
     want = gradients(adapted(model_type, fuse=False, **fields))
-    assert taken(calls) == (0, 0)
+    assert taken(calls) == 0
     model = adapted(model_type, **fields)
     got = gradients(model)
     num_ffns = 1 if model_type == "qwen3_moe" else 2  # its second block is a mixture
-    assert taken(calls) == (num_ffns, 0 if model_type == "phi3" else 2)
+    assert taken(calls) == num_ffns
     assert_close(got, want)
     with torch.no_grad():
         logits = model(token_ids()).logits
@@ -52,17 +52,15 @@ def test_whatever_is_trained(targets, mode, layout, calls):
     fields = dict(mode=mode, layout=layout, target_modules=targets)
     want = gradients(adapted(fuse=False, **fields))
     got = gradients(adapted(**fields))
-    assert taken(calls) == (2, 0 if targets == "all-linear" else 2)
+    assert taken(calls) == 2
     assert_close(got, want)
 
 
-def test_gate_and_up_and_query_and_key_lie_together(calls):
+def test_gate_and_up_lie_together(calls):
     model = adapted()
     before = sum(storages(tiny_model("llama").parameters()).values())
     for block in blocks(model):
-        query, key, value = (getattr(block.self_attn, f"{name}_proj").weight for name in "qkv")
         assert joined(block.mlp.gate_proj.weight, block.mlp.up_proj.weight) is not None
-        assert joined(query, key) is not None and joined(key, value) is None
     base = [p for n, p in model.named_parameters() if "s2ft_" not in n]
     assert sum(storages(base).values()) == before
 
@@ -109,7 +107,7 @@ def test_on_a_cpu_nothing_is_joined(calls, monkeypatch):
     monkeypatch.setattr(backend, "prefers_joined", lambda weight: weight.is_cuda)
     want, model = gradients(adapted(fuse=False)), adapted()
     assert_close(gradients(model), want)
-    assert taken(calls) == (2, 0)
+    assert taken(calls) == 2
     mlp = blocks(model)[0].mlp
     assert joined(mlp.gate_proj.weight, mlp.up_proj.weight) is None
 
@@ -179,7 +177,7 @@ def test_what_cannot_be_seen_through_is_not_fused(disturb, calls):
     disturb(want_model)
     disturb(model)
     want, got = gradients(want_model), gradients(model)
-    assert taken(calls) == (1, 2)  # the other block still is
+    assert taken(calls) == 1  # the other block still is
     assert_close(got, want)
 
 
@@ -192,7 +190,7 @@ def test_hooks_of_all_modules_keep_everything_apart(calls):
         got = gradients(model)
     finally:
         handle.remove()
-    assert taken(calls)[0] == 0
+    assert taken(calls) == 0
     assert blocks(model)[0].mlp.gate_proj in seen
     assert_close(got, want)
 
@@ -222,7 +220,7 @@ def test_adapters_that_differ_in_where_they_train_are_not_fused(calls):
         fields = dict(target_modules=["gate_proj", "down_proj"], indices=indices, layout="gather")
         got, want = (gradients(adapted(fuse=fuse, **fields)) for fuse in (True, False))
         assert_close(got, want)
-        assert taken(calls)[0] == num_fused
+        assert taken(calls) == num_fused
 
 
 def test_an_adapter_that_is_active_in_some_layers_only(calls):
@@ -234,7 +232,7 @@ def test_an_adapter_that_is_active_in_some_layers_only(calls):
             blocks(model)[0].mlp.up_proj.set_adapter("none of this name")
             results.append(gradients(model))
         assert_close(results[1], results[0])
-        assert taken(calls)[0] == 2
+        assert taken(calls) == 2
 
 
 def test_indices_that_are_loaded_later(calls):
@@ -246,7 +244,7 @@ def test_indices_that_are_loaded_later(calls):
         name = next(n for n, _ in each.named_buffers() if "down_proj.s2ft_index" in n)
         each.load_state_dict({name: torch.arange(5, dtype=torch.int32)}, strict=False)
     assert_close(gradients(model), gradients(apart))
-    assert taken(calls)[0] == 1
+    assert taken(calls) == 1
 
 
 def test_what_a_weight_shares_is_not_joined(calls):
@@ -258,6 +256,6 @@ def test_what_a_weight_shares_is_not_joined(calls):
     )
     model = get_peft_model(base, S2FTConfig(heads=2, channels=5))
     assert_close(gradients(model), want)
-    assert taken(calls)[0] == 2
+    assert taken(calls) == 2
     assert layers[0].mlp.gate_proj.weight is layers[1].mlp.gate_proj.weight
     assert joined(layers[0].mlp.gate_proj.weight, layers[0].mlp.up_proj.weight) is None

@@ -23,12 +23,12 @@ def test_disabled_merged_and_unloaded_it_is_the_forward_of_the_class(calls):
     model = adapted()
     with model.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=0, atol=1e-13)
-    assert taken(calls) == (0, 0)
+    assert taken(calls) == 0
     want = model(ids).logits
-    assert taken(calls) == (2, 2)
+    assert taken(calls) == 2
     model.merge_adapter()
     torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-12)
-    assert taken(calls) == (0, 0)
+    assert taken(calls) == 0
     model.unmerge_adapter()
     assert torch.equal(model(ids).logits, want)
     taken(calls)
@@ -39,7 +39,7 @@ def test_disabled_merged_and_unloaded_it_is_the_forward_of_the_class(calls):
     state = inner.state_dict()
     for name, value in base.state_dict().items():
         assert torch.equal(state[name], value), name
-    assert taken(calls) == (0, 0)
+    assert taken(calls) == 0
 
 
 def test_one_adapter_of_several(calls, tmp_path):
@@ -50,25 +50,25 @@ def test_one_adapter_of_several(calls, tmp_path):
     model.add_adapter("second", S2FTConfig(heads=2, channels=5, seed=8))
     model.add_adapter("apart", S2FTConfig(heads=2, channels=5, seed=9, fuse=False))
     assert_close(gradients(model), want["default"])
-    assert taken(calls) == (2, 2)
+    assert taken(calls) == 2
     model.set_adapter("second")
     gradients(model)
-    assert taken(calls) == (2, 2)
+    assert taken(calls) == 2
     model.set_adapter("apart")
     gradients(model)
-    assert taken(calls) == (0, 0)
+    assert taken(calls) == 0
     model.base_model.set_adapter(["default", "second"])
     gradients(model)
-    assert taken(calls) == (0, 0)
+    assert taken(calls) == 0
     with torch.no_grad():
         names = ["default", "__base__"]
         mixed = model.eval()(token_ids(), adapter_names=names).logits
-    assert taken(calls) == (0, 0)
+    assert taken(calls) == 0
     assert mixed.isfinite().all()
     loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, is_trainable=True)
     assert loaded.peft_config["default"].fuse is True
     assert_close(gradients(loaded), want["default"])
-    assert taken(calls) == (2, 2)
+    assert taken(calls) == 2
 
 
 @EVERY_SETTING
@@ -83,7 +83,7 @@ def test_copies_and_pickles(mode, layout, calls):
     twins.append(torch.load(file, weights_only=False))
     for twin in twins:
         assert_close(gradients(twin), want)
-        assert taken(calls) == (2, 2)
+        assert taken(calls) == 2
         mlp = blocks(twin)[0].mlp
         assert mlp.forward.module is mlp
         assert mlp.forward.keeper is twin.base_model.keeper
@@ -96,7 +96,7 @@ def test_a_failed_second_adapter_leaves_the_first_one_fused(calls):
     with pytest.raises(ValueError, match="heads: 9 wanted"):
         model.add_adapter("second", S2FTConfig(heads=9))
     assert_close(gradients(model), want)
-    assert taken(calls) == (2, 2)
+    assert taken(calls) == 2
 
 
 def test_a_failed_conversion_leaves_no_forward_behind():

@@ -28,7 +28,7 @@ def test_checkpointing(mode, layout, use_reentrant, calls):
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     assert_close(gradients(model), want)
-    assert calls["mlp"] == 4
+    assert len(calls) == 4
 
 
 @EVERY_SETTING
@@ -77,14 +77,14 @@ def test_compiled_it_is_the_forward_of_the_class(mode, layout, targets, fullgrap
     torch._dynamo.reset()
     model, ids = adapted(mode=mode, layout=layout, target_modules=targets), token_ids()
     want = gradients(model)
-    assert taken(calls)[0] == 2
+    assert taken(calls) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
         model.zero_grad()
         loss = compiled(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-    assert calls["mlp"] == 0 or not fullgraph
+    assert len(calls) == 0 or not fullgraph
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert_close((loss.detach(), grads), want)
 
@@ -94,7 +94,7 @@ def test_generate(calls):
     fields = dict(max_new_tokens=6, do_sample=False)
     want = adapted(fuse=False).generate(input_ids=ids, **fields)
     assert torch.equal(adapted().generate(input_ids=ids, **fields), want)
-    assert calls["mlp"] == calls["joined_linear"] == 2 * 6
+    assert len(calls) == 2 * 6
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -106,7 +106,7 @@ def test_autocast(dtype, calls):
         model = adapted(fuse=fuse).to(dtype)
         with torch.autocast("cpu", torch.bfloat16):
             results.append(gradients(model))
-    assert taken(calls) == (2, 2)
+    assert taken(calls) == 2
     for name, want in exact[1].items():
         eager, got = (grads[name].float() for _, grads in results)
         assert_as_accurate(got, want, eager)
@@ -223,7 +223,7 @@ def test_fsdp2(alone, calls):
             loss, grads = gradients(model)
             full = {name: grad.full_tensor() for name, grad in grads.items()}
             assert_close((loss, full), want)
-        assert taken(calls) == (4, 4)
+        assert taken(calls) == 4
         assert model.base_model.keeper.obstacles.sharded
 
 
@@ -238,5 +238,5 @@ def test_ddp(alone, calls):
         loss.backward()
     got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert_close((loss.detach(), got), want)
-    assert taken(calls) == (4, 4)
+    assert taken(calls) == 4
     assert any(isinstance(module, S2FTLinear) for module in parallel.modules())

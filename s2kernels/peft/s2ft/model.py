@@ -20,7 +20,6 @@ from s2kernels.peft.s2ft.arranged_weights import ArrangedWeights, arrangement_of
 from s2kernels.peft.s2ft.config import S2FTConfig
 from s2kernels.peft.s2ft.experts import S2FTExperts, tensors_to_train
 from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp, join_all
-from s2kernels.peft.s2ft.fused_qkv import Projection, fuse_qkv
 from s2kernels.peft.s2ft.layer import S2FTLayer, launch_slice_write
 from s2kernels.peft.s2ft.linear import S2FTLinear, features
 from s2kernels.peft.s2ft.mixed import Rows, hook_whole_modules
@@ -102,8 +101,6 @@ class S2FTModel(AdapterModel):
         for structure in self.arrangement.structures.values():
             if structure.kind == "ffn":
                 fuse_mlp(self.keeper, structure)
-            elif structure.kind == "attention":
-                fuse_qkv(self.keeper, structure)
         join_all(self.keeper)  # as early as can be: a GEMM may round otherwise elsewhere in memory
 
     def _detach(self) -> None:
@@ -113,7 +110,7 @@ class S2FTModel(AdapterModel):
         super()._detach()
         arrangement_of(self.keeper).pairs = []
         for module in self.keeper.model.modules():
-            if isinstance(vars(module).get("forward"), (FusedMLP, Projection)):
+            if isinstance(vars(module).get("forward"), FusedMLP):
                 del module.forward
 
     def _check_target_module_exists(  # type: ignore[override] # PEFT calls it on the instance
