@@ -75,7 +75,7 @@ def s2_linear(
     check_device(x.device, bias=bias)
     if bias is not None:
         check_shape("bias", bias, weight.shape[0], why="out_features of weight")
-    return linear(x, weight, delta, index, dim, bias, mode, None, impl)
+    return apply(S2LinearFunction, x, *operands(weight, delta, index, dim, bias, mode, impl=impl))
 
 
 def s2_delta(
@@ -99,8 +99,7 @@ def s2_delta(
     return delta_linear(y, x, delta, index, dim, impl)
 
 
-def linear(
-    x: Tensor,
+def operands(
     weight: Tensor,
     delta: Tensor,
     index: Index,
@@ -109,15 +108,13 @@ def linear(
     mode: str,
     holding: WeightHolder | None = None,
     impl: str | None = None,
-) -> Tensor:
-    """`s2_linear` for a caller that has checked its arguments once and for all, as the host has.
+) -> tuple:
+    """What `S2LinearFunction` takes beside x, for the host, which calls it again and again.
 
     The backward runs inside `holding`: there the host writes the slice again, if something has
     restored the weight since the forward (a disabled adapter, a state_dict).
     """
-    index_tensor, start = split_index(index)
-    settings = (index_tensor, start, dim, mode, holding, impl)
-    return apply(S2LinearFunction, x, weight, bias, delta, *settings)
+    return weight, bias, delta, *split_index(index), dim, mode, holding, impl
 
 
 def delta_linear(

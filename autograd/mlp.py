@@ -94,8 +94,7 @@ def s2_mlp(
             check_device(x.device, **{f"{name}_bias": bias})
             check_shape(f"{name}_bias", bias, weights[name].shape[0], why=f"rows of {name}_weight")
 
-    return mlp(
-        x,
+    given = operands(
         (gate_weight, up_weight, down_weight),
         (gate_bias, up_bias, down_bias),
         (gate_delta, up_delta, down_delta),
@@ -104,10 +103,10 @@ def s2_mlp(
         joined(gate_weight, up_weight),
         impl=impl,
     )
+    return apply(S2MLPFunction, x, *given)
 
 
-def mlp(
-    x: Tensor,
+def operands(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     deltas: Sequence[Tensor | None],
@@ -116,8 +115,8 @@ def mlp(
     both: Tensor | None = None,
     holding: WeightHolder | None = None,
     impl: str | None = None,
-) -> Tensor:
-    """`s2_mlp` for a caller that has checked its arguments once and for all, as the host has.
+) -> tuple:
+    """What `S2MLPFunction` takes beside x, for the host, which calls it again and again.
 
     weights, biases and deltas are those of gate, up and down. both: `joined` of the weights of gate
     and up, (2 F, K), or None. The backward runs inside `holding`: there the host writes the
@@ -125,9 +124,7 @@ def mlp(
     """
     if (biases[0] is None) != (biases[1] is None):
         both = None
-    index_tensor, start = split_index(index)
-    settings = (index_tensor, start, mode, both, holding, impl)
-    return apply(S2MLPFunction, x, *weights, *biases, *deltas, *settings)
+    return *weights, *biases, *deltas, *split_index(index), mode, both, holding, impl
 
 
 class S2MLPFunction(torch.autograd.Function):

@@ -165,7 +165,7 @@ def _swiglu_bwd(
     """dgate may be gate, and dup may be up: each operand is read before it is written over."""
     d_silu = dh * up
     h_slice = None if index is None else take(up, index)
-    torch.ops.aten.silu.out(gate, out=dup)
+    torch._C._nn.silu(gate, out=dup)  # type: ignore[call-arg]
     if h_slice is not None and index is not None:
         h_slice.mul_(take(dup, index))
     dup.mul_(dh)
@@ -188,6 +188,7 @@ def linear_dx_swiglu_bwd(
     return swiglu_bwd(linear_dx(dy, weight), gate, up, index, out)
 
 
+@torch.no_grad()
 def slice_write(
     weights: Sequence[Tensor],
     base_slices: Sequence[Tensor],
@@ -206,16 +207,16 @@ def slice_write(
     ):
         axis = 1 if dim == "in" else 0
         if not isinstance(index, slice):
-            value = base_slice if delta is None else base_slice + delta.detach()
+            value = base_slice if delta is None else base_slice + delta
             weight.data.index_copy_(axis, index.long(), value.to(weight.dtype))
             continue
         target = weight.data.narrow(axis, index.start, index.stop - index.start)
         if delta is None:
             target.copy_(base_slice)
         elif torch.compiler.is_compiling():  # which takes no out that is not contiguous
-            target.copy_(base_slice + delta.detach())
+            target.copy_(base_slice + delta)
         else:  # one pass; torch adds half types in fp32 and rounds the sum once, too
-            torch.add(base_slice, delta.detach(), out=target)
+            torch.add(base_slice, delta, out=target)
 
 
 def slice_linear_(y: Tensor, x: Tensor, delta: Tensor, index: Index | None, dim: str) -> Tensor:

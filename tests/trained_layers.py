@@ -8,7 +8,8 @@ from torch import nn
 
 from bench.measure.memory import Kept, kept_by
 from s2kernels.autograd import s2_linear, sparse_linear
-from s2kernels.autograd.linear import linear as sliced
+from s2kernels.autograd.first_order import apply
+from s2kernels.autograd.linear import S2LinearFunction, operands
 from s2kernels.autograd.panels import Panels
 from s2kernels.autograd.sparse import linear as sparse
 from s2kernels.plan import tile_plan
@@ -110,8 +111,8 @@ class SliceLayer(Layer):
         )
 
     def run_held(self, holding):
-        arguments = (self.x, self.weight, self.delta, self.index, self.dim, self.bias, self.mode)
-        return sliced(*arguments, holding=holding)
+        layer = (self.weight, self.delta, self.index, self.dim, self.bias, self.mode)
+        return apply(S2LinearFunction, self.x, *operands(*layer, holding))
 
     def write_into_weight(self, delta):
         slice_write([self.weight], [self.base], [delta], [self.index], [self.dim])

@@ -32,7 +32,7 @@ class Premises:
     __slots__ = ("_addresses", "_empty", "_same", "_trainable", "_versions")
 
     def __init__(self) -> None:
-        self._same: list[tuple[Mapping[str, Any], str, Any]] = []
+        self._same: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
         self._empty: list[Mapping] = []
         self._trainable: list[tuple[Tensor, bool]] = []
         self._versions: list[tuple[Tensor, int]] = []
@@ -40,12 +40,11 @@ class Premises:
 
     def hold(self) -> bool:
         """Whether everything is as it was when it was noted."""
-        for owner, key, value in self._same:
+        for owner, key, value in self._same.values():
             if owner.get(key) is not value:
                 return False
-        for hooks in self._empty:
-            if hooks:
-                return False
+        if any(self._empty):
+            return False
         for tensor, trainable in self._trainable:
             if tensor.requires_grad is not trainable:
                 return False
@@ -57,30 +56,30 @@ class Premises:
                 return False
         return True
 
+    def _note(self, owner: Mapping[str, Any], key: str) -> None:
+        # what a layer and its call both say is looked at once
+        self._same.setdefault((id(owner), key), (owner, key, owner.get(key)))
+
     def same_child(self, module: nn.Module, name: str) -> None:
         """The child module under that name is the one that it is now."""
-        self._same.append((module._modules, name, module._modules.get(name)))
+        self._note(module._modules, name)
 
     def same_tensor(self, module: nn.Module, name: str) -> None:
         """The parameter or buffer under that name is the one that it is now."""
         owner = module._parameters if name in module._parameters else module._buffers
-        self._same.append((owner, name, owner.get(name)))
+        self._note(owner, name)
 
     def same_attribute(self, owner: object, name: str) -> None:
         """The attribute is the very object that it is now."""
-        self._same.append((vars(owner), name, vars(owner).get(name)))
+        self._note(vars(owner), name)
 
     def as_partitioned(self, tensor: Tensor) -> None:
         """DeepSpeed ZeRO-3, which keeps the tensor object, has partitioned it if it has now."""
-        self._same.append((vars(tensor), "ds_id", vars(tensor).get("ds_id")))
+        self._note(vars(tensor), "ds_id")
 
     def bare(self, module: nn.Module) -> None:
         """A call of the module runs the forward of its class, without hooks of its own."""
-        self._same.append((vars(module), "forward", None))
-        self.unhooked(module)
-
-    def unhooked(self, module: nn.Module) -> None:
-        """No hooks are set on the calls of this very module."""
+        self._same.setdefault((id(vars(module)), "forward"), (vars(module), "forward", None))
         self._empty += [vars(module)[name] for name in _OWN_HOOKS]
 
     def unwatched(self) -> None:

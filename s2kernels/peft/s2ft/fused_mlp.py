@@ -2,22 +2,21 @@
 
 A FFN is given a forward of its own, beside that of its class. With one adapter active, not merged,
 over plain dense weights and without hooks in between, it computes what the class would, to
-rounding, by `mlp`, which keeps less for the backward and makes fewer passes over memory. With
-anything else, and under torch.compile, which fuses as well, it is the forward of the class.
+rounding, by `S2MLPFunction`, which keeps less for the backward and makes fewer passes over memory.
+With anything else, and under torch.compile, which fuses as well, it is the forward of the class.
 
 On a GPU the weights of gate and up are laid one after the other: the pair is one GEMM.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from s2kernels import backend
-from s2kernels.autograd.accumulate import WeightHolder
+from s2kernels.autograd.first_order import apply
 from s2kernels.autograd.joined import joined
-from s2kernels.autograd.mlp import mlp
+from s2kernels.autograd.mlp import S2MLPFunction, operands
 from s2kernels.capturing import is_capturing
 from s2kernels.coupling import Structure
 from s2kernels.peft.host.kept_buffers import with_values
@@ -33,7 +32,6 @@ from s2kernels.peft.s2ft.fusion_checks import (
     weights_match_input,
 )
 from s2kernels.peft.s2ft.linear import S2FTLinear, holding_for
-from s2kernels.reference import Index
 
 
 class Gated(NamedTuple):
@@ -63,22 +61,16 @@ GATED = {
 
 
 class MLPCall(NamedTuple):
-    """What a forward of the FFN does now: `mlp` with these arguments after x.
+    """What a forward of the FFN does now.
 
-    written: for each layer the adapter that its weight is to hold. weights: None where it is the
-    forward of the class.
+    written: for each layer the adapter that its weight is to hold. operands: of `S2MLPFunction`,
+    with the weight of gate first; None where it is the forward of the class.
     """
 
     changes: int
     premises: Premises
     written: dict[S2FTLinear, str | None]
-    weights: Sequence[Tensor] | None = None
-    biases: Sequence[Tensor | None] = ()
-    deltas: Sequence[Tensor | None] = ()
-    where: Index = slice(0, 0)
-    mode: str = "inplace"
-    both: Tensor | None = None
-    holding: WeightHolder | None = None
+    operands: tuple | None = None
 
 
 def fuse_mlp(keeper: WeightKeeper, structure: Structure) -> None:
@@ -135,17 +127,16 @@ class FusedMLP:
             with torch.inference_mode(False):  # views made there could not be saved for a backward
                 call = self._call = self._prepare()
         if (
-            call.weights is None
+            call.operands is None
             or keeper.forwards.rows is not None
-            or not weights_match_input(call.weights[0], x)
+            or not weights_match_input(call.operands[0], x)
         ):
             return type(self.module).forward(self.module, x)
-        operands: Any = call[3:]
         if keeper.are_ready(call.written):
-            return mlp(x, *operands)
+            return apply(S2MLPFunction, x, *call.operands)
         with keeper.forwards.lock:
             keeper.ensure_written(call.written)
-            return mlp(x, *operands)
+            return apply(S2MLPFunction, x, *call.operands)
 
     def _prepare(self) -> MLPCall:
         """What a forward does until something changes."""
@@ -155,23 +146,25 @@ class FusedMLP:
         for layer in layers:
             self.keeper.notice_call(layer)
             layer.known.look()
-        operands = self._operands(modules, layers)
+        found = self._operands(modules, layers)
         premises = Premises()
         premises.unwatched()
         for name in (*names, self.gated.activation):
             premises.same_child(self.module, name)
             note_bare_linear(premises, getattr(self.module, name))
-        if operands is None or not premises.hold():
+        if found is None or not premises.hold():
             return MLPCall(self.keeper.changes, premises, {})
+        written, given = found
         for layer in layers:
-            layer.note(premises, operands["written"][layer])
-        held = holding_for(operands["written"])
-        return MLPCall(self.keeper.changes, premises, **operands, holding=held)
+            layer.note(premises, written[layer])
+        return MLPCall(self.keeper.changes, premises, written, given)
 
     def _operands(
         self, modules: list[nn.Module], layers: list[S2FTLinear]
-    ) -> dict[str, Any] | None:
-        """What one Function takes; None where it would not compute what the modules do."""
+    ) -> tuple[dict[S2FTLinear, str | None], tuple] | None:
+        """What is to be written for one Function, and its operands; None where it would not compute
+        what the modules do.
+        """
         linears = [linear for linear in map(linear_behind, modules) if linear is not None]
         adapter = sole_active_adapter(layers)
         if adapter is None or len(linears) < len(modules):
@@ -201,15 +194,9 @@ class FusedMLP:
             if both is None and backend.prefers_joined(weights[0]):
                 join_all(self.keeper)
                 both = joined(*weights[:2])
-        return dict(
-            written=written,
-            weights=weights,
-            biases=biases,
-            deltas=deltas,
-            where=positions[0],
-            mode="inplace" if modes == {True} else "additive",
-            both=both,
-        )
+        mode = "inplace" if modes == {True} else "additive"
+        held = holding_for(written)
+        return written, operands(weights, biases, deltas, positions[0], mode, both, held)
 
 
 def _are_the_same(indices: list[Tensor]) -> bool:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from s2kernels.architectures import Member
 from s2kernels.autograd.accumulate import WeightHolder
-from s2kernels.autograd.linear import delta_linear, linear
+from s2kernels.autograd.first_order import apply
+from s2kernels.autograd.linear import S2LinearFunction, delta_linear, operands
 from s2kernels.coupling import is_conv1d, is_dense
 from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
 from s2kernels.peft.host.premises import Premises
@@ -24,21 +25,16 @@ class LinearCall(NamedTuple):
     """What a forward of the layer does; see `AdapterLayer.prepared`.
 
     written:  the adapter whose slice is to be written into the weight; None where nothing is
-    mode:     "inplace" where the weight that is multiplied holds the slice
-    matrix:   the weight (N, K) that one Function takes with the first slice; None where the base
-              layer computes its own output
-    slices:   (delta, positions) of the active adapters
-    holding:  what the backward of that Function enters
+    operands: of `S2LinearFunction`, which takes the weight with the first slice; None where the
+              base layer computes its own output
+    slices:   (delta, positions) of the active adapters, without that first one
     """
 
     changes: int
     premises: Premises
     written: str | None
-    matrix: Tensor | None
-    bias: Tensor | None
+    operands: tuple | None
     slices: list[tuple[Tensor, Index]]
-    mode: str
-    holding: WeightHolder | None
 
 
 class S2FTLinear(S2FTLayer):
@@ -119,16 +115,12 @@ class S2FTLinear(S2FTLayer):
             for name in names:
                 premises.same_tensor(self.s2ft_delta, name)
                 premises.same_tensor(self.s2ft_index, name)
-        return LinearCall(
-            self.keeper.changes,
-            premises,
-            written,
-            self.matrix_of(self.weight) if dense else None,
-            self.bias if dense else None,
-            [(self.s2ft_delta[name], self.positions[name]) for name in names],
-            "additive" if written is None and arrived is None else "inplace",
-            holding_for({self: written}) if dense else None,
-        )
+        slices, given = [(self.s2ft_delta[name], self.positions[name]) for name in names], None
+        if dense:
+            mode = "additive" if written is None and arrived is None else "inplace"
+            matrix, held = self.matrix_of(self.weight), holding_for({self: written})
+            given = operands(matrix, *slices.pop(0), self.dim, self.bias, mode, held)
+        return LinearCall(self.keeper.changes, premises, written, given, slices)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output with the active adapters: (..., N) for x (..., K)."""
@@ -147,12 +139,11 @@ class S2FTLinear(S2FTLayer):
             return self._compute(x, call, *args, **kwargs)
 
     def _compute(self, x: Tensor, call: LinearCall, *args, **kwargs) -> Tensor:
-        if call.matrix is None:
-            y, others = self._forward_base(x, *args, **kwargs), call.slices
+        if call.operands is None:
+            y = self._forward_base(x, *args, **kwargs)
         else:
-            (delta, where), *others = call.slices
-            y = linear(x, call.matrix, delta, where, self.dim, call.bias, call.mode, call.holding)
-        for delta, where in others:
+            y = apply(S2LinearFunction, x, *call.operands)
+        for delta, where in call.slices:
             y = delta_linear(y, x, delta, where, self.dim)
         return y
 
