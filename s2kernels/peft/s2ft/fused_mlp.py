@@ -93,7 +93,7 @@ def join_all(keeper: WeightKeeper) -> None:
     """Join the frozen weights of all `pairs` that are on a GPU and this model's alone to move.
 
     The weights of a pair lay in segments of the allocator that are too small for both together, so
-    they stay reserved and empty: 86 + 86 and 32 + 32 MiB a layer of LLaMA-2-7B, about 8 GB in all.
+    they stay reserved and empty: 86 + 86 MiB a layer of LLaMA-2-7B, about 5.5 GB in all.
     They are given back to the device once, after the last pair.
     """
     arrangement = arrangement_of(keeper)
