@@ -232,4 +232,4 @@ def test_parts_of_the_model_have_the_weights_of_the_whole(layout):
         found = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
         assert_same({name: found[name] for name in want}, want)
     for module in inner.modules():
-        assert not isinstance(module, S2FTLinear) or module.keeper.written(module) is None
+        assert not isinstance(module, S2FTLinear) or module not in module.keeper.held_by_layer

@@ -62,7 +62,9 @@ class ModelHooks:
             self.keeper.restore()  # see _AfterStateDict
         else:
             self.keeper.release()
-        self.keeper.renew_fingerprints()
+        for layer in self.keeper.layers:  # the weights hold W0
+            self.keeper.notice_weight(layer)
+            layer.known.renew()
 
     def _before_load_state_dict(self, module: nn.Module, *args: Any) -> None:
         if self.keeper.merged:
@@ -133,7 +135,7 @@ class ModelForward:
             return self._forward(*args, **kwargs)
         if torch.compiler.is_compiling():
             refuse_export()
-            if not keeper.is_prepared:
+            if keeper.writes is None:
                 torch.compiler.disable(keeper.prepare)()
             keeper.write()
             return self._forward(*args, **kwargs)

@@ -57,20 +57,18 @@ class WeightKeeper:
         self.held_by_layer: dict[WrittenLayer, Held] = {}  # of those that hold an adapter
         self.merged: dict[WrittenLayer, list[Held]] = {}  # what merged adapters took the place of
         self._weights: dict[WrittenLayer, Tensor] = {}  # when they were last looked at
-        # of a forward: what it writes, by device, and what that was prepared from
-        self._writes: list[list[tuple]] | None = None
+        # of a forward: what it writes, by device, None until that is decided; and what from
+        self.writes: list[list[tuple]] | None = None
         self._premises = Premises()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {
-            "_writes": None,
-            "_premises": Premises(),
-        }  # a copy has other tensors
+        # a copy has other tensors
+        return self.__dict__ | {"writes": None, "_premises": Premises()}
 
     def changed(self) -> None:
         """Something that decides what a forward does has changed."""
         self.changes += 1
-        self._writes = None
+        self.writes = None
 
     # Its life
 
@@ -92,11 +90,6 @@ class WeightKeeper:
 
     # First verb: an adapter is written
 
-    def written(self, layer: WrittenLayer) -> str | None:
-        """The adapter that the layer's weight holds; None for W0."""
-        held = self.held_by_layer.get(layer)
-        return None if held is None else held.adapter
-
     def are_ready(self, adapters: dict[Any, str | None]) -> bool:
         """Whether the forward that this thread is in has written these adapters of layers, or for
         None whether the weight holds W0.
@@ -115,15 +108,10 @@ class WeightKeeper:
             if not self.forwards.here:
                 if self.forwards.rows is not None:
                     self.restore()
-                elif not (self.is_prepared and self._premises.hold()):
+                elif self.writes is None or not self._premises.hold():
                     self.prepare()
                 self.write()
             self.forwards.enter()
-
-    @property
-    def is_prepared(self) -> bool:
-        """Whether it is decided what a forward writes."""
-        return self._writes is not None
 
     def write(self) -> None:
         """Write what was decided, as it is now; nothing where a backward has written all of it."""
@@ -131,7 +119,7 @@ class WeightKeeper:
         # a CUDA graph writes in any case: replays do not ask who has changed a delta
         if held and all(each.is_current() for each in held) and not is_capturing():
             return
-        for entries in self._writes or ():
+        for entries in self.writes or ():
             self._launch(entries)
 
     def end(self, failed: bool) -> None:
@@ -166,14 +154,13 @@ class WeightKeeper:
             self.arrangement.note(self._premises)
         for layer in self.layers:
             layer.note(self._premises, adapters[layer])
-        self._writes = self._by_device(entries)
+        self.writes = self._by_device(entries)
 
     def _taken(self, adapters: Mapping[Any, str | None]) -> list[tuple]:
         """The entries that write these adapters, once what they take the place of is kept; of
         layers with None W0 is restored.
         """
-        kept = {layer for layer, name in adapters.items() if self.written(layer) in (None, name)}
-        self.restore([each for each in adapters if each not in kept or self._is_moved(each)])
+        self.restore([layer for layer, name in adapters.items() if self._is_stale(layer, name)])
         entries: list[tuple] = []
         for layer, name in adapters.items():
             if name is None:
@@ -185,10 +172,12 @@ class WeightKeeper:
             entries += layer.entries(held, held.delta)
         return entries
 
-    def _is_moved(self, layer: WrittenLayer) -> bool:
-        """Whether an adapter is written in a weight that is not the layer's any more."""
+    def _is_stale(self, layer: WrittenLayer, adapter: str | None) -> bool:
+        """Whether another adapter is written, or this one in a weight that is not the layer's any
+        more.
+        """
         held = self.held_by_layer.get(layer)
-        return held is not None and held.weight is not layer.weight
+        return held is not None and (held.adapter != adapter or held.weight is not layer.weight)
 
     def _launch_all(self, entries: Iterable[tuple]) -> None:
         for on_device in self._by_device(entries):
@@ -256,7 +245,7 @@ class WeightKeeper:
                 self._launch_all(entry for each in pairs for entry in each)
                 for layer in found:
                     del self.held_by_layer[layer]
-                self._writes = None
+                self.writes = None
 
     def release(self) -> None:
         """Give the weights back as they were: W0, in the order of the checkpoint, each in a storage
@@ -322,7 +311,8 @@ class WeightKeeper:
 
     def moving(self, layer: WrittenLayer) -> None:
         """The layer's weight is about to be moved or cast."""
-        if self._is_moved(layer):
+        held = self.held_by_layer.get(layer)
+        if held is not None and self._is_stale(layer, held.adapter):
             self.restore([layer])
 
     def moved(self, layer: WrittenLayer, before: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
@@ -337,9 +327,3 @@ class WeightKeeper:
         if self._weights.get(layer) is before:
             self._weights[layer] = layer.weight
         self.changed()
-
-    def renew_fingerprints(self) -> None:
-        """Have all layers compute the fingerprints that are not known; the weights hold W0."""
-        for layer in self.layers:
-            self.notice_weight(layer)
-            layer.known.renew()
