@@ -262,11 +262,14 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 def like_tokens(y: Tensor, shape: torch.Size) -> Tensor:
-    """y (M, N), which nobody else holds, as (..., N) for tokens of that shape (..., K).
+    """y (M, N), contiguous, which nobody else holds, as (..., N) for tokens of that shape (..., K).
 
     It is no view for autograd: what a Function returns as one must not be written to in place.
     """
-    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.shape[-1]))
+    if len(shape) == 2:
+        return y
+    sizes = (*shape[:-1], y.shape[-1])
+    return _unsafe_view(y, sizes) if torch.compiler.is_compiling() else y.resize_(sizes)
 
 
 def split_index(index: Index) -> tuple[Tensor | None, int]:

@@ -276,7 +276,7 @@ def take(x: Tensor, index: Index) -> Tensor:
 def _add_at(out: Tensor, a: Tensor, b: Tensor, index: Index) -> Tensor:
     """out[:, index] += a @ b, in place."""
     if isinstance(index, slice):
-        out[:, index].addmm_(a, b)
+        out.narrow(1, index.start, index.stop - index.start).addmm_(a, b)
         return out
     return out.index_add_(1, index, a @ b)
 

@@ -33,7 +33,8 @@ def size(x: Tensor) -> int:
 
 
 def linear(x, weight, bias=None) -> Work:
-    (m, k), n = x.shape, len(weight)
+    k, n = x.shape[-1], len(weight)
+    m = math.prod(x.shape[:-1])
     biases = 0 if bias is None else size(bias)
     return Work(_numbers(x, m * k + n * k + m * n) + biases, 2 * m * n * k)
 
