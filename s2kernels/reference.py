@@ -37,6 +37,8 @@ from s2kernels.update import Update
 
 Index = Tensor | slice
 
+_silu_backward = torch.ops.aten.silu_backward.grad_input
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b for x (..., K), weight (N, K), bias (N,); y (..., N) in x.dtype."""
@@ -169,7 +171,7 @@ def _swiglu_bwd(
     if h_slice is not None and index is not None:
         h_slice.mul_(take(dup, index))
     dup.mul_(dh)
-    torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=dgate)
+    _silu_backward(d_silu, gate, grad_input=dgate)
     return h_slice
 
 
