@@ -25,24 +25,21 @@ LOOKS = (
     (style.GREY, "\\\\\\\\"),
 )
 FIRST = {"linestyle": "none", "marker": "|", "markersize": 10, "color": "black"}
+OF_OPTIONS = ("checkpointing", "options", "depth")  # suites
 PEAK_NOTE = "Of saved activations and gradients the larger is drawn."
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
     """Draws Figure 5 and the peaks of each of its models, and what options change."""
     written = []
-    for shape, found in steps.series(document, "figure5", *steps.SIZES):
-        for name, fig, note in (
-            ("figure5", time_and_memory(found), steps.NOTE),
-            ("peak", peaks(found), PEAK_NOTE),
-        ):
-            caption = steps.caption(document, found, note)
-            written.append(style.save(fig, folder / f"{name}-{shape}.svg", caption))
-    for suite in ("checkpointing", "options", "depth"):
+    for name, suite, figure, note in (
+        ("figure5", "figure5", time_and_memory, steps.NOTE),
+        ("peak", "figure5", peaks, PEAK_NOTE),
+        *((suite, suite, time_and_memory, steps.NOTE) for suite in OF_OPTIONS),
+    ):
         for shape, found in steps.series(document, suite, *steps.SIZES):
-            caption = steps.caption(document, found, steps.NOTE)
-            fig = time_and_memory(found)
-            written.append(style.save(fig, folder / f"{suite}-{shape}.svg", caption))
+            caption = steps.caption(document, found, note)
+            written.append(style.save(figure(found), folder / f"{name}-{shape}.svg", caption))
     return written
 
 
@@ -146,10 +143,8 @@ def in_two_columns(
 def panels(rows: list[float], columns: int = 2) -> tuple[Figure, list[list[Axes]]]:
     """A figure whose rows of panels leave so many inches to their bars."""
     heights = [inches + 0.6 for inches in rows]
-    size = (style.WIDTH, sum(heights) + 0.8)
-    fig, grid = plt.subplots(
-        *(len(rows), columns), figsize=size, squeeze=False, height_ratios=heights
-    )
+    sizes = {"figsize": (style.WIDTH, sum(heights) + 0.8), "height_ratios": heights}
+    fig, grid = plt.subplots(len(rows), columns, squeeze=False, **sizes)
     return fig, grid.tolist()
 
 

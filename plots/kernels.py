@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plots import bars, style
+from plots.steps import groups
 
 IMPLEMENTATIONS = {
     "torch": style.Look("torch", style.GREY, "//"),
@@ -30,9 +31,7 @@ def draw(document: dict, folder: Path) -> list[Path]:
 
 def figure(document: dict) -> Figure:
     """Horizontal bars: % of the ceiling, of each op and implementation; a panel for each shape."""
-    shapes: dict[str, list[dict]] = {}
-    for entry in document["benchmarks"]:
-        shapes.setdefault(entry["group"].partition(" ")[2], []).append(entry)
+    shapes = groups(document["benchmarks"], lambda entry: entry["group"].partition(" ")[2])
     drawn = {entry["params"]["impl"] for entry in document["benchmarks"]}
     each = 0.1 + 0.12 * len(drawn)
     fig, pairs = bars.in_two_columns(list(shapes), lambda name: each * len(_ops(shapes[name])))
