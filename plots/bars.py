@@ -95,7 +95,18 @@ def peaks(found: list[Step]) -> Figure:
     settings = list(steps.groups(found, lambda step: step.size).values())
     fig, pairs = in_two_columns(settings, lambda of_setting: 0.165 * len(of_setting))
     for number, (axes, of_setting) in enumerate(pairs):
-        _stack(axes, of_setting, shown=number % 2 == 0)
+        methods = method_names(axes, of_setting, shown=number % 2 == 0)
+        unit, name = steps.byte_unit(of_setting)
+        for step in of_setting:
+            place, left = methods.index(step.method), 0.0
+            for part, size in parts(step.bytes).items() if step.bytes else ():
+                axes.barh(place, size / unit, HEIGHT, left / unit, **style.PARTS[part].bar)
+                left += size
+            if step.bytes:
+                axes.plot(step.bytes["first_step_peak"] / unit, place, **FIRST)
+            bar(axes, place, step, step.peak(unit), None)
+        title(axes, of_setting[0])
+        scale(axes, f"memory at the peak of a step, {name}")
     shown = ("weights", "optimizer", "saved", "gradients", "temporaries")
     first = {"peak of the first step": Line2D([], [], **FIRST)}
     entries = patches(style.PARTS[part] for part in shown) | first
@@ -109,22 +120,6 @@ def parts(sizes: dict) -> dict[str, int]:
     larger = "saved" if saved >= sizes["gradients"] else "gradients"
     held = {"weights": sizes["weights"], "optimizer": sizes["optimizer"]}
     return {**held, larger: max(saved, sizes["gradients"]), "temporaries": sizes["temporaries"]}
-
-
-def _stack(axes: Axes, of_setting: list[Step], *, shown: bool) -> None:
-    methods = method_names(axes, of_setting, shown=shown)
-    unit, name = steps.byte_unit(of_setting)
-    for step in of_setting:
-        place, left = methods.index(step.method), 0.0
-        if step.bytes is not None:
-            for part, size in parts(step.bytes).items():
-                look = style.PARTS[part].bar
-                axes.barh(place, size / unit, HEIGHT, left / unit, **look)
-                left += size
-            axes.plot(step.bytes["first_step_peak"] / unit, place, **FIRST)
-        bar(axes, place, step, step.peak(unit), None)
-    title(axes, of_setting[0])
-    scale(axes, f"memory at the peak of a step, {name}")
 
 
 def in_two_columns(

@@ -48,9 +48,9 @@ def over_tokens(found: list[Step]) -> dict[str, tuple[Figure, list[str]]]:
         return None if value is None else value / step.tokens * 1e3
 
     drawn = {}
-    for quantity, y, of_paper in (
-        ("time", per_token, lambda tokens, seconds, peak: seconds / tokens * 1e6),
-        ("memory", lambda step: step.peak(unit), lambda tokens, seconds, peak: peak / unit),
+    for quantity, y, label, of_paper in (
+        ("time", per_token, "time per token, µs", lambda n, seconds, peak: seconds / n * 1e6),
+        ("memory", lambda s: s.peak(unit), f"peak memory, {name}", lambda n, _, peak: peak / unit),
     ):
         fig, panels = grid(found, lambda step: step.tokens, y)
         for method, axes in panels.items():
@@ -65,7 +65,6 @@ def over_tokens(found: list[Step]) -> dict[str, tuple[Figure, list[str]]]:
         else:
             axes.set_ylim(bottom=0)
         logarithmic(panels, sorted({step.tokens for step in found}))
-        label = {"time": "time per token, µs", "memory": f"peak memory, {name}"}[quantity]
         finish(fig, panels, f"tokens of a step, {found[0].shape}", label)
         drawn[quantity] = (fig, [*notes, steps.NOTE] if quantity == "time" else notes)
     return drawn
