@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.measure.timing import paired_ratios, quartiles
+from bench.measure.timing import quartiles, ratio
 from bench.methods import METHODS, Method, Options, comparable
 from bench.steps.model_shapes import TABLE
 from s2kernels import backend
@@ -86,7 +86,6 @@ def bench_layer(benchmark, method):
     benchmark.group, benchmark.params = "host", {"method": method}
     benchmark.pedantic(round_, rounds=ROUNDS, iterations=1, warmup_rounds=1)
     if not benchmark.disabled:
-        ratios = paired_ratios(seconds, floors)
         benchmark.extra_info.update(
-            seconds=quartiles(seconds), floor=quartiles(floors), ratio=quartiles(ratios)
+            seconds=quartiles(seconds), floor=quartiles(floors), ratio=ratio(seconds, floors)
         )

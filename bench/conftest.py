@@ -23,12 +23,6 @@ FILES = pytest.StashKey[dict[str, Results]]()
 BEGAN = time.perf_counter()
 
 
-def synchronized() -> float:
-    """A clock that waits for the device first."""
-    timing.synchronize(DEVICE)
-    return time.perf_counter()
-
-
 def pytest_addoption(parser):
     group = parser.getgroup("s2kernels")
     group.addoption("--results", type=Path, help="folder of files that are written step by step")
@@ -63,7 +57,7 @@ def file_of(item: pytest.Item) -> Results | None:
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("benchmark") is None:
-            item.add_marker(pytest.mark.benchmark(timer=synchronized))
+            item.add_marker(pytest.mark.benchmark(timer=timing.Clock(DEVICE)))
     if not config.getoption("--again"):
         known = [item for item in items if (file := file_of(item)) and file.has(item.nodeid)]
         config.hook.pytest_deselected(items=known)
@@ -85,9 +79,8 @@ def pytest_runtest_makereport(item, call):
     """Writes down what a benchmark measured, or the status that says why it did not."""
     report = yield
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
-    if call.when != "call" or report.failed or benchmark is None:
-        return report
-    if (file := file_of(item)) is None or benchmark.disabled:
+    done = call.when == "call" and not report.failed and benchmark and not benchmark.disabled
+    if not done or (file := file_of(item)) is None:
         return report
     if benchmark.stats is not None and not report.skipped:
         # Parameters are any objects: through the encoder that pytest-benchmark has for them.

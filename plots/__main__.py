@@ -15,14 +15,10 @@ def main(argv: list[str] | None = None) -> int:
     results, figures = ROOT / "bench" / "results", ROOT / "plots" / "figures"
     parser.add_argument("--results", type=Path, default=results, help="default bench/results")
     parser.add_argument("--out", type=Path, default=figures, help="default plots/figures")
-    parser.add_argument(
-        "--pages", type=Path, nargs="+", default=[], help="also write the tables of these pages"
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="write nothing; fail if a table of --pages is not that of the results",
-    )
+    pages = "also write the tables of these pages"
+    parser.add_argument("--pages", type=Path, nargs="+", default=[], help=pages)
+    check = "write nothing; fail if a table of --pages is not that of the results"
+    parser.add_argument("--check", action="store_true", help=check)
     args = parser.parse_args(argv)
     if args.check and not args.pages:
         parser.error("--check needs --pages")

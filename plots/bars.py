@@ -25,24 +25,21 @@ LOOKS = (
     (style.GREY, "\\\\\\\\"),
 )
 FIRST = {"linestyle": "none", "marker": "|", "markersize": 10, "color": "black"}
+OF_OPTIONS = ("checkpointing", "options", "depth")  # suites
 PEAK_NOTE = "Of saved activations and gradients the larger is drawn."
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
     """Draws Figure 5 and the peaks of each of its models, and what options change."""
     written = []
-    for shape, found in steps.series(document, "figure5", *steps.SIZES):
-        for name, fig, note in (
-            ("figure5", time_and_memory(found), steps.NOTE),
-            ("peak", peaks(found), PEAK_NOTE),
-        ):
-            caption = steps.caption(document, found, note)
-            written.append(style.save(fig, folder / f"{name}-{shape}.svg", caption))
-    for suite in ("checkpointing", "options", "depth"):
+    for name, suite, figure, note in (
+        ("figure5", "figure5", time_and_memory, steps.NOTE),
+        ("peak", "figure5", peaks, PEAK_NOTE),
+        *((suite, suite, time_and_memory, steps.NOTE) for suite in OF_OPTIONS),
+    ):
         for shape, found in steps.series(document, suite, *steps.SIZES):
-            caption = steps.caption(document, found, steps.NOTE)
-            fig = time_and_memory(found)
-            written.append(style.save(fig, folder / f"{suite}-{shape}.svg", caption))
+            caption = steps.caption(document, found, note)
+            written.append(style.save(figure(found), folder / f"{name}-{shape}.svg", caption))
     return written
 
 
@@ -98,7 +95,18 @@ def peaks(found: list[Step]) -> Figure:
     settings = list(steps.groups(found, lambda step: step.size).values())
     fig, pairs = in_two_columns(settings, lambda of_setting: 0.165 * len(of_setting))
     for number, (axes, of_setting) in enumerate(pairs):
-        _stack(axes, of_setting, shown=number % 2 == 0)
+        methods = method_names(axes, of_setting, shown=number % 2 == 0)
+        unit, name = steps.byte_unit(of_setting)
+        for step in of_setting:
+            place, left = methods.index(step.method), 0.0
+            for part, size in parts(step.bytes).items() if step.bytes else ():
+                axes.barh(place, size / unit, HEIGHT, left / unit, **style.PARTS[part].bar)
+                left += size
+            if step.bytes:
+                axes.plot(step.bytes["first_step_peak"] / unit, place, **FIRST)
+            bar(axes, place, step, step.peak(unit), None)
+        title(axes, of_setting[0])
+        scale(axes, f"memory at the peak of a step, {name}")
     shown = ("weights", "optimizer", "saved", "gradients", "temporaries")
     first = {"peak of the first step": Line2D([], [], **FIRST)}
     entries = patches(style.PARTS[part] for part in shown) | first
@@ -112,22 +120,6 @@ def parts(sizes: dict) -> dict[str, int]:
     larger = "saved" if saved >= sizes["gradients"] else "gradients"
     held = {"weights": sizes["weights"], "optimizer": sizes["optimizer"]}
     return {**held, larger: max(saved, sizes["gradients"]), "temporaries": sizes["temporaries"]}
-
-
-def _stack(axes: Axes, of_setting: list[Step], *, shown: bool) -> None:
-    methods = method_names(axes, of_setting, shown=shown)
-    unit, name = steps.byte_unit(of_setting)
-    for step in of_setting:
-        place, left = methods.index(step.method), 0.0
-        if step.bytes is not None:
-            for part, size in parts(step.bytes).items():
-                look = style.PARTS[part].bar
-                axes.barh(place, size / unit, HEIGHT, left / unit, **look)
-                left += size
-            axes.plot(step.bytes["first_step_peak"] / unit, place, **FIRST)
-        bar(axes, place, step, step.peak(unit), None)
-    title(axes, of_setting[0])
-    scale(axes, f"memory at the peak of a step, {name}")
 
 
 def in_two_columns(
@@ -146,10 +138,8 @@ def in_two_columns(
 def panels(rows: list[float], columns: int = 2) -> tuple[Figure, list[list[Axes]]]:
     """A figure whose rows of panels leave so many inches to their bars."""
     heights = [inches + 0.6 for inches in rows]
-    size = (style.WIDTH, sum(heights) + 0.8)
-    fig, grid = plt.subplots(
-        *(len(rows), columns), figsize=size, squeeze=False, height_ratios=heights
-    )
+    sizes = {"figsize": (style.WIDTH, sum(heights) + 0.8), "height_ratios": heights}
+    fig, grid = plt.subplots(len(rows), columns, squeeze=False, **sizes)
     return fig, grid.tolist()
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from plots import style
 
@@ -22,36 +23,37 @@ def draw(document: dict, folder: Path) -> list[Path]:
     """Draws all figures of one results file into `folder`; returns their paths."""
     benchmarks = {entry["name"]: entry for entry in document["benchmarks"]}
     methods = {name: entry for name, entry in benchmarks.items() if name in LOOK}
-    caption = _caption(document, benchmarks)
+    params = benchmarks[FLOOR]["params"]
+    parameters = benchmarks["pre-training"]["extra_info"]["parameters"]
+    caption = (
+        f"Llama of {parameters / 1e6:.2f} M parameters, {params['dtype']}, "
+        f"{params['tokens']} tokens a step. {style.machine(document)}"
+    )
     return [
-        step_time(methods, folder / "demo-step-time.svg", caption),
-        memory(methods, folder / "demo-memory.svg", caption),
-        losses(methods, folder / "demo-losses.svg", caption),
+        style.save(figure(methods), folder / f"demo-{name}.svg", caption)
+        for name, figure in (("step-time", step_time), ("memory", memory), ("losses", losses))
     ]
 
 
-def step_time(methods: dict, path: Path, caption: str) -> Path:
+def step_time(methods: dict) -> Figure:
     """Bars: step time over the frozen floor's in the same round, median and quartiles."""
     ratios = {name: entry["extra_info"]["ratio_to_floor"] for name, entry in methods.items()}
-    milliseconds = [entry["stats"]["median"] * 1e3 for entry in methods.values()]
-    notes = [f"({each:.3g} ms)" for each in milliseconds]
+    notes = [f"({entry['stats']['median'] * 1e3:.3g} ms)" for entry in methods.values()]
     label = "step time / frozen floor, of the same round (median and quartiles)"
-    return style.save(style.ratio_bars(ratios, LOOK, notes, label), path, caption)
+    return style.ratio_bars(ratios, LOOK, notes, label)
 
 
-def memory(methods: dict, path: Path, caption: str) -> Path:
+def memory(methods: dict) -> Figure:
     """Stacked bars: MiB of weights, saved activations, gradients and optimizer state."""
     fig, axes = plt.subplots(figsize=(6.8, 1.2 + 0.27 * len(methods)))
-    left = dict.fromkeys(methods, 0.0)
+    left = [0.0] * len(methods)
     for part in PARTS:
         sizes = [entry["extra_info"]["bytes"][part] / 2**20 for entry in methods.values()]
         look = style.PARTS[part]
-        axes.barh(
-            range(len(methods)), sizes, 0.68, list(left.values()), label=look.label, **look.bar
-        )
-        left = {name: left[name] + size for name, size in zip(left, sizes, strict=True)}
-    right = max(left.values())
-    for place, total in enumerate(left.values()):
+        axes.barh(range(len(methods)), sizes, 0.68, left, label=look.label, **look.bar)
+        left = [before + size for before, size in zip(left, sizes, strict=True)]
+    right = max(left)
+    for place, total in enumerate(left):
         axes.text(total + right * 0.015, place, f"{total:.1f}", va="center", fontsize=8)
     axes.set(yticks=range(len(methods)), yticklabels=list(methods), xlim=(0, right * 1.1))
     axes.set_xlabel("memory of a step, MiB (counted in whole storages)")
@@ -59,10 +61,10 @@ def memory(methods: dict, path: Path, caption: str) -> Path:
     axes.invert_yaxis()
     axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.42, 1.0), handlelength=1.4)
     fig.tight_layout(rect=(0, 0.07, 1, 1))
-    return style.save(fig, path, caption)
+    return fig
 
 
-def losses(methods: dict, path: Path, caption: str) -> Path:
+def losses(methods: dict) -> Figure:
     """Curves: training loss (running mean) and held-out loss over the steps."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.9))
     trained = {name: entry["extra_info"] for name, entry in methods.items() if name != FLOOR}
@@ -81,18 +83,9 @@ def losses(methods: dict, path: Path, caption: str) -> Path:
     right.set(xlabel="step", ylabel="held-out loss, nats per byte", title="held out")
     fig.legend(loc="lower center", bbox_to_anchor=(0.5, 0.05), ncols=2)
     fig.tight_layout(rect=(0, 0.24, 1, 1))
-    return style.save(fig, path, caption)
+    return fig
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
     """Mean of every `width` consecutive values."""
     return [sum(values[start : start + width]) / width for start in range(len(values) - width + 1)]
-
-
-def _caption(document: dict, benchmarks: dict) -> str:
-    params = benchmarks[FLOOR]["params"]
-    parameters = benchmarks["pre-training"]["extra_info"]["parameters"]
-    return (
-        f"Llama of {parameters / 1e6:.2f} M parameters, {params['dtype']}, "
-        f"{params['tokens']} tokens a step. {style.machine(document)}"
-    )

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plots import bars, style
+from plots.steps import groups
 
 IMPLEMENTATIONS = {
     "torch": style.Look("torch", style.GREY, "//"),
@@ -30,14 +30,24 @@ def draw(document: dict, folder: Path) -> list[Path]:
 
 def figure(document: dict) -> Figure:
     """Horizontal bars: % of the ceiling, of each op and implementation; a panel for each shape."""
-    shapes: dict[str, list[dict]] = {}
-    for entry in document["benchmarks"]:
-        shapes.setdefault(entry["group"].partition(" ")[2], []).append(entry)
+    shapes = groups(document["benchmarks"], lambda entry: entry["group"].partition(" ")[2])
     drawn = {entry["params"]["impl"] for entry in document["benchmarks"]}
     each = 0.1 + 0.12 * len(drawn)
     fig, pairs = bars.in_two_columns(list(shapes), lambda name: each * len(_ops(shapes[name])))
     for axes, name in pairs:
-        _panel(axes, shapes[name], document["machine_info"]["ceilings"])
+        entries, ops = shapes[name], _ops(shapes[name])
+        bars.names(axes, ops)
+        impls = sorted({entry["params"]["impl"] for entry in entries})
+        height = 0.76 / len(impls)
+        for entry in entries:
+            share, bound = achieved(entry, document["machine_info"]["ceilings"])
+            impl = entry["params"]["impl"]
+            lane = ops.index(entry["group"].partition(" ")[0]) - 0.38
+            place = lane + (impls.index(impl) + 0.5) * height
+            axes.barh(place, share * 100, height, **IMPLEMENTATIONS[impl].bar)
+            bars.note(axes, place, f"{share:.0%} {bound}")
+        axes.axvline(100, color="black", linewidth=0.9, linestyle=":")
+        bars.scale(axes, "achieved share of the ceiling, %")
         axes.set_title(name, loc="left", weight="bold")
     looks = [look for name, look in IMPLEMENTATIONS.items() if name in drawn]
     style.legend(fig, bars.patches(looks), columns=2, bottom=0.28)
@@ -54,19 +64,3 @@ def achieved(entry: dict, ceilings: dict) -> tuple[float, str]:
 
 def _ops(entries: list[dict]) -> list[str]:
     return list(dict.fromkeys(entry["group"].partition(" ")[0] for entry in entries))
-
-
-def _panel(axes: Axes, entries: list[dict], ceilings: dict) -> None:
-    ops = _ops(entries)
-    bars.names(axes, ops)
-    impls = sorted({entry["params"]["impl"] for entry in entries})
-    height = 0.76 / len(impls)
-    for entry in entries:
-        share, bound = achieved(entry, ceilings)
-        impl = entry["params"]["impl"]
-        lane = ops.index(entry["group"].partition(" ")[0]) - 0.38
-        place = lane + (impls.index(impl) + 0.5) * height
-        axes.barh(place, share * 100, height, **IMPLEMENTATIONS[impl].bar)
-        bars.note(axes, place, f"{share:.0%} {bound}")
-    axes.axvline(100, color="black", linewidth=0.9, linestyle=":")
-    bars.scale(axes, "achieved share of the ceiling, %")

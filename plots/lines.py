@@ -48,9 +48,9 @@ def over_tokens(found: list[Step]) -> dict[str, tuple[Figure, list[str]]]:
         return None if value is None else value / step.tokens * 1e3
 
     drawn = {}
-    for quantity, y, of_paper in (
-        ("time", per_token, lambda tokens, seconds, peak: seconds / tokens * 1e6),
-        ("memory", lambda step: step.peak(unit), lambda tokens, seconds, peak: peak / unit),
+    for quantity, y, label, of_paper in (
+        ("time", per_token, "time per token, µs", lambda n, seconds, peak: seconds / n * 1e6),
+        ("memory", lambda s: s.peak(unit), f"peak memory, {name}", lambda n, _, peak: peak / unit),
     ):
         fig, panels = grid(found, lambda step: step.tokens, y)
         for method, axes in panels.items():
@@ -65,7 +65,6 @@ def over_tokens(found: list[Step]) -> dict[str, tuple[Figure, list[str]]]:
         else:
             axes.set_ylim(bottom=0)
         logarithmic(panels, sorted({step.tokens for step in found}))
-        label = {"time": "time per token, µs", "memory": f"peak memory, {name}"}[quantity]
         finish(fig, panels, f"tokens of a step, {found[0].shape}", label)
         drawn[quantity] = (fig, [*notes, steps.NOTE] if quantity == "time" else notes)
     return drawn
@@ -108,8 +107,9 @@ def over_layers(found: list[Step]) -> dict[str, tuple[Figure, list[str]]]:
             depth = of_method[0].of_layers
             cuts = [(s.layers, y(s)) for s in of_method if s.layers < depth and not s.mark][:2]
             if len(cuts) == 2:
-                end = extrapolate(cuts, depth)
-                axes.plot([cuts[0][0], depth], [cuts[0][1], end], **CUTS)
+                (x0, y0), (x1, y1) = cuts
+                end = y0 + (y1 - y0) / (x1 - x0) * (depth - x0)
+                axes.plot([x0, depth], [y0, end], **CUTS)
                 axes.plot(depth, end, **END)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)
@@ -118,22 +118,14 @@ def over_layers(found: list[Step]) -> dict[str, tuple[Figure, list[str]]]:
     return drawn
 
 
-def extrapolate(points: list[tuple[float, float]], to: float) -> float:
-    """The straight line through two points, at `to`."""
-    (x0, y0), (x1, y1) = points
-    return y0 + (y1 - y0) / (x1 - x0) * (to - x0)
-
-
 def grid(found: list[Step], x: Quantity, y: Quantity) -> tuple[Figure, dict[str, Axes]]:
     """The figure, and the axes of each method but the floor: its line, the floor's, its marks."""
     present = {step.method for step in found} - {"frozen"}
     methods = [method for method in style.METHODS if method in present]
     lines = -(-len(methods) // COLUMNS)
     columns = -(-len(methods) // lines)
-    size = (style.WIDTH, 1.3 * lines + 1.5)
-    fig, axes = plt.subplots(
-        *(lines, columns), figsize=size, sharex=True, sharey=True, squeeze=False
-    )
+    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    fig, axes = plt.subplots(lines, columns, figsize=(style.WIDTH, 1.3 * lines + 1.5), **shared)
     panels = list(axes.flat)
     for spare in panels[len(methods) :]:
         spare.set_axis_off()

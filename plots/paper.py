@@ -11,42 +11,32 @@ NOTE = "Of the paper: bf16, GB of 10⁹ bytes, the peak of a first step."
 
 METHODS = ("s2ft_permuted_inplace", "lora", "dora", "lisa", "loreft", "galore", "full")
 
-# (shape, length, batch) -> peak in GB and milliseconds of an iteration, in the order of METHODS;
-# None where the paper has OOM.
+# Of a shape, (length, batch) -> peak in GB and milliseconds of an iteration, in the order of
+# METHODS; None where the paper has OOM.
 _PRINTED = {
-    ("llama-2-7b", 512, 1): ((18, 20, 22, 19, 20, 19, 54), (118, 138, 234, 135, 485, 610, 314)),
-    ("llama-2-7b", 512, 2): ((23, 26, 30, 24, 26, 25, 54), (231, 260, 398, 250, 579, 717, 439)),
-    ("llama-2-7b", 1024, 1): ((26, 29, 32, 26, 28, 27, 54), (258, 288, 418, 279, 606, 733, 461)),
-    ("llama-2-7b", 1024, 2): ((39, 45, 52, 40, 42, 42, 54), (476, 529, 742, 504, 822, 1010, 713)),
-    ("llama-2-13b", 512, 1): (
-        (33, 36, 39, 34, 38, 34, None),
-        (190, 214, 429, 215, 815, 1144, None),
-    ),
-    ("llama-2-13b", 512, 2): (
-        (41, 46, 52, 42, 46, 43, None),
-        (369, 411, 669, 398, 987, 1312, None),
-    ),
-    ("llama-2-13b", 1024, 1): (
-        (45, 50, 56, 46, 50, 47, None),
-        (411, 453, 702, 437, 1029, 1355, None),
-    ),
-    ("llama-2-13b", 1024, 2): (
-        (67, 75, None, 67, 71, 70, None),
-        (779, 865, None, 814, 1391, 1763, None),
-    ),
+    "llama-2-7b": {
+        (512, 1): ((18, 20, 22, 19, 20, 19, 54), (118, 138, 234, 135, 485, 610, 314)),
+        (512, 2): ((23, 26, 30, 24, 26, 25, 54), (231, 260, 398, 250, 579, 717, 439)),
+        (1024, 1): ((26, 29, 32, 26, 28, 27, 54), (258, 288, 418, 279, 606, 733, 461)),
+        (1024, 2): ((39, 45, 52, 40, 42, 42, 54), (476, 529, 742, 504, 822, 1010, 713)),
+    },
+    "llama-2-13b": {
+        (512, 1): ((33, 36, 39, 34, 38, 34, None), (190, 214, 429, 215, 815, 1144, None)),
+        (512, 2): ((41, 46, 52, 42, 46, 43, None), (369, 411, 669, 398, 987, 1312, None)),
+        (1024, 1): ((45, 50, 56, 46, 50, 47, None), (411, 453, 702, 437, 1029, 1355, None)),
+        (1024, 2): ((67, 75, None, 67, 71, 70, None), (779, 865, None, 814, 1391, 1763, None)),
+    },
 }
 
 
 def series(shape: str, method: str) -> list[tuple[int, float, float]]:
     """(tokens, seconds of an iteration, peak bytes) of one method, by tokens; empty where the paper
     has none."""
-    if method not in METHODS:
-        return []
-    place = METHODS.index(method)
+    place = METHODS.index(method) if method in METHODS else None
     return sorted(
         (length * batch, times[place] / 1e3, peaks[place] * 1e9)
-        for (name, length, batch), (peaks, times) in _PRINTED.items()
-        if name == shape and times[place] is not None
+        for (length, batch), (peaks, times) in _PRINTED.get(shape, {}).items()
+        if place is not None and times[place] is not None
     )
 
 

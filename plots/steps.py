@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from plots import style
 
@@ -11,6 +12,7 @@ MARKS = {"measured": "", "out of memory": "OOM", "unavailable": "n/a"}
 MARKS_MEANING = "OOM: out of memory; n/a: not available there."
 NOTE = "Times: ratio to the frozen floor of the same rounds × the floor's median at that size."
 SIZES = ("layers", "vocab", "batch", "length", "dtype")  # of the steps of a shape
+T, K = TypeVar("T"), TypeVar("K")
 LINE = 160  # characters of a caption that the width of a figure has room for
 
 
@@ -58,6 +60,11 @@ class Step:
         """In units of `unit` bytes."""
         return None if self.bytes is None else self.bytes["peak"] / unit
 
+    def saved(self, unit: float) -> float | None:
+        """In units of `unit` bytes; unknown under torch.compile, too."""
+        saved = (self.bytes or {}).get("saved")
+        return None if saved is None else saved / unit
+
     @property
     def model_name(self) -> str:
         """The shape and, where the model was cut, what of it was run."""
@@ -89,17 +96,15 @@ def read(document: dict, *suites: str) -> list[Step]:
     found = [step for step in steps if not suites or set(suites) & set(step.suites)]
     if unknown := {step.method for step in found} - set(style.METHODS):
         raise ValueError(f"methods must be those of plots.style.METHODS, got {sorted(unknown)}")
-    order = list(style.METHODS)
-    return sorted(
-        found, key=lambda s: (s.total, s.size, s.options, s.share or 0, order.index(s.method))
-    )
+    order = list(style.METHODS).index
+    return sorted(found, key=lambda s: (s.total, s.size, s.options, s.share or 0, order(s.method)))
 
 
-def groups(steps: Iterable[Step], key: Callable[[Step], object]) -> dict[object, list[Step]]:
-    """The steps by `key`, in the order in which the keys come."""
-    found: dict[object, list[Step]] = {}
-    for step in steps:
-        found.setdefault(key(step), []).append(step)
+def groups(all_: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """All by `key`, in the order in which the keys come."""
+    found: dict[K, list[T]] = {}
+    for each in all_:
+        found.setdefault(key(each), []).append(each)
     return found
 
 
@@ -135,10 +140,9 @@ def caption(document: dict, steps: list[Step], *notes: str) -> str:
     options = {step.options for step in steps}
     if len(options) == 1:
         words += filter(None, options)
-    sentences = [f"{', '.join(words)}.", *notes]
-    if any(step.mark for step in steps):
-        sentences.append(MARKS_MEANING)
-    return f"{textwrap.fill(' '.join(sentences), LINE)}\n{style.machine(document)}."
+    marks = [MARKS_MEANING] if any(step.mark for step in steps) else []
+    text = " ".join([f"{', '.join(words)}.", *notes, *marks])
+    return f"{textwrap.fill(text, LINE)}\n{style.machine(document)}."
 
 
 def _cuts(steps: list[Step]) -> list[str]:
@@ -157,24 +161,19 @@ def _step(entry: dict, floors: dict[str, float]) -> Step:
     status = extra["status"]
     if not status.startswith(tuple(MARKS)):
         raise ValueError(f"status of {entry['name']!r} must begin as {[*MARKS]}, got {status!r}")
-    ratio = extra.get("ratio_to_floor")
-    own = None if ratio is None else extra["floor_seconds"]["median"]
+    options = [name.replace("_", " ") for name, on in params["options"].items() if on is True]
+    if (attention := params["options"]["attention"]) != "sdpa":
+        options.append(f"{attention} attention")
+    own = extra.get("floor_seconds", {}).get("median")
     names = ("shape", "layers", "of_layers", "vocab", "of_vocab", "batch", "length", "dtype")
     return Step(
         **{name: params[name] for name in (*names, "method", "share")},
         suites=tuple(params["suites"]),
-        options=", ".join(_unusual(params["options"])),
+        options=", ".join(options),
         status=status,
         trained=extra.get("trained_parameters"),
         total=extra["total_parameters"],
-        ratio=ratio,
+        ratio=extra.get("ratio_to_floor"),
         floor=floors.get(params["floor"], own),
         bytes=extra.get("bytes"),
     )
-
-
-def _unusual(options: dict) -> list[str]:
-    """The switches that are on, and an attention other than SDPA."""
-    switches = [name.replace("_", " ") for name, on in options.items() if on is True]
-    attention = options["attention"]
-    return switches if attention == "sdpa" else [*switches, f"{attention} attention"]

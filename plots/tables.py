@@ -45,8 +45,7 @@ def update(page: Path, results: Path) -> str:
 
 def demo(document: dict) -> str:
     """The table of `demo_rows`, then what it ran on."""
-    columns, *rows = demo_rows(document)
-    return f"{markdown(columns, rows)}\n\n{style.machine(document)}.\n"
+    return _table(demo_rows(document), document)
 
 
 def demo_rows(document: dict) -> list[list[str]]:
@@ -72,16 +71,11 @@ def demo_rows(document: dict) -> list[list[str]]:
 
 def host_times(document: dict) -> str:
     """Host time of a layer by method, and its ratio to the frozen model's; then the machine."""
-    rows = [
-        [
-            style.METHODS[method].label,
-            f"{extra['seconds']['median'] * 1e3:.3f}",
-            _quartiles(extra["ratio"]),
-        ]
-        for method, extra in host.by_method(document).items()
-    ]
-    columns = ["method", "host ms a layer", "layer / frozen layer"]
-    return f"{markdown(columns, rows)}\n\n{style.machine(document)}.\n"
+    rows = [["method", "host ms a layer", "layer / frozen layer"]]
+    for method, extra in host.by_method(document).items():
+        milliseconds = f"{extra['seconds']['median'] * 1e3:.3f}"
+        rows.append([style.METHODS[method].label, milliseconds, _quartiles(extra["ratio"])])
+    return _table(rows, document)
 
 
 def laboratory(document: dict) -> str:
@@ -98,7 +92,7 @@ def laboratory(document: dict) -> str:
         of_model = [s for s in of_model if "figure5" in s.suites] or of_model
         largest.append(list(steps.groups(of_model, lambda s: s.size).values())[-1])
     largest.sort(key=lambda of_size: (-len(of_size), of_size[0].total))
-    parts = [_table(of_size, deep) for of_size in largest]
+    parts = [_methods(of_size, deep) for of_size in largest]
     note = " ".join([steps.NOTE, *_resolution(document)])
     return "\n\n".join([*parts, note, f"{style.machine(document)}."]) + "\n"
 
@@ -110,19 +104,12 @@ def short(document: dict) -> str:
     of_size = list(steps.groups(max(models, key=len), lambda s: s.size).values())[-1]
     unit, name = steps.byte_unit(of_size)
     deep = _at_depth(document)
-    columns = ["method", "step / floor", "at equal depth", f"saved, {name}", f"peak, {name}"]
-    rows = [
-        [
-            style.METHODS[step.method].label,
-            _median(step),
-            _median(deep.get((step.size, step.method))),
-            _number(step.bytes["saved"] / unit),
-            _number(step.peak(unit)),
-        ]
-        for step in of_size
-        if not step.mark
-    ]
-    return f"{_heading(of_size)}:\n\n{markdown(columns, rows)}\n\n{style.machine(document)}.\n"
+    rows = [["method", "step / floor", "at equal depth", f"saved, {name}", f"peak, {name}"]]
+    for step in (step for step in of_size if not step.mark):
+        ratios = [_median(each) for each in (step, deep.get((step.size, step.method)))]
+        sizes = [_number(size) for size in (step.saved(unit), step.peak(unit))]
+        rows.append([style.METHODS[step.method].label, *ratios, *sizes])
+    return f"{_heading(of_size)}:\n\n{_table(rows, document)}"
 
 
 def gpu(results: Path) -> str:
@@ -134,8 +121,12 @@ def gpu(results: Path) -> str:
 
 def plans(document: dict) -> str:
     """A row for each plan of `python -m bench.plan`, then what it was counted with."""
-    columns, *rows = plan.rows(document)
-    return f"{markdown(columns, rows)}\n\nCounted with {style.machine(document)}.\n"
+    return _table(plan.rows(document), document, "Counted with ")
+
+
+def _table(rows: list[list[str]], document: dict, by: str = "") -> str:
+    """Rows, the names of the columns first, then what they were made on."""
+    return f"{markdown(rows[0], rows[1:])}\n\n{by}{style.machine(document)}.\n"
 
 
 def _heading(of_size: list[Step]) -> str:
@@ -143,29 +134,26 @@ def _heading(of_size: list[Step]) -> str:
     return f"{first.model_name}, {first.dtype}, length {first.length:,}, batch {first.batch}"
 
 
-def _table(of_size: list[Step], deep: dict[tuple, Step]) -> str:
+def _methods(of_size: list[Step], deep: dict[tuple, Step]) -> str:
     """A heading, a row for each method, and why methods are missing. deep: steps at equal depth."""
     unit, name = steps.byte_unit(of_size)
     columns = ["method", "trained", "step ms", "step / floor", "equal depth / floor"]
     columns += [f"saved, {name}", f"peak, {name}"]
     rows = [_row(step, deep.get((step.size, step.method)), unit) for step in of_size]
-    missing: dict[str, list[str]] = {}
-    for step in of_size:
-        if step.mark == "n/a":
-            missing.setdefault(step.status, []).append(style.METHODS[step.method].label)
-    notes = [f"{status} ({', '.join(methods)})." for status, methods in missing.items()]
+    missing = steps.groups((s for s in of_size if s.mark == "n/a"), lambda s: s.status)
+    labels = {why: [style.METHODS[s.method].label for s in found] for why, found in missing.items()}
+    notes = [f"{why} ({', '.join(methods)})." for why, methods in labels.items()]
     return "\n\n".join([f"**{_heading(of_size)}:**", markdown(columns, rows), *notes])
 
 
 def _row(step: Step, at_depth: Step | None, unit: float) -> list[str]:
-    saved = None if step.bytes is None else step.bytes["saved"]
     return [
         style.METHODS[step.method].label,
         "" if step.trained is None else f"{step.trained:,} ({step.trained / step.total:.2%})",
         _number(step.milliseconds()) or step.mark,
-        "" if step.ratio is None else _quartiles(step.ratio),
-        "" if at_depth is None or at_depth.ratio is None else _quartiles(at_depth.ratio),
-        _number(None if saved is None else saved / unit),
+        _quartiles(step.ratio),
+        _quartiles(None if at_depth is None else at_depth.ratio),
+        _number(step.saved(unit)),
         _number(step.peak(unit)) or step.mark,
     ]
 
@@ -193,8 +181,8 @@ def _median(step: Step | None) -> str:
     return "" if step is None or step.ratio is None else f"{step.ratio['median']:.2f}"
 
 
-def _quartiles(ratio: dict) -> str:
-    return "{median:.3f} ({q1:.3f} to {q3:.3f})".format(**ratio)
+def _quartiles(ratio: dict | None) -> str:
+    return "{median:.3f} ({q1:.3f} to {q3:.3f})".format(**ratio) if ratio else ""
 
 
 def _number(value: float | None) -> str:

@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         extra = {
             "lr": run.lr,
             "trained_parameters": run.method.trained_parameters(),
-            "ratio_to_floor": timing.quartiles(timing.paired_ratios(times[name], times[FLOOR])),
+            "ratio_to_floor": timing.ratio(times[name], times[FLOOR]),
             "bytes": held_bytes(run.method, probes[0]),
             "held_out": {"steps": list(curves[name]), "losses": list(curves[name].values())},
             "losses": [float(loss) for loss in run.losses],
@@ -148,8 +149,8 @@ def ratios_as_run(
     for name, run in compared.items():
         run.set_lr(0.0)  # the models stay as they were trained
         if name != FLOOR:
-            run.method.stop_full_depth()
-    actions = {name: (lambda _, run=run: run.step(batch)) for name, run in compared.items()}
+            run.method.full_depth = False
+    actions = {name: partial(run.step, batch) for name, run in compared.items()}
     rounds = timing.interleave(actions, chosen.depth_rounds, device)
     rounds = list(tqdm(rounds, total=chosen.depth_rounds, desc="S2FT as run", leave=False))
     return {

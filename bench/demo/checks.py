@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from bench.demo.job import FLOOR, S2FT, Job
 from bench.demo.training import Run
-from bench.methods import in_slices
+from bench.methods.s2ft import in_slices
 
 # How far a logit of the adapter, loaded or merged, may lie from that of the model that trained it,
 # as a share of the largest logit: the same sums are rounded in another order.

@@ -10,22 +10,27 @@ from bench.steps.model_shapes import Shape, whole
 
 @dataclass(frozen=True)
 class Job:
-    """Sizes of the model and of the work; a step is batch * length tokens."""
+    """Sizes of the model and of the work, those of a CPU by default.
 
-    shape: Shape
-    length: int
-    batch: int
-    pretrain_batch: int  # smaller: more steps in the same time
-    small: tuple[int, int]  # heads and channels of the S2FT that trains less than LoRA
-    dtype: torch.dtype  # of the checkpoint that is fine-tuned
-    pretrain_lr: float
-    lr_scale: float  # times the rates of ENTRANTS
-    steps: int  # of fine-tuning, each method, where there is time for them
-    least_steps: int  # on the slowest machine
-    untimed: int  # of these, the first ones that are left out of the times
-    depth_rounds: int  # rounds of S2FT without dx below its first layer
-    evaluations: int  # of the held-out loss while fine-tuning
-    held_out_batches: int
+    A step is batch * length tokens.
+    """
+
+    # Wide rather than deep: what S2FT adds to a layer grows with the width, the layer with its
+    # square.
+    shape: Shape = whole("demo", "llama", 512, 1408, 2, 32, 8, 16, 256)
+    length: int = 128
+    batch: int = 16
+    pretrain_batch: int = 4  # smaller: more steps in the same time
+    small: tuple[int, int] = (1, 24)  # heads and channels of the S2FT that trains less than LoRA
+    dtype: torch.dtype = torch.float32  # of the checkpoint that is fine-tuned
+    pretrain_lr: float = 2e-3
+    lr_scale: float = 1.0  # times the rates of ENTRANTS
+    steps: int = 60  # of fine-tuning, each method, where there is time for them
+    least_steps: int = 12  # on the slowest machine
+    untimed: int = 3  # of these, the first ones that are left out of the times
+    depth_rounds: int = 8  # rounds of S2FT without dx below its first layer
+    evaluations: int = 4  # of the held-out loss while fine-tuning
+    held_out_batches: int = 4
     rank: int = 16  # of LoRA; S2FT and SpIEL train as many parameters
     budget_s: float = 300.0  # of the whole demo
     seed: int = 0
@@ -50,26 +55,9 @@ class Job:
 # Shares of the budget. The rest goes to evaluations, byte counts and adapters.
 PRETRAINING, FINETUNING = 0.2, 0.55
 
-# Wide rather than deep: what S2FT adds to a layer grows with the width, the layer with its square.
-CPU = Job(
-    shape=whole("demo", "llama", 512, 1408, 2, 32, 8, 16, 256),
-    length=128,
-    batch=16,
-    pretrain_batch=4,
-    small=(1, 24),
-    dtype=torch.float32,
-    pretrain_lr=2e-3,
-    lr_scale=1.0,
-    steps=60,
-    least_steps=12,
-    untimed=3,
-    depth_rounds=8,
-    evaluations=4,
-    held_out_batches=4,
-)
+CPU = Job()
 # Large enough for the kernels to take the time, and not their launches.
-CUDA = replace(
-    CPU,
+CUDA = Job(
     shape=whole("demo on a GPU", "llama", 1024, 2816, 8, 16, 4, 64, 256),
     length=512,
     batch=32,
@@ -81,8 +69,7 @@ CUDA = replace(
     steps=200,
     least_steps=50,
 )
-TOY = replace(
-    CPU,
+TOY = Job(
     shape=whole("demo, toy", "llama", 32, 64, 2, 4, 2, 8, 256),
     length=16,
     batch=4,

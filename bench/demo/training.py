@@ -117,7 +117,9 @@ def finetune(
     due = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
     before = held_out_loss(next(iter(runs.values())).model, held_out)
     curves = {name: {0: before} for name in runs}
-    actions = {name: (lambda i, run=run: run.step(batches[i])) for name, run in runs.items()}
+    actions = {
+        name: (lambda run=run: run.step(batches[len(run.losses)])) for name, run in runs.items()
+    }
     seconds = []
 
     def set_lr(step: int) -> None:

@@ -5,15 +5,13 @@ round is one replay of a graph of many launches, divided by their number: see `b
 The host calls what waits for the device (called_by_host): of a short op that is the host's time.
 """
 
-import time
-
 import pytest
 import torch
 from torch import Tensor
 
 from bench.kernels import laps
 from bench.kernels.ops import CASES, Case, Operands, Sizes
-from bench.measure import timing
+from bench.measure import machine, timing
 from bench.steps.work import OPS, Work, size
 from s2kernels import backend
 
@@ -28,17 +26,7 @@ ROUNDS, LEAST_ROUNDS = 20, 3
 SECONDS = 3.0  # of all rounds of a case, where they would take longer
 
 
-class LaunchClock:
-    """Seconds for each of `launches` launches, once the device has done them."""
-
-    launches = 1
-
-    def __call__(self) -> float:
-        timing.synchronize(torch.device("cuda" if CUDA else "cpu"))
-        return time.perf_counter() / self.launches
-
-
-CLOCK = LaunchClock()
+CLOCK = timing.Clock(machine.default_device())
 
 
 def dense_grad(dy: Tensor, x: Tensor, *others: object) -> Tensor:

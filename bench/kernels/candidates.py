@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from torch import Tensor
 
 from bench.kernels.ops import CASES, Operands, Sizes
 from bench.methods import comparable
@@ -43,6 +42,10 @@ class Problem:
         sizes = f"{first}={self.sizes[0]} {second}={self.sizes[1]}"
         return f"{self.op} {dtype} {sizes} M={self.tokens}"
 
+    @property
+    def fullname(self) -> str:
+        return f"bench/kernels/tune.py::{self.name}"
+
     def operands(self, device: torch.device) -> tuple:
         """Random arguments of the op: the first call of the catalogue."""
         n, k = self.sizes
@@ -52,16 +55,14 @@ class Problem:
         return next(iter(case.calls(Operands(device, self.dtype), sizes)))
 
 
-def _slice_grad_torch(dy: Tensor, x: Tensor, index: None, dim: str) -> Tensor:
-    """One GEMM of the BLAS with its sums in fp32, which torch offers on CUDA alone."""
-    if dy.is_cuda:
-        return torch.mm(dy.t(), x, out_dtype=torch.float32)
-    return reference.slice_grad(dy, x, index, dim)
-
-
-# What runs otherwise, where that is not the reference: for SwiGLU the kernel of its own.
+# What runs otherwise, where that is not the reference: one GEMM of the BLAS with its sums in fp32,
+# which torch offers on CUDA alone, and for SwiGLU the kernel of its own.
 _PEERS: dict[str, Callable] = {
-    "slice_grad": _slice_grad_torch,
+    "slice_grad": lambda dy, x, index, dim: (
+        torch.mm(dy.t(), x, out_dtype=torch.float32)
+        if dy.is_cuda
+        else reference.slice_grad(dy, x, index, dim)
+    ),
     "linear_dx_swiglu_bwd": lambda dy, weight, *others: kernels.swiglu_bwd(
         reference.linear_dx(dy, weight), *others
     ),
@@ -156,13 +157,13 @@ def _dense(problem: Problem, toy: bool) -> list[Launch]:
     launches = []
     for m, c, d, programs, warps, stages in ((16, 64, 16, 1, 4, 2),) if toy else _DENSE:
         launch = dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, GROUP_M=8, PROGRAMS=programs)
-        options = dict(num_warps=warps, num_stages=stages)
+        launch |= dict(num_warps=warps, num_stages=stages)
         if problem.op == "linear_dx_swiglu_bwd":
-            launches.append({**launch, **options})
+            launches.append(launch)
             continue
-        launches.append({**launch, "HALVES": True, **options})
+        launches.append(launch | {"HALVES": True})
         if 2 * ((m + c) * d * stages + m * c) <= _SHARED_BYTES // programs:
-            launches.append({**launch, "HALVES": False, **options})
+            launches.append(launch | {"HALVES": False})
     return launches
 
 

@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -52,9 +52,8 @@ SAMPLE = [
 ]
 # Of an H200: an 8192³ GEMM of cuBLAS on random bf16 data, and a copy within the device's memory.
 CEILINGS = {"flops_per_second": 790e12, "bytes_per_second": 4.3e12}
-
-
-# of 16 bytes by one thread
+LAUNCH = ("case", "dtype", "target", "kernel", "launch")  # what is known before compiling
+# Of 16 bytes by one thread.
 _WIDE_STORE = r"\bst\.global\.(?:\w+\.)*(?:v4\.\w32|v2\.\w64)|\bglobal_store_dwordx4"
 
 
@@ -67,13 +66,6 @@ class Recorded:
     options: dict[str, Any]
     grid: tuple[int, ...]
     work: Work
-
-    def plain_options(self) -> dict[str, Any]:
-        """What JSON can say of them: numbers as they are, a dtype of triton by its name."""
-        return {
-            name: value if isinstance(value, int | str | None) else str(value)
-            for name, value in self.options.items()
-        }
 
 
 def jobs() -> list[Job]:
@@ -91,26 +83,28 @@ def start_worker() -> None:
 
 def rows_of(job: Job) -> list[dict]:
     """A row for each distinct launch of a case."""
-    case, _, dtype, target = job
     rows: dict[str, dict] = {}
     for launch in recorded(job):
-        compiled = _compile(launch, TARGETS[target])
+        compiled = _compile(launch, TARGETS[job[3]])
         if compiled.hash not in rows:
-            rows[compiled.hash] = row(case, dtype, target, launch, compiled)
+            rows[compiled.hash] = row(job, launch, compiled)
     return list(rows.values())
 
 
-def launches_of(job: Job) -> list[str]:
-    """A line for every launch of a case, uncompiled."""
+def launches_of(job: Job) -> list[dict]:
+    """What the rows of a case say of every launch before it is compiled."""
+    return [uncompiled(job, launch) for launch in recorded(job)]
+
+
+def uncompiled(job: Job, launch: Recorded) -> dict:
     case, _, dtype, target = job
-    return [
-        launch_line(case, name_of(dtype), target, launch.kernel.__name__, launch.plain_options())
-        for launch in recorded(job)
-    ]
-
-
-def launch_line(case: str, dtype: str, target: str, kernel: str, launch: dict) -> str:
-    return " ".join([case, dtype, target, kernel, json.dumps(launch)])
+    options = {  # numbers as they are, a dtype of triton by its name
+        name: value if isinstance(value, int | str | None) else str(value)
+        for name, value in launch.options.items()
+    }
+    kernel = launch.kernel.__name__
+    found = (case, name_of(dtype), target, kernel, options)
+    return dict(zip(LAUNCH, found, strict=True))
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -159,9 +153,9 @@ def _compile(launch: Recorded, chip: Target):
     return triton.compile(source, target=gpu, options=parsed.__dict__)
 
 
-def row(case: str, dtype: torch.dtype, target: str, launch: Recorded, compiled: Any) -> dict:
+def row(job: Job, launch: Recorded, compiled: Any) -> dict:
     """The launch in the table. Spills count registers or bytes put in local memory."""
-    chip = TARGETS[target]
+    chip = TARGETS[job[3]]
     if chip.backend == "cuda":
         assembly = compiled.asm["ptx"]
         registers, spills = _cubin_resources(compiled.asm["cubin"])
@@ -173,12 +167,7 @@ def row(case: str, dtype: torch.dtype, target: str, launch: Recorded, compiled: 
         )
         spills = sum(spilled)
     copies = chip.copy_instruction
-    found = {
-        "case": case,
-        "dtype": name_of(dtype),
-        "target": target,
-        "kernel": compiled.metadata.name,
-        "launch": launch.plain_options(),
+    found = uncompiled(job, launch) | {
         "grid": list(launch.grid),
         "registers": registers,
         "spills": spills,
@@ -223,21 +212,15 @@ def floor(row: dict, work: Work) -> dict:
     return needed | {"floor_us": round(seconds[bound] * 1e6, 2), "floor_by": bound}
 
 
-def compiled(function: Callable, jobs: list[Job], workers: int) -> Iterator[tuple[Job, list]]:
-    """(job, function of it), one after another, from processes whose triton compiles."""
+def collected(function: Callable[[Job], list[dict]], jobs: list[Job], workers: int) -> list[dict]:
+    """What `function` finds of each job, from processes whose triton compiles."""
     # Fresh ones: in this one triton may be interpreting.
     with ProcessPoolExecutor(
         max_workers=workers, mp_context=get_context("spawn"), initializer=start_worker
     ) as pool:
         futures = [pool.submit(function, job) for job in jobs]
         progress = tqdm(futures, unit="case", disable=None)
-        for job, future in zip(jobs, progress, strict=True):
-            yield job, future.result()
-
-
-def rows(jobs: list[Job], workers: int = 2) -> list[dict]:
-    """One for each distinct launch of each job, in the order of the jobs."""
-    return [row for _, found in compiled(rows_of, jobs, workers) for row in found]
+        return [row for future in progress for row in future.result()]
 
 
 def differences(path: Path) -> list[str]:
@@ -245,13 +228,10 @@ def differences(path: Path) -> list[str]:
     document = json.loads(path.read_text(encoding="utf-8"))
     if document["triton"] != version("triton"):
         return [f"made with triton {document['triton']}, but this is {version('triton')}"]
-    listed = {
-        launch_line(*(row[name] for name in ("case", "dtype", "target", "kernel", "launch")))
-        for row in document["kernels"]
-    }
-    now = {line for _, lines in compiled(launches_of, jobs(), workers=1) for line in lines}
-    rows_listed = {json.dumps(row) for row in document["kernels"]}
-    rows_now = [json.dumps(row) for row in rows(SAMPLE, workers=1)]
+    listed = {json.dumps({name: row[name] for name in LAUNCH}) for row in document["kernels"]}
+    now = set(map(json.dumps, collected(launches_of, jobs(), workers=1)))
+    rows_listed = set(map(json.dumps, document["kernels"]))
+    rows_now = map(json.dumps, collected(rows_of, SAMPLE, workers=1))
     return [
         *(f"no longer launched: {line}" for line in sorted(listed - now)),
         *(f"not in the file: {line}" for line in sorted(now - listed)),
@@ -282,9 +262,8 @@ def main(argv: list[str] | None = None) -> int:
         "triton": version("triton"),
         "sizes": dict(zip("mnk", SIZES["7b"], strict=True)),
         "ceilings": CEILINGS,
-        "kernels": rows(jobs()),
+        "kernels": collected(rows_of, jobs(), workers=2),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.output.parent) as folder:
         (folder / args.output.name).write_text(dumps(document), encoding="utf-8")
     print(f"{len(document['kernels'])} launches in {args.output}")

@@ -59,19 +59,6 @@ def lap(
     return graph.replay
 
 
-def interleaved(
-    laps: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each lap by name, one a round. The first round warms up and is left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in laps}
-    for round_ in range(rounds + 1):
-        names = timing.order(list(laps), round_)
-        times = timing.laps([laps[name] for name in names], device)
-        for name, value in zip(names, times, strict=True):
-            seconds[name].append(value)
-    return {name: values[1:] for name, values in seconds.items()}
-
-
 def ceilings(device: torch.device) -> dict:
     """The most that the machine can do: FLOP/s of a large square product by dtype, with TF32 only
     if torch is set so, and bytes/s read and written by a large copy. Medians, on random data.

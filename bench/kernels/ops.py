@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from s2kernels import kernels
+from s2kernels.kernels.score_search import BINS, Bounds, Buffers
+from s2kernels.kernels.sparse_growth import candidate_passes, product_passes
 from s2kernels.plan import TilePlan, index_dtype
 from s2kernels.update import Update, WeightSlice
 
@@ -189,37 +191,16 @@ def _sparse_grad(o: Operands, s: Sizes) -> Calls:
         yield dy, x, ints(k), TilePlan((s.n, s.k), *held), grad
 
 
-def _statistics(o: Operands, s: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """Of SM3: row, col, positions of the entries."""
-    return o.host.fp32(s.n).abs(), o.host.fp32(s.k).abs(), o.host.entries(s.n, s.k)
-
-
-def _sm3_update(o: Operands, s: Sizes) -> Calls:
-    *statistics, entries = _statistics(o, s)
-    yield *statistics, entries, o.host.fp32(len(entries))
-
-
-def _sm3_growth(o: Operands, s: Sizes) -> Calls:
-    *statistics, entries = _statistics(o, s)
-    yield *statistics, entries, len(entries)
-
-
-def _launch_candidates(dy: Tensor, x: Tensor, k: int) -> None:
-    from s2kernels.kernels.sparse_growth import candidate_passes
-
-    _launch_passes(*candidate_passes(dy, x))
-
-
-def _launch_products(row: Tensor, col: Tensor, index: Tensor, k: int) -> None:
-    from s2kernels.kernels.sparse_growth import product_passes
-
-    _launch_passes(*product_passes(row, col, index))
+def _sm3(growth: bool, o: Operands, s: Sizes) -> Calls:
+    """The statistics of SM3, positions of the entries, and their gradients or how many grow."""
+    o = o.host
+    entries = o.entries(s.n, s.k)
+    last = len(entries) if growth else o.fp32(len(entries))
+    yield o.fp32(s.n).abs(), o.fp32(s.k).abs(), entries, last
 
 
 def _launch_passes(look: Callable, programs: int) -> None:
     """All passes that a launcher may make: which ones depends on what those before them count."""
-    from s2kernels.kernels.score_search import BINS, Bounds, Buffers
-
     counts = torch.empty((programs, BINS), dtype=torch.int32)
     found = torch.empty((), dtype=torch.int64)
     keys, positions = torch.empty(100, dtype=torch.int32), torch.empty(100, dtype=torch.int64)
@@ -250,62 +231,56 @@ class Case:
 
 
 # Each of the blocks that a slice of R channels can get; a single channel is no tensor to Triton.
-_WIDTHS = (1, 16, 32, 64, 256)
+_BLOCKS = (16, 32, 64, 256)
+# Ops whose code depends on R and on the dimension of the slice: the R of each dimension. Where a
+# dimension has one, the code is the same but for strides.
+_SLICED = (
+    ("slice_grad", _slice_grad, {"in": (1, *_BLOCKS), "out": (1, *_BLOCKS)}),
+    ("slice_update", _slice_update, {"in": (64, 256), "out": (256,)}),  # besides, it is slice_grad
+    ("slice_grad_each", _slice_grad_each, {"in": (1, *_BLOCKS), "out": (256,)}),
+    ("slice_linear_", _slice_linear_, {"in": (256,), "out": _BLOCKS}),
+    ("slice_linear_dx_", _slice_linear_dx_, {"in": _BLOCKS, "out": (256,)}),
+)
 
 
 def _sliced() -> Iterator[tuple[str, Case]]:
-    """The ops whose code depends on R and on the dimension of the slice."""
-    for op, calls, scattering in (
-        ("slice_grad", _slice_grad, ("in", "out")),
-        ("slice_update", _slice_update, ("in", "out")),
-        ("slice_grad_each", _slice_grad_each, ("in",)),  # the same code but for strides
-        ("slice_linear_", _slice_linear_, ("out",)),
-        ("slice_linear_dx_", _slice_linear_dx_, ("in",)),
-    ):
-        for dim in ("in", "out"):
-            smallest = 16 if op.startswith("slice_linear") else 1
-            widths = [r for r in _WIDTHS if r >= smallest] if dim in scattering else [256]
-            if op == "slice_update":  # besides, it is slice_grad
-                widths = [64, 256] if dim == "in" else [256]
-            for r in widths:
-                measured = dim == "in" and r == 256 and op != "slice_update"
-                waits = ("torch",) if op == "slice_grad_each" else ()
-                of = "slice_grad" if op == "slice_update" else op
-                case = Case(of, partial(calls, dim), r, measured=measured, waits=waits)
-                yield f"{op}-{dim}-{r}", case
+    for name, calls, widths in _SLICED:
+        op = "slice_grad" if name == "slice_update" else name
+        waits = ("torch",) if op == "slice_grad_each" else ()
+        for dim, r in ((dim, r) for dim, ranks in widths.items() for r in ranks):
+            measured = op == name and (dim, r) == ("in", 256)
+            case = Case(op, partial(calls, dim), r, measured=measured, waits=waits)
+            yield f"{name}-{dim}-{r}", case
 
 
-def _dense() -> Iterator[Case]:
-    yield Case("linear", _linear)
-    yield Case("linear_dx", lambda o, s: [(o(s.m, s.n), o(s.n, s.k))])
-    yield Case("linear_plus_slice", _linear_plus_slice, measured=False)
-    yield Case(
+_UNSLICED = (
+    Case("linear", _linear),
+    Case("linear_dx", lambda o, s: [(o(s.m, s.n), o(s.n, s.k))]),
+    Case("linear_plus_slice", _linear_plus_slice, measured=False),
+    Case(
         "linear_dx_plus_slice",
         lambda o, s: [(o(s.m, s.n), o(s.n, s.k), o(s.m, s.r), o.fp32(s.r, s.k))],
         measured=False,
-    )
-    yield Case("linear_dx_swiglu_bwd", _linear_dx_swiglu_bwd, measured=False)
-
-
-def _others() -> Iterator[Case]:
-    waiting = ("torch", "triton")
-    yield Case("swiglu", lambda o, s: [(o(s.m, s.k), o(s.m, s.k))])
-    yield Case("swiglu_bwd", _swiglu_bwd)
-    yield Case("slice_write", _slice_write, by_tokens=False)
-    yield Case("sparse_write", _sparse_write, by_tokens=False)
-    yield Case("sparse_grad", _sparse_grad, waits=("torch",))
-    yield Case(
+    ),
+    Case("linear_dx_swiglu_bwd", _linear_dx_swiglu_bwd, measured=False),
+    Case("swiglu", lambda o, s: [(o(s.m, s.k), o(s.m, s.k))]),
+    Case("swiglu_bwd", _swiglu_bwd),
+    Case("slice_write", _slice_write, by_tokens=False),
+    Case("sparse_write", _sparse_write, by_tokens=False),
+    Case("sparse_grad", _sparse_grad, waits=("torch",)),
+    Case(
         "growth_candidates",
         lambda o, s: [(o(s.m, s.n), o(s.m, s.k), 16 * (s.n + s.k))],
-        launch=_launch_candidates,
-        waits=waiting,
-    )
-    yield Case("sm3_update", _sm3_update, by_tokens=False)
-    yield Case("sm3_growth", _sm3_growth, launch=_launch_products, by_tokens=False, waits=waiting)
-
-
-CASES: dict[str, Case] = {
-    **{case.op: case for case in _dense()},
-    **dict(_sliced()),
-    **{case.op: case for case in _others()},
-}
+        launch=lambda dy, x, k: _launch_passes(*candidate_passes(dy, x)),
+        waits=("torch", "triton"),
+    ),
+    Case("sm3_update", partial(_sm3, False), by_tokens=False),
+    Case(
+        "sm3_growth",
+        partial(_sm3, True),
+        launch=lambda row, col, index, k: _launch_passes(*product_passes(row, col, index)),
+        by_tokens=False,
+        waits=("torch", "triton"),
+    ),
+)
+CASES: dict[str, Case] = {case.op: case for case in _UNSLICED} | dict(_sliced())

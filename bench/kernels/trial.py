@@ -79,11 +79,12 @@ def measure(problem: Problem, device: torch.device, toy: bool, end: float) -> di
     compared = {"torch": laps.lap(by_torch, sets, count, device)}
     for number in sorted({0, *best} & screened.keys()):
         compared[str(number)] = laps.lap(runs[number], sets, count, device)
-    seconds = laps.interleaved(compared, FINAL_ROUNDS[device.type], device)
-    seconds = {name: [value / count for value in values] for name, values in seconds.items()}
+    # The first round warms up.
+    _, *rounds = timing.interleave(compared, 1 + FINAL_ROUNDS[device.type], device)
+    seconds = {name: [each[name] / count for each in rounds] for name in compared}
 
     chosen = choose({name: values for name, values in seconds.items() if name != "torch"})
-    ratio = timing.quartiles(timing.paired_ratios(seconds[chosen], seconds["torch"]))
+    ratio = timing.ratio(seconds[chosen], seconds["torch"])
     chip = target.chip(device)
     info = {
         "device": chip.name,
@@ -104,12 +105,8 @@ def measure(problem: Problem, device: torch.device, toy: bool, end: float) -> di
 
 def entry(problem: Problem, stats: dict | None, info: dict) -> dict:
     """The entry of `problem` in the JSON; info: its extra_info, stats: None where it failed."""
-    names = {"group": "tune", "name": problem.name, "fullname": fullname(problem)}
+    names = {"group": "tune", "name": problem.name, "fullname": problem.fullname}
     return names | {"params": {"op": problem.op}, "stats": stats, "extra_info": info}
-
-
-def fullname(problem: Problem) -> str:
-    return f"bench/kernels/tune.py::{problem.name}"
 
 
 def failure(problem: Problem, why: str) -> dict:
@@ -152,8 +149,7 @@ def choose(seconds: dict[str, list[float]]) -> str:
     fastest = min(seconds, key=lambda name: statistics.median(seconds[name]))
     if "0" not in seconds:
         return fastest
-    ratio = timing.quartiles(timing.paired_ratios(seconds[fastest], seconds["0"]))
-    return fastest if below_one(ratio) else "0"
+    return fastest if below_one(timing.ratio(seconds[fastest], seconds["0"])) else "0"
 
 
 def below_one(ratio: dict) -> bool:
@@ -183,12 +179,12 @@ def allowance(op: str, arguments: tuple) -> list[tuple[Tensor, float]]:
 
 def errors(result: Tensor | tuple, allowed: list[tuple[Tensor, float]]) -> str:
     """What is wrong with the results, in words; nothing if they are as accurate as torch's."""
-    found = ""
+    found = []
     for number, (actual, (exact, bound)) in enumerate(zip(outputs(result), allowed, strict=True)):
         error = (actual.double() - exact).abs().max().item()
         if not error <= bound:  # NaN is no small error either
-            found += f"output {number}: error {error:.3g} against fp64, allowed {bound:.3g}. "
-    return found.strip()
+            found.append(f"output {number}: error {error:.3g} against fp64, allowed {bound:.3g}")
+    return "; ".join(found)
 
 
 def with_launch(problem: Problem, launch: Launch, device: torch.device) -> Callable:

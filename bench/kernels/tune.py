@@ -25,7 +25,7 @@ import triton
 from tqdm import tqdm
 
 from bench.kernels.candidates import OPS, Problem, candidates, problems
-from bench.kernels.trial import Late, failure, fullname, in_words, measure, source_hash
+from bench.kernels.trial import Late, failure, in_words, measure, source_hash
 from bench.measure import machine, results, timing
 from s2kernels.files import replacing
 from s2kernels.kernels import target, tuned
@@ -83,7 +83,7 @@ def measure_missing(
 
     Raises what a lost GPU raises: nothing more can be measured in this process.
     """
-    before = {each: file.entries[fullname(each)] for each in listed if file.has(fullname(each))}
+    before = {each: file.entries[each.fullname] for each in listed if file.has(each.fullname)}
     left = [each for each in listed if each not in before]
     left += [each for each, entry in before.items() if is_failure(entry)]
     end = time.monotonic() + args.budget_s
@@ -94,7 +94,7 @@ def measure_missing(
             file.add(measure(problem, device, args.toy, end))
         except Late:
             print(f"the {args.budget_s:g} s are spent: the same command goes on with the rest")
-            del file.entries[fullname(problem)]
+            del file.entries[problem.fullname]
             file.add(*(before[each] for each in [problem] if each in before))
             return
         except Exception as error:
@@ -113,19 +113,16 @@ def write_table(path: Path, entries: list[dict]) -> None:
     if path.is_file():
         document = json.loads(path.read_text(encoding="utf-8"))
     measured = [each["extra_info"] for each in entries if not is_failure(each)]
-    found = {"launch": launch_rows(measured), "faster": faster_rows(measured)}
-    rows = {"launch": ("arch", "tokens"), "faster": ("device",)}
-    for name, more in rows.items():
-        kept = {_key(row, *more): row for row in document[name]}
-        for row in found[name]:
-            kept[_key(row, *more)] = row
-        document[name] = [kept[key] for key in sorted(kept) if kept[key]["tokens"]]
+    for name, rows in (("launch", launch_rows(measured)), ("faster", faster_rows(measured))):
+        found = {_key(row): row for row in [*document[name], *rows]}
+        document[name] = [found[key] for key in sorted(found) if found[key]["tokens"]]
     with replacing(path.parent) as folder:
         (folder / path.name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _key(row: dict, *more: str) -> tuple:
-    return (*(row[name] for name in ("op", "dtype")), *row["sizes"], *(row[name] for name in more))
+def _key(row: dict) -> tuple:
+    where = (row["arch"], row["tokens"]) if "arch" in row else (row["device"],)
+    return (row["op"], row["dtype"], *row["sizes"], *where)
 
 
 def launch_rows(measured: list[dict]) -> list[dict]:
@@ -136,16 +133,14 @@ def launch_rows(measured: list[dict]) -> list[dict]:
 
 def faster_rows(measured: list[dict]) -> list[dict]:
     """Runs of neighbouring measured M at which Triton won; none, too, so that old ones go."""
-    compared = [info for info in measured if info["op"] != "slice_grad"]  # which torch lacks
     names = ("device", "op", "dtype", "sizes")
-    by_tokens: dict[str, list[dict]] = {}
-    for info in sorted(compared, key=lambda info: info["tokens"]):
-        by_tokens.setdefault(json.dumps([info[name] for name in names]), []).append(info)
+    compared = [info for info in measured if info["op"] != "slice_grad"]  # which torch lacks
+    compared.sort(key=lambda info: [*(info[name] for name in names), info["tokens"]])
     rows = []
-    for key, infos in by_tokens.items():
+    for key, infos in groupby(compared, lambda info: [info[name] for name in names]):
         runs = [(won, list(run)) for won, run in groupby(infos, lambda info: info["wins"])]
         ranges = [[run[0]["tokens"], run[-1]["tokens"]] for won, run in runs if won]
-        rows.append(dict(zip(names, json.loads(key), strict=True)) | {"tokens": ranges})
+        rows.append(dict(zip(names, key, strict=True)) | {"tokens": ranges})
     return rows
 
 

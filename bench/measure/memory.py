@@ -4,11 +4,12 @@ Bytes that are held are those of whole storages, each counted once. A view of a 
 keeps a big activation alive therefore counts as the big activation. Peaks are the allocator's own.
 """
 
+import math
 import os
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def gradients(model: nn.Module) -> Iterator[Tensor]:
 
 
 def states(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
+    return tensors(dict(optimizer.state))
 
 
 def kept_by(forward: Callable[[], Tensor], model: nn.Module) -> Kept:
@@ -86,19 +87,19 @@ def kept_by(forward: Callable[[], Tensor], model: nn.Module) -> Kept:
     """
     held_before = list(model_tensors(model))  # kept alive, so that their identities stay theirs
     held = storages(held_before)
-    handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
+    packed: list[weakref.ref[Tensor]] = []
 
-    def pack(tensor: Tensor) -> _Handle:
+    def pack(tensor: Tensor) -> Tensor:
         # Detached: an output that its own node saves would hold that node, and itself, for ever.
-        handle = _Handle(tensor.detach())
-        handles.add(handle)
-        return handle
+        tensor = tensor.detach()
+        packed.append(weakref.ref(tensor))
+        return tensor
 
-    with saved_tensors_hooks(pack, lambda handle: handle.tensor), _Allocations() as allocations:
+    with saved_tensors_hooks(pack, lambda tensor: tensor), _Allocations() as allocations:
         loss = forward()
 
-    # Only what the graph of the loss still holds: a handle dies with the last node that saved it.
-    saved = storages(handle.tensor for handle in handles)
+    # Only what the graph of the loss still holds: it dies with the last node that saved it.
+    saved = storages(tensor for each in packed if (tensor := each()) is not None)
     ignored = held.keys() | storages([loss]).keys()
     alive = allocations.alive()
     return Kept(
@@ -161,30 +162,18 @@ def _peaks_within(
     reports: (time, address, bytes), in order of time; bytes below 0 are given back.
     """
     sizes: dict[int, int] = {}  # of the blocks alive that were handed out since the start
-    alive = 0
-    found = []
-    pending = deque(reports)
-    for start, end in windows:
-        highest = 0
-        while pending and pending[0][0] <= end:
-            time, address, size = pending.popleft()
-            before = alive
-            if size > 0:
-                sizes[address] = size
-                alive += size
-            else:  # 0 for a block older than the first report: its size is not known
-                alive -= sizes.pop(address, 0)
-            if time >= start:
-                highest = max(highest, before, alive)
-        found.append(max(highest, alive))
-    return found
-
-
-class _Handle:
-    """Stands for a saved tensor in the graph."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
+    levels = [(-math.inf, 0)]  # bytes alive from a time on
+    for time, address, size in reports:
+        if size > 0:
+            sizes[address] = size
+            levels.append((time, levels[-1][1] + size))
+        else:  # 0 for a block older than the first report: its size is not known
+            levels.append((time, levels[-1][1] - sizes.pop(address, 0)))
+    spans = [(*level, until) for level, (until, _) in pairwise([*levels, (math.inf, 0)])]
+    return [
+        max(alive for since, alive, until in spans if since <= end and until >= start)
+        for start, end in windows
+    ]
 
 
 class _Allocations(TorchDispatchMode):

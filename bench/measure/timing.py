@@ -18,6 +18,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Clock:
+    """Seconds for each of `launches` launches, once the device has done them."""
+
+    def __init__(self, device: torch.device, launches: int = 1) -> None:
+        self.device, self.launches = device, launches
+
+    def __call__(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter() / self.launches
+
+
 def order(names: Sequence[str], round_: int) -> list[str]:
     """The order of a round: every second round reverses the one before it, then rotates by one.
 
@@ -30,17 +41,12 @@ def order(names: Sequence[str], round_: int) -> list[str]:
 
 
 def interleave(
-    steps: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device
+    steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> Iterator[dict[str, float]]:
-    """Runs one step of each method a round, `steps[name](round)`; yields its seconds by name."""
+    """Runs each step once a round, in `order`; yields the seconds of the round by name."""
     for round_ in range(rounds):
-        seconds = {}
-        for name in order(list(steps), round_):
-            synchronize(device)
-            start = time.perf_counter()
-            steps[name](round_)
-            synchronize(device)
-            seconds[name] = time.perf_counter() - start
+        names = order(list(steps), round_)
+        seconds = dict(zip(names, laps([steps[name] for name in names], device), strict=True))
         yield {name: seconds[name] for name in steps}
 
 
@@ -66,15 +72,15 @@ def laps(parts: Sequence[Callable[[], object]], device: torch.device) -> list[fl
     return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
 
-def paired_ratios(seconds: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Per round, step time over the reference's step time."""
-    return [a / b for a, b in zip(seconds, reference, strict=True)]
-
-
 def quartiles(data: Sequence[float]) -> dict:
     """Median, spread and the data itself; two values at least."""
     q1, median, q3 = statistics.quantiles(data, n=4, method="inclusive")
     return {"median": median, "q1": q1, "q3": q3, "iqr": q3 - q1, "data": list(data)}
+
+
+def ratio(seconds: Sequence[float], reference: Sequence[float]) -> dict:
+    """Quartiles of step time over the reference's step time, round by round."""
+    return quartiles([a / b for a, b in zip(seconds, reference, strict=True)])
 
 
 def stats(seconds: Sequence[float]) -> dict:

@@ -1,7 +1,7 @@
 """The methods side by side: each takes over one model and trains its part of it."""
 
 from bench.methods.adapters import DoRA, LoRA, LoRAFP32, SHiRA
-from bench.methods.base import Method, adamw
+from bench.methods.base import Method
 from bench.methods.budget import Budget, comparable
 from bench.methods.dense import Frozen, Full
 from bench.methods.galore import GaLore
@@ -15,7 +15,6 @@ from bench.methods.s2ft import (
     S2FTPermutedAdditive,
     S2FTPermutedInplace,
     S2FTUnfused,
-    in_slices,
 )
 from bench.methods.spiel import SpIEL, SpIELMA
 
@@ -31,13 +30,4 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-__all__ = [
-    "METHODS",
-    "Budget",
-    "Method",
-    "Options",
-    "Unavailable",
-    "adamw",
-    "comparable",
-    "in_slices",
-]
+__all__ = ["METHODS", "Budget", "Method", "Options", "Unavailable", "comparable"]

@@ -70,16 +70,25 @@ class SHiRA(Method):
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
+class Entries(Tensor):
+    """A mask of which only `places` are there: the rows and the columns of its ones."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return args[0].places if func is torch.where else args[0]
+
+
 def random_mask(layer: nn.Linear, r: int, random_seed: int, **others: object) -> Tensor:
-    """PEFT's mask of r (N + K) random entries, bool (N, K), drawn where the weight is.
+    """PEFT's mask of r (N + K) random entries, drawn where the weight is; PEFT asks where it is 1.
 
     PEFT's own permutes all N K entries on the CPU, which takes minutes for a model of 7B.
     """
-    weight = layer.weight
-    wanted = min(r * sum(weight.shape), weight.numel())
-    generator = torch.Generator(weight.device).manual_seed(random_seed)
-    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    while missing := wanted - int(mask.sum()):  # as many as were drawn twice
-        drawn = torch.randint(len(mask), (missing,), generator=generator, device=weight.device)
-        mask[drawn] = True
-    return mask.view(weight.shape)
+    device, (n, k) = layer.weight.device, layer.weight.shape
+    generator = torch.Generator(device).manual_seed(random_seed)
+    drawn = torch.empty(0, dtype=torch.int64, device=device)
+    while missing := r * (n + k) - len(drawn):  # as many as were drawn twice
+        more = torch.randint(n * k, (missing,), generator=generator, device=device)
+        drawn = torch.cat([drawn, more]).unique()
+    mask = torch.empty(0).as_subclass(Entries)
+    mask.places = drawn // k, drawn % k
+    return mask

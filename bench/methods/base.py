@@ -19,13 +19,15 @@ class Method(ABC):
     model      what a step runs: the given model, or a PeftModel around it
     base       the given model; its layers are changed where the method changes layers
     optimizer  of what is trained; None where nothing is
-    periodic   what it does in every `period`-th step only, in words; None where all steps are
-               alike. 1 / period of that work is part of the cost of a step.
+    full_depth whether dx is computed down to the embedding, not to the first trained layer
+    period     how many steps apart it does work that other steps do not have; None where all are
+               alike. 1 / period of that work is part of the cost of a step. Such a method has
+               make_due(), after which the next step does all of this work.
     """
 
     name: ClassVar[str]
-    periodic: ClassVar[str | None] = None
     period: int | None = None
+    full_depth = False
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
@@ -40,19 +42,17 @@ class Method(ABC):
         Raises Unavailable where a package or the device lacks what the method or an option needs;
         the model is then as it was.
         """
-        self.check(model.device, options)
+        self.check(options)
+        options.before(model)
         self.budget, self.options, self.base = budget, options, model
         model.requires_grad_(False)
-        options.before(model)
         self.model = self.attach(model).train()
         options.after(self.model, model)
-        self._full_depth = options.full_depth
+        self.full_depth |= options.full_depth
         self.optimizer = self.make_optimizer(lr)
 
-    @classmethod
-    def check(cls, device: torch.device, options: Options) -> None:
-        """Raises Unavailable where the method cannot run on `device` with `options`."""
-        options.check(device)
+    def check(self, options: Options) -> None:  # noqa: B027  (most methods have nothing to say)
+        """Raises Unavailable where the method cannot run here with `options`."""
 
     @abstractmethod
     def attach(self, model: PreTrainedModel) -> nn.Module:
@@ -84,7 +84,7 @@ class Method(ABC):
     def loss(self, batch: Tensor) -> Tensor:
         """Mean next-token cross entropy in nats; batch int64 (sequences, length)."""
         inputs = {"input_ids": batch}
-        if self._full_depth:  # dx stops at what asks for it
+        if self.full_depth:  # dx stops at what asks for it
             inputs = {"inputs_embeds": self.base.get_input_embeddings()(batch).requires_grad_(True)}
         return self.model(**inputs, labels=batch, use_cache=False).loss
 
@@ -101,20 +101,9 @@ class Method(ABC):
         self.update()
         return loss.detach()
 
-    def make_due(self) -> None:
-        """Has the next step do the periodic work, whenever it was done last.
-
-        Raises ValueError for a method that has none.
-        """
-        raise ValueError(f"{self.name} has no periodic work")
-
     def is_due(self) -> bool:
         """Whether the next step does some of the periodic work."""
         return False
-
-    def stop_full_depth(self) -> None:
-        """Ends Options.full_depth: from now on no dx is computed below the first trained layer."""
-        self._full_depth = False
 
 
 def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:

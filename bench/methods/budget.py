@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 ALIGNED = 8  # S2FT's channels are rounded to so many: GEMMs want rows of 16 bytes
 
@@ -30,15 +30,13 @@ class Budget:
     spiel_steps: int = 1000  # of the whole training, towards whose end fewer entries are replaced
 
 
-def entries_in_all(budget: Budget, parameters: int, linears: list[tuple[int, int]]) -> int:
-    """Entries that SpIEL is to train: at most those of the linear layers.
-
-    parameters: of the whole model. linears: (N, K) of each linear layer of its blocks.
-    """
-    wanted = budget.rank * sum(n + k for n, k in linears)
-    if budget.spiel_density is not None:
-        wanted = max(1, int(budget.spiel_density * parameters))
-    return min(wanted, sum(n * k for n, k in linears))
+def linears(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(N, K), out_features and in_features, of the linears of a layer, in forward order."""
+    return {
+        name.rpartition(".")[2]: tuple(module.weight.shape)
+        for name, module in model.model.layers[0].named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
 def comparable(
@@ -59,33 +57,28 @@ def comparable(
         raise ValueError(f"share must lie in (0, 1), got {share}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    linears = {
-        name.rpartition(".")[2]: tuple(module.weight.shape)
-        for name, module in model.model.layers[0].named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    layers = len(model.model.layers)
-    per_rank = layers * sum(n + k for n, k in linears.values())
+    sizes, layers = linears(model), config.num_hidden_layers
+    per_rank = layers * sum(n + k for n, k in sizes.values())
     target = rank * per_rank
     if share is not None:
-        target = round(share * sum(p.numel() for p in model.parameters()))
+        target = round(share * model.num_parameters())
         rank = max(1, round(target / per_rank))
 
-    (n, k), (hidden, width) = linears["o_proj"], linears["down_proj"]
+    (n, k), (hidden, width) = sizes["o_proj"], sizes["down_proj"]
     per_head = layers * n * k // config.num_attention_heads
     heads = min(config.num_attention_heads, round(target / 2 / per_head))
     channels = round((target - heads * per_head) / (layers * hidden))
     if channels > 8 * ALIGNED:
         channels = ALIGNED * round(channels / ALIGNED)
-    per_galore_rank = layers * sum(max(shape) for shape in linears.values())
-    narrowest = min(min(shape) for shape in linears.values())
+    per_galore_rank = layers * sum(map(max, sizes.values()))
+    narrowest = min(map(min, sizes.values()))
     return Budget(
         heads=heads,
         channels=max(1, min(width, channels)),
         rank=rank,
         seed=seed,
         spiel_density=share,
-        shira_rank=min(rank, *(n * k // (n + k) for n, k in linears.values())),
+        shira_rank=min(rank, *(n * k // (n + k) for n, k in sizes.values())),
         galore_rank=max(1, min(narrowest, round(target / per_galore_rank))),
         lisa_layers=min(Budget.lisa_layers, layers),
     )

@@ -1,5 +1,6 @@
 """GaLore (arXiv 2403.03507), by galore-torch: AdamW on gradients projected to a low rank."""
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bench.measure import memory
 from bench.methods.base import Method
-from bench.methods.options import Options, require
+from bench.methods.options import Options, Unavailable
 
 
 class GaLore(Method):
@@ -24,12 +26,10 @@ class GaLore(Method):
     """
 
     name = "galore"
-    periodic = "singular value decomposition of every gradient"
 
-    @classmethod
-    def check(cls, device: torch.device, options: Options) -> None:
-        super().check(device, options)
-        require("galore_torch", "galore-torch")
+    def check(self, options: Options) -> None:
+        if importlib.util.find_spec("galore_torch") is None:
+            raise Unavailable("galore-torch is not installed")
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         self.period = self.budget.galore_gap
@@ -46,8 +46,7 @@ class GaLore(Method):
             "scale": self.budget.galore_scale,
             "proj_type": "std",
         }
-        adamw = _optimizer_module().AdamW
-        return adamw([group], lr=lr, betas=(0.9, 0.95), no_deprecation_warning=True)
+        return _adamw()([group], lr=lr, betas=(0.9, 0.95), no_deprecation_warning=True)
 
     def trained_parameters(self) -> int:
         """The dimension of the subspaces in which the weights move, as GaLore's users count."""
@@ -55,11 +54,7 @@ class GaLore(Method):
 
     def state_tensors(self) -> Iterator[Tensor]:
         yield from super().state_tensors()
-        yield from (
-            projector.ortho_matrix
-            for projector in self._projectors()
-            if projector.ortho_matrix is not None
-        )
+        yield from memory.tensors_in([projector.ortho_matrix for projector in self._projectors()])
 
     def make_due(self) -> None:
         for projector in self._projectors():
@@ -77,19 +72,17 @@ class GaLore(Method):
         return (state["projector"] for state in states if "projector" in state)
 
 
-def _optimizer_module() -> ModuleType:
-    """galore_torch.adamw, without what the package imports beside it.
+@functools.cache
+def _adamw() -> type[torch.optim.Optimizer]:
+    """AdamW of galore_torch, without what the package imports beside it.
 
     Its __init__ wants bitsandbytes, large and compiled, for an 8-bit optimizer that is not used
     here. So the module is imported from a package of the same place that is empty.
     """
-    name = "galore_torch.adamw"
-    if name not in sys.modules:
-        package = ModuleType("galore_torch")
-        package.__path__ = importlib.util.find_spec("galore_torch").submodule_search_locations
-        sys.modules["galore_torch"] = package
-        try:
-            importlib.import_module(name)
-        finally:
-            del sys.modules["galore_torch"]
-    return sys.modules[name]
+    package = ModuleType("galore_torch")
+    package.__path__ = importlib.util.find_spec("galore_torch").submodule_search_locations
+    sys.modules["galore_torch"] = package
+    try:
+        return importlib.import_module("galore_torch.adamw").AdamW
+    finally:
+        del sys.modules["galore_torch"]

@@ -15,7 +15,6 @@ class LISA(Method):
     """
 
     name = "lisa"
-    periodic = "draws other layers to train"
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         self.period = self.budget.lisa_interval
@@ -36,17 +35,8 @@ class LISA(Method):
     def update(self) -> None:
         super().update()
         self._steps += 1
-        if self._due or self._steps % self.period == 0:
-            self._redraw()
-
-    def make_due(self) -> None:
-        self._due = True
-
-    def is_due(self) -> bool:
-        """The redraw, and the states that the step after it makes."""
-        return self._due or self._steps % self.period in (self.period - 1, 0)
-
-    def _redraw(self) -> None:
+        if not self._due and self._steps % self.period:
+            return
         self._due = False
         before = self._active_parameters()
         self._draw()
@@ -55,6 +45,13 @@ class LISA(Method):
             if not parameter.requires_grad:
                 parameter.grad = None
                 self.optimizer.state.pop(parameter, None)
+
+    def make_due(self) -> None:
+        self._due = True
+
+    def is_due(self) -> bool:
+        """The redraw, and the states that the step after it makes."""
+        return self._due or self._steps % self.period in (self.period - 1, 0)
 
     def _draw(self) -> None:
         layers = self.base.model.layers

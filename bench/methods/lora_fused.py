@@ -41,9 +41,9 @@ class LoRAFused(Method):
         rank = self.budget.rank
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            first = First(Stack([attention.q_proj, attention.k_proj, attention.v_proj], rank))
-            attention.q_proj = first
-            attention.k_proj, attention.v_proj = Waiting(first, 1), Waiting(first, 2)
+            first = Stack([attention.q_proj, attention.k_proj, attention.v_proj], rank)
+            attention.k_proj, attention.v_proj = Waiting(), Waiting()
+            attention.q_proj = First(first, attention.k_proj, attention.v_proj)
             attention.o_proj = First(Stack([attention.o_proj], rank))
             layer.mlp = MLP(Stack([mlp.gate_proj, mlp.up_proj], rank), Stack([mlp.down_proj], rank))
         return model
@@ -59,9 +59,10 @@ class Stack(nn.Module):
     def __init__(self, linears: list[nn.Linear], rank: int) -> None:
         super().__init__()
         self.sizes = [linear.out_features for linear in linears]
-        self.weight = _stacked([linear.weight for linear in linears])
-        has_bias = linears[0].bias is not None
-        self.bias = _stacked([linear.bias for linear in linears]) if has_bias else None
+        for name in ("weight", "bias"):
+            parts = [getattr(linear, name) for linear in linears]
+            stacked = None if parts[0] is None else nn.Parameter(torch.cat(parts).detach(), False)
+            self.register_parameter(name, stacked)
         self.A = nn.Parameter(self.weight.new_empty(len(linears) * rank, self.weight.shape[1]))
         self.Bt = nn.Parameter(self.weight.new_zeros(rank, sum(self.sizes)))
         for part in self.A.detach().split(rank):
@@ -71,32 +72,29 @@ class Stack(nn.Module):
         return self.weight, self.bias, self.A, self.Bt
 
 
-class First(nn.Module):
-    """In the place of the first layer of a stack: computes all, and hands out what others want."""
-
-    def __init__(self, stack: Stack) -> None:
-        super().__init__()
-        self.stack = stack
-        self._waiting: dict[int, Tensor] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        ys = StackFunction.apply(x.flatten(0, -2), *self.stack.tensors(), self.stack.sizes)
-        self._waiting = {place: y.unflatten(0, x.shape[:-1]) for place, y in enumerate(ys)}
-        return self.take(0)
-
-    def take(self, place: int) -> Tensor:
-        return self._waiting.pop(place)
-
-
 class Waiting(nn.Module):
     """In the place of k_proj and v_proj, which every attention calls right after q_proj."""
 
-    def __init__(self, first: First, place: int) -> None:
-        super().__init__()
-        self.take, self.place = first.take, place  # a method: as a module it would be in two places
+    y: Tensor | None = None  # computed by the first layer of the stack
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.take(self.place)
+        y, self.y = self.y, None
+        return y
+
+
+class First(nn.Module):
+    """In the place of the first layer of a stack: computes all, and hands the others theirs."""
+
+    def __init__(self, stack: Stack, *others: Waiting) -> None:
+        super().__init__()
+        self.stack, self._others = stack, others  # a tuple: modules would be in two places
+
+    def forward(self, x: Tensor) -> Tensor:
+        ys = StackFunction.apply(x.flatten(0, -2), *self.stack.tensors(), self.stack.sizes)
+        y, *others = (each.unflatten(0, x.shape[:-1]) for each in ys)
+        for module, other in zip(self._others, others, strict=True):
+            module.y = other
+        return y
 
 
 class MLP(nn.Module):
@@ -140,19 +138,8 @@ class MLPFunction(torch.autograd.Function):
         h = backend.select(x).swiglu(gate, up)
         y = F.linear(h, down_weight, down_bias)
         ha = _add_adapters([y], h, down_A, down_Bt)
-        ctx.save_for_backward(
-            x,
-            outputs[0],
-            None if joined else up,
-            xa,
-            ha,
-            weight,
-            A,
-            Bt,
-            down_weight,
-            down_A,
-            down_Bt,
-        )
+        made = x, outputs[0], None if joined else up, xa, ha
+        ctx.save_for_backward(*made, weight, A, Bt, down_weight, down_A, down_Bt)
         return y
 
     @staticmethod
@@ -178,20 +165,15 @@ class MLPFunction(torch.autograd.Function):
         return dx, None, None, dA, dBt, None, None, down_dA, down_dBt
 
 
-def _stacked(tensors: list[Tensor]) -> nn.Parameter:
-    return nn.Parameter(torch.cat([t.detach() for t in tensors]), requires_grad=False)
-
-
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None, widths: list[int]) -> list[Tensor]:
     """The outputs (M, n) of the layers of so many rows n each that lie in `weight`."""
     biases = [None] * len(widths) if bias is None else bias.split(widths)
     return [F.linear(x, w, b) for w, b in zip(weight.split(widths), biases, strict=True)]
 
 
-def _scaled_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """SCALE * a @ b, into `out` where it is given."""
-    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
-    return out.addmm_(a, b, beta=0, alpha=SCALE)
+def _scaled_product(a: Tensor, b: Tensor) -> Tensor:
+    """SCALE * a @ b, by one product."""
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=SCALE)
 
 
 def _add_adapters(ys: list[Tensor], x: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
@@ -226,7 +208,7 @@ def _stack_backward(
     )
     dx = None if whole is None or not needs_dx else whole @ weight
     for dy, w, bt, dbt, xa_part, dxa_part in parts:
-        _scaled_product(dy, bt.t(), out=dxa_part)
+        dxa_part.addmm_(dy, bt.t(), beta=0, alpha=SCALE)
         dbt.addmm_(xa_part.t(), dy, beta=0)
         if needs_dx and whole is None:
             dx = dy @ w if dx is None else dx.addmm_(dy, w)

@@ -1,10 +1,8 @@
 """What every method can be given: checkpointing, liger-kernel, attention, torch.compile."""
 
-import importlib.util
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,15 +32,6 @@ class Options:
         if self.attention not in ATTENTION:
             raise ValueError(f"attention must be one of {ATTENTION}, got {self.attention!r}")
 
-    def check(self, device: torch.device) -> None:
-        """Raises Unavailable for what `device` or this environment lacks."""
-        if self.liger and device.type != "cuda":
-            raise Unavailable("liger-kernel needs a GPU")
-        if self.liger:
-            require("liger_kernel", "liger-kernel")
-        if self.attention == "cudnn" and device.type != "cuda":
-            raise Unavailable("attention cudnn needs a GPU")
-
     def before(self, model: PreTrainedModel) -> None:
         """What is changed in the model before a method attaches to it.
 
@@ -67,9 +56,3 @@ class Options:
                 base.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compile:
             model.compile()
-
-
-def require(module: str, package: str) -> None:
-    """Raises Unavailable where `module` cannot be found."""
-    if importlib.util.find_spec(module) is None:
-        raise Unavailable(f"{package} is not installed")

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from bench.measure import memory
 from bench.methods.base import Method
-from bench.methods.budget import entries_in_all
 from bench.methods.options import Options, Unavailable
 from s2kernels.peft import SpIELConfig, SpIELTuner, make_optimizer
 
@@ -28,22 +27,20 @@ class SpIEL(Method):
     """
 
     name = "spiel"
-    periodic = "watches gradients for a few steps, then replaces entries"
     selection: ClassVar[str] = "accumulated_gradient"
     optimizer_options: ClassVar[dict] = {"betas": (0.9, 0.95)}  # those of `adamw`
 
-    @classmethod
-    def check(cls, device: torch.device, options: Options) -> None:
-        super().check(device, options)
+    def check(self, options: Options) -> None:
         if options.compile:
             raise Unavailable("compiled, a step does not let SpIEL see gradients and move entries")
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
-        layers = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+        linears = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+        wanted = self.budget.rank * sum(sum(weight.shape) for weight in linears)
+        if self.budget.spiel_density is not None:
+            wanted = max(1, int(self.budget.spiel_density * model.num_parameters()))
         self.config = SpIELConfig(
-            num_tunable_weights=entries_in_all(
-                self.budget, model.num_parameters(), [tuple(m.weight.shape) for m in layers]
-            ),
+            num_tunable_weights=min(wanted, sum(weight.numel() for weight in linears)),
             selection=self.selection,
             replacement_schedule="cosine",
             seed=self.budget.seed,
@@ -64,26 +61,19 @@ class SpIEL(Method):
 
     def state_tensors(self) -> Iterator[Tensor]:
         yield from super().state_tensors()
-        for watch in self.tuner.watches:
-            yield from memory.tensors_in(vars(watch))
+        yield from memory.tensors_in([vars(watch) for watch in self.tuner.watches])
 
     def make_due(self) -> None:
-        last = self.period + self.config.accumulation_steps
-        self.tuner.resume(last - 1, {}, {})  # the last step of a window, which begins here
+        # The last step of a window, which begins here: all of it is observed in one step.
+        self.tuner.resume(self.period + self.config.accumulation_steps - 1, {}, {})
+        steps = range(self.config.accumulation_steps + 1)
         for layer, watch in zip(self.tuner.layers, self.tuner.watches, strict=True):
-            layer.observers["default"] = self._whole_window(watch)
+            layer.observers["default"] = lambda dy, x, watch=watch: [
+                watch.observe(dy, x) for _ in steps
+            ]
 
     def is_due(self) -> bool:
         return bool(self.tuner.watches) or self.tuner.schedule.reselects(self.tuner.steps + 1)
-
-    def _whole_window(self, watch):
-        """What is observed in all steps of a window, observed in one."""
-
-        def observe(dy: Tensor, x: Tensor) -> None:
-            for _ in range(self.config.accumulation_steps + 1):
-                watch.observe(dy, x)
-
-        return observe
 
 
 class SpIELMA(SpIEL):
@@ -93,7 +83,6 @@ class SpIELMA(SpIEL):
     """
 
     name = "spiel_ma"
-    periodic = "replaces entries"
     selection = "momentum_approximation"
     optimizer_options: ClassVar[dict] = {}
 

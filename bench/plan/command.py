@@ -23,8 +23,8 @@ from transformers.utils import logging
 from bench.measure import machine, results
 from bench.plan.rank import METHODS, Step, count
 from bench.plan.times import CLUSTERS, Cluster, seconds
+from bench.predict import Ceilings, positive
 from bench.steps.model_shapes import TABLE
-from bench.steps.predict import Ceilings, positive
 
 # The committed table: each size on as many GPUs as its users have.
 CASES = {

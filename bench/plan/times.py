@@ -1,6 +1,6 @@
 """How long a step on many GPUs should take, predicted from counted work and from given rates.
 
-Computing is what `bench.steps.predict` says of one GPU, but for the optimizer, which has a shard.
+Computing is what `bench.predict` says of one GPU, but for the optimizer, which has a shard.
 Exchanging is what the counted collectives need on the links alone: each byte of them reaches every
 node once through the network, and every GPU once through NVLink, at the rates of the data sheets.
 Nothing is measured. Where all is exchanged while something is computed, a step takes the longer of
@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from bench.methods import Budget, Options, comparable
 from bench.plan.rank import Rank, Step
+from bench.predict import GPUS, Ceilings, predict
 from bench.steps.model_shapes import Shape
-from bench.steps.predict import GPUS, Ceilings, predict
 from s2kernels.peft import S2FTConfig
 from s2kernels.select import budget
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.measure import machine
-from bench.methods import METHODS, Budget, Method, Unavailable, comparable
+from bench.methods import Budget, Unavailable, comparable
 from bench.steps import step
 from bench.steps.cases import SUITES, Case
 
@@ -52,7 +52,6 @@ def measure(benchmark, case: Case, device: torch.device, seconds: float) -> None
         torch.compiler.reset()  # else earlier models count against the limit of recompilations
     status = None
     try:
-        METHODS[case.method].check(device, case.options)
         benchmark.extra_info.update(step.count(case, budget, device))
         machine.release(device)
         benchmark.extra_info.update(time_rounds(benchmark, case, budget, device, seconds))
@@ -81,39 +80,34 @@ def time_rounds(
     paired = fit_together(benchmark.extra_info["bytes"]["peak"], device)
     batches = step.random_batches(case, device)
 
-    def floor_step(floor: Method, batch: torch.Tensor) -> None:
-        floor_seconds.append(sum(step.laps(floor, batch, device)))
-
     floor = step.build(case.floor(), budget, device, TIMING_LR)
     for _ in range(WARM_UP):
-        floor_step(floor, next(batches))
-    floor_took = floor_seconds[-1]
-    floor_seconds.clear()
+        floor_took = sum(step.laps(floor, next(batches), device))
     if not paired:
         for _ in range(ROUNDS[0]):
-            floor_step(floor, next(batches))
-        del floor
+            floor_seconds.append(sum(step.laps(floor, next(batches), device)))
+        floor = None
         machine.release(device)
     method = step.build(case, budget, device, TIMING_LR)
     for _ in range(WARM_UP):
         took = floor_took + sum(step.laps(method, next(batches), device))
 
+    def floor_in_turn(batch: torch.Tensor) -> None:
+        """Before the method in one round, after it in the next."""
+        if floor is not None and len(method_laps) % 2 == 0:
+            floor_seconds.append(sum(step.laps(floor, batch, device)))
+
     def before_method():
         batch = next(batches)
         while method.is_due():
             method.step(batch)
-        if paired and len(method_laps) % 2 == 0:
-            floor_step(floor, batch)
+        floor_in_turn(batch)
         return (batch,), {}
-
-    def after_method(batch):
-        if paired and len(method_laps) % 2 == 0:
-            floor_step(floor, batch)
 
     benchmark.pedantic(
         lambda batch: method_laps.append(step.laps(method, batch, device)),
         setup=before_method,
-        teardown=after_method,
+        teardown=floor_in_turn,
         rounds=min(max(ROUNDS[0], int(seconds / took)), ROUNDS[1]),
     )
     step.check_loss(method, next(batches))

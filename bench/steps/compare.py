@@ -41,30 +41,31 @@ def compare(reference: dict, candidate: dict) -> list[str]:
 
     Raises ValueError where they are of different devices or have no case in common.
     """
-    devices = [document["machine_info"]["gpu"] or "cpu" for document in (reference, candidate)]
-    if devices[0] != devices[1]:
-        raise ValueError(f"ratios of two devices cannot be compared: {' and '.join(devices)}")
+    documents = (reference, candidate)
+    before, after = (document["machine_info"]["gpu"] or "cpu" for document in documents)
+    if before != after:
+        raise ValueError(f"ratios of two devices cannot be compared: {before} and {after}")
     old, new = (
-        {entry["fullname"]: entry["extra_info"] for entry in document["benchmarks"]}
-        for document in (reference, candidate)
+        {case_of(entry["fullname"]): entry["extra_info"] for entry in document["benchmarks"]}
+        for document in documents
     )
-    both = [name for name in new if name in old]
+    both = [case for case in new if case in old]
     if not both:
         raise ValueError(f"no case is in both: reference {sorted(old)}, candidate {sorted(new)}")
     rows = [["case", "before", "after", "change"]]
-    for name in both:
-        if "ratio_to_floor" in old[name] and "ratio_to_floor" in new[name]:
-            a, b = (extra[name]["ratio_to_floor"]["median"] for extra in (old, new))
-            rows.append([case_of(name), f"{a:.3f}", f"{b:.3f}", f"{b / a - 1:+.1%}"])
+    for case in both:
+        if "ratio_to_floor" in old[case] and "ratio_to_floor" in new[case]:
+            a, b = (extra[case]["ratio_to_floor"]["median"] for extra in (old, new))
+            rows.append([case, f"{a:.3f}", f"{b:.3f}", f"{b / a - 1:+.1%}"])
     print(results.table(rows))
-    return [f"{case_of(name)}: {words}" for name in both for words in worse(old[name], new[name])]
+    return [f"{case}: {words}" for case in both for words in worse(old[case], new[case])]
 
 
 def worse(before: dict, after: dict) -> Iterator[str]:
     """What of two extra_infos is slower or larger than it was, or is other work, in words."""
-    if before["status"] != after["status"] and after["status"] != "measured":
-        yield f"{before['status']} -> {after['status']}"
-    if not before["status"] == after["status"] == "measured":
+    if before["status"] != "measured" or after["status"] != "measured":
+        if after["status"] not in ("measured", before["status"]):
+            yield f"{before['status']} -> {after['status']}"
         return
     old, new = before["ratio_to_floor"], after["ratio_to_floor"]
     if new["q1"] > old["q3"] and new["median"] > old["median"] * (1 + BETWEEN_RUNS):
@@ -87,16 +88,15 @@ def overview(entries: Mapping[str, dict]) -> str:
     rows = [["case", "trained", "step / floor", "quartiles", "step ms", "saved MiB", "peak MiB"]]
     for name, entry in entries.items():
         extra = entry["extra_info"]
+        cells = [extra.get("status", "measured").partition(":")[0], *[""] * 5]
         if "ratio_to_floor" in extra:
             ratio, sizes = extra["ratio_to_floor"], extra.get("bytes") or {}
-            row = [case_of(name), f"{extra['trained_parameters']:,}", f"{ratio['median']:.3f}"]
-            row += [
-                f"{ratio['q1']:.3f}..{ratio['q3']:.3f}",
-                f"{entry['stats']['median'] * 1e3:.1f}",
-            ]
-            rows.append(row + [f"{(sizes.get(p) or 0) / 2**20:.1f}" for p in ("saved", "peak")])
-        elif extra.get("status", "measured") != "measured":
-            rows.append([case_of(name), extra["status"].partition(":")[0], *[""] * 5])
+            spread = f"{ratio['q1']:.3f}..{ratio['q3']:.3f}"
+            cells = [f"{extra['trained_parameters']:,}", f"{ratio['median']:.3f}", spread]
+            cells.append(f"{entry['stats']['median'] * 1e3:.1f}")
+            cells += [f"{(sizes.get(part) or 0) / 2**20:.1f}" for part in ("saved", "peak")]
+        if cells[0] != "measured":  # as ops are
+            rows.append([case_of(name), *cells])
     return results.table(rows) if rows[1:] else ""
 
 

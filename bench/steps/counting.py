@@ -70,8 +70,11 @@ class DryRun(TorchDispatchMode):
             result = func(*args, **kwargs)
         results = list(_tensors(result))
         self._track(results)
-        if not self._within_op:
-            self._count(func, args, kwargs, result, tensors, results)
+        nbytes = 0 if self._within_op else moved(func, args, kwargs, tensors, results)
+        if nbytes:
+            formula = self._formulas.get(func.overloadpacket)
+            flops = formula(*args, **kwargs, out_val=result) if formula else 0
+            self._book(flops, nbytes, tensors[0].dtype if tensors else torch.float32)
         return result
 
     def op(self, name: str, work: Callable[..., Work], run: Callable[..., Any]) -> Callable:
@@ -89,13 +92,6 @@ class DryRun(TorchDispatchMode):
             return result
 
         return booked
-
-    def _count(self, func, args, kwargs, result, tensors, results) -> None:
-        nbytes = moved(func, args, kwargs, tensors, results)
-        if nbytes:
-            formula = self._formulas.get(func.overloadpacket)
-            flops = formula(*args, **kwargs, out_val=result) if formula else 0
-            self._book(flops, nbytes, tensors[0].dtype if tensors else torch.float32)
 
     def _book(self, flops: int, nbytes: int, dtype: torch.dtype) -> None:
         name = str(dtype).removeprefix("torch.")

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from bench.methods.budget import linears
 
 # A prime: no two rows of a weight are equal, unless it has more than DRAWN of them.
 DRAWN = 2**20 + 7
@@ -40,33 +41,16 @@ class Shape:
     tied: bool = False
 
     def cut(self, layers: int, vocab: int | None = None) -> "Shape":
-        """The whole model with its first `layers` layers only, and with `vocab` tokens if given.
-
-        Raises ValueError where it has not so many.
-        """
-        if not 1 <= layers <= self.of_layers:
-            raise ValueError(f"layers must be from 1 to {self.of_layers}, got {layers}")
-        vocab = self.of_vocab if vocab is None else vocab
-        if not 1 <= vocab <= self.of_vocab:
-            raise ValueError(f"vocab must be from 1 to {self.of_vocab}, got {vocab}")
-        return replace(self, layers=layers, vocab=vocab)
+        """The whole model with its first `layers` layers only, and with `vocab` tokens if given."""
+        return replace(self, layers=layers, vocab=vocab or self.of_vocab)
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(N, K), out_features and in_features, of the linears of one layer, in forward order."""
-        attention, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (attention, self.hidden),
-            "k_proj": (kv, self.hidden),
-            "v_proj": (kv, self.hidden),
-            "o_proj": (self.hidden, attention),
-            "gate_proj": (self.intermediate, self.hidden),
-            "up_proj": (self.intermediate, self.hidden),
-            "down_proj": (self.hidden, self.intermediate),
-        }
+        return linears(self.cut(1)._without_content(1))
 
     def parameters(self) -> int:
         """Parameters of the model, tied ones counted once."""
-        return sum(p.numel() for p in self._without_content(1).parameters())
+        return self._without_content(1).num_parameters()
 
     def config(self, length: int) -> PreTrainedConfig:
         """The configuration of transformers, for sequences of up to `length` tokens."""
@@ -83,24 +67,18 @@ class Shape:
         )
 
     def build(
-        self,
-        length: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        seed: int = 0,
-        attention: str = "sdpa",
+        self, length: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0
     ) -> PreTrainedModel:
         """The model with random weights in `dtype` on `device`, frozen, in training mode.
 
-        attention: "sdpa" or "eager". The weights depend on seed, dtype and kind of device.
+        The weights depend on seed, dtype and kind of device.
         """
-        model = self._without_content(length, dtype=dtype, attn_implementation=attention)
-        config = model.config
+        model = self._without_content(length, dtype=dtype, attn_implementation="sdpa")
         model.requires_grad_(False).to_empty(device=device)
         model.tie_weights()
         # Its buffers hold computed values, in fp32 whatever the dtype.
-        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-        fill_(model, config.initializer_range, seed)
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+        fill_(model, seed)
         return model.train()
 
     def _without_content(self, length: int, **options: Any) -> PreTrainedModel:
@@ -109,19 +87,18 @@ class Shape:
             return AutoModelForCausalLM.from_config(self.config(length), **options)
 
 
-def fill_(model: nn.Module, std: float, seed: int) -> None:
+def fill_(model: PreTrainedModel, seed: int) -> None:
     """Norms are set to one, every other parameter is drawn from a normal distribution.
 
     Of a large parameter DRAWN numbers are drawn and repeated: a CPU draws but 1e8 a second.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.data.fill_(1.0)
             continue
         drawn, *repeated = parameter.data.view(-1).split(DRAWN)
-        drawn.normal_(0.0, std, generator=generator)
+        drawn.normal_(0.0, model.config.initializer_range, generator=generator)
         for part in repeated:
             part.copy_(drawn[: len(part)])
 

@@ -66,7 +66,7 @@ def times(
     steps = [sum(each) + periodic for each in laps]
     beside = floors if paired else [statistics.median(floors)] * len(steps)
     found = {
-        "ratio_to_floor": timing.quartiles(timing.paired_ratios(steps, beside)),
+        "ratio_to_floor": timing.ratio(steps, beside),
         "floor_seconds": timing.quartiles(floors),
         "paired": paired,
     }
@@ -131,7 +131,12 @@ def count(case: Case, budget: Budget, device: torch.device) -> dict:
     steps = [lambda: made[0].step(batch)] * (1 + STEADY_STEPS)
     _, first, *steady = memory.peaks([construct, *steps], device)
     method = made[0]
-    check_training(method, before)
+    after = checksums(method)
+    if still := [name for name, bits in before.items() if after.get(name) == bits]:
+        raise WrongMethod(
+            f"{method.name} trains {len(before) - len(still)} of its {len(before)} parameters; "
+            f"not {', '.join(still[:3])}" + (", ..." if still[3:] else "")
+        )
     held = held_bytes(method, batch)
     going = max(held["saved"] or 0, held["gradients"])
     temporaries = max(steady) - held["weights"] - held["optimizer"] - going
@@ -146,13 +151,3 @@ def checksums(method: Method) -> dict[str, int]:
         name: int(parameter.detach().view(integers[parameter.itemsize]).sum())
         for name, parameter in method.named_trained()
     }
-
-
-def check_training(method: Method, before: dict[str, int]) -> None:
-    """Raises WrongMethod unless every parameter that was trained has moved since `before`."""
-    after = checksums(method)
-    if still := [name for name, bits in before.items() if after.get(name) == bits]:
-        raise WrongMethod(
-            f"{method.name} trains {len(before) - len(still)} of its {len(before)} parameters; "
-            f"not {', '.join(still[:3])}" + (", ..." if still[3:] else "")
-        )

@@ -46,22 +46,15 @@ def linear_dx(dy, weight) -> Work:
 def slice_grad(dy, x, index, dim, out=None) -> Work:
     narrow, wide = (x, dy) if dim == "in" else (dy, x)
     (m, p), r = wide.shape, count(narrow, index)
-    if out is None:
-        result = 4 * p * r
-    elif isinstance(out, Update):
-        result = _updated(out)
-    else:
+    result = 4 * p * r
+    if isinstance(out, Update):  # a step of AdamW: values and moments, and the slice of the weight
+        result = 2 * _sizes((out.values, out.exp_avg, out.exp_avg_sq))
+        if out.slice is not None:
+            weight, base, where, dim = out.slice
+            result += slice_write([weight], [base], [None], [where], [dim]).bytes
+    elif out is not None:
         result = 2 * size(out)  # read and written
     return Work(_numbers(x, m * (p + r)) + result, 2 * m * p * r)
-
-
-def _updated(update: Update) -> int:
-    """Of a step of AdamW: values and moments, read and written, and the slice of the weight."""
-    states = 2 * _sizes((update.values, update.exp_avg, update.exp_avg_sq))
-    if update.slice is None:
-        return states
-    weight, base, where, dim = update.slice
-    return states + slice_write([weight], [base], [None], [where], [dim]).bytes
 
 
 def slice_grad_each(dy, x, offsets, index, dim, out) -> Work:
@@ -115,11 +108,12 @@ def slice_linear_dx_(dx, dy, delta, index, dim) -> Work:
 
 
 def linear_plus_slice(x, weight, bias, x_slice, delta) -> Work:
-    return _plus(linear(x, weight, bias), x_slice, delta, len(weight))
+    dense, (m, r) = linear(x, weight, bias), x_slice.shape
+    return Work(dense.bytes + _sizes((x_slice, delta)), dense.flops + 2 * m * r * len(weight))
 
 
 def linear_dx_plus_slice(dy, weight, dy_slice, delta) -> Work:
-    return _plus(linear_dx(dy, weight), dy_slice, delta, weight.shape[1])
+    return linear_plus_slice(dy, weight.t(), None, dy_slice, delta)
 
 
 def sparse_write(weights, base, delta, index) -> Work:
@@ -174,11 +168,6 @@ def _numbers(like: Tensor, count: int) -> int:
 
 def _sizes(tensors: Iterable[Tensor | None]) -> int:
     return sum(size(tensor) for tensor in tensors if tensor is not None)
-
-
-def _plus(dense: Work, part: Tensor, delta: Tensor, width: int) -> Work:
-    m, r = part.shape
-    return Work(dense.bytes + size(part) + size(delta), dense.flops + 2 * m * r * width)
 
 
 # The operators of torch

@@ -7,6 +7,7 @@ import torch
 
 from bench.kernels import bench_ops, laps
 from bench.kernels.ops import CASES, Operands, Sizes
+from bench.measure import timing
 from bench.steps.work import OPS
 from s2kernels import reference
 
@@ -90,8 +91,8 @@ def test_ops_without_tokens_run_once_a_layer():
 
 
 def test_a_lap_counts_as_its_launches(monkeypatch):
-    monkeypatch.setattr(bench_ops.time, "perf_counter", iter((10.0, 30.0)).__next__)
-    clock = bench_ops.LaunchClock()
+    monkeypatch.setattr(timing.time, "perf_counter", iter((10.0, 30.0)).__next__)
+    clock = timing.Clock(CPU)
     clock.launches = 40
     first = clock()
     assert clock() - first == 0.5

@@ -206,22 +206,22 @@ def test_a_leaked_full_activation_is_caught(monkeypatch):
 
 
 def test_out_of_memory_and_unavailable_are_results(monkeypatch):
-    def count(*others):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
-
-    monkeypatch.setattr(step, "count", count)
-    benchmark = Benchmark()
-    with pytest.raises(pytest.skip.Exception, match="out of memory"):
-        bench_steps.measure(benchmark, toy_case("full"), CPU, 0.0)
-    assert benchmark.extra_info["status"] == "out of memory" and benchmark.rounds == 0
-
-    def check(device, options):
+    def check(self, options):
         raise Unavailable("nowhere-torch is not installed")
 
+    benchmark = Benchmark()
     monkeypatch.setattr(METHODS["lora"], "check", check)
     with pytest.raises(pytest.skip.Exception):
         bench_steps.measure(benchmark, toy_case("lora"), CPU, 0.0)
     assert benchmark.extra_info["status"] == "unavailable: nowhere-torch is not installed"
+
+    def count(*others):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(step, "count", count)
+    with pytest.raises(pytest.skip.Exception, match="out of memory"):
+        bench_steps.measure(benchmark, toy_case("full"), CPU, 0.0)
+    assert benchmark.extra_info["status"] == "out of memory" and benchmark.rounds == 0
 
 
 def test_two_models_that_do_not_fit_together_are_timed_apart(monkeypatch):

@@ -13,8 +13,8 @@ from bench.methods import METHODS
 from bench.plan import rank
 from bench.plan.command import main
 from bench.plan.times import CLUSTERS, LABORATORY, Cluster, defaults, seconds
+from bench.predict import Ceilings, counted
 from bench.steps.model_shapes import Shape
-from bench.steps.predict import Ceilings, counted
 from s2kernels.peft import S2FTConfig
 
 # 97 tokens and 6 heads of 16 for 48 channels: shards have padding, and one rank more than another.

@@ -116,12 +116,12 @@ def test_differences_are_told(tmp_path, monkeypatch):
 
     def differences(launch, found, triton=TRITON):
         path.write_text(compile.dumps({"triton": triton, "kernels": [row]}))
-        line = compile.launch_line(*LINE.values()) if launch == {} else f"linear {launch}"
+        launched = LINE | {"launch": launch}
         monkeypatch.setattr(
             compile,
-            "compiled",
+            "collected",
             lambda function, jobs, workers: [
-                (None, [line] if function is compile.launches_of else [found])
+                launched if function is compile.launches_of else found
             ],
         )
         return compile.differences(path)

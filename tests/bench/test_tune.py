@@ -313,8 +313,9 @@ def test_a_lap_is_a_graph_over_operands_in_turn(monkeypatch):
     gpu, cuda = Gpu(monkeypatch), torch.device("cuda")
     lap = laps.lap(gpu.launch, [("a",), ("b",), ("c",)], 7, cuda)
     assert gpu.calls == list("abcabca") * 2  # to warm up, and captured
-    found = laps.interleaved({"x": lap, "y": lambda: setattr(gpu, "now", gpu.now + 5)}, 4, cuda)
-    assert found == {"x": [7 * 3] * 4, "y": [5] * 4}  # no call from Python is in it
+    both = {"x": lap, "y": lambda: setattr(gpu, "now", gpu.now + 5)}
+    found = list(laps.timing.interleave(both, 4, cuda))
+    assert found == [{"x": 7 * 3, "y": 5}] * 4  # no call from Python is in it
     assert len(gpu.calls) == 14
     waiting = laps.lap(gpu.launch, [("a",)], 2, cuda, waits=True)
     assert laps.timing.laps([waiting], cuda) == [2 * 103]
