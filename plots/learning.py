@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from plots import style
-from plots.learning_tables import ENTRANTS, STRATEGIES, measure, shares
-from plots.studies import DOWN, Found, chosen, interval, of, read, values
+from plots.learning_tables import STRATEGIES, measure, shares
+from plots.studies import DOWN, ENTRANTS, Found, chosen, interval, of, read, values
 
 LOOKS = {
     **{name: style.METHODS[name] for name in ("frozen", "full", "lora", "dora", "shira", "spiel")},

@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
+from plots import task_tables
 from plots.markdown import markdown
 from plots.studies import (
     DOWN,
+    ENTRANTS,
     MEASURES,
     Found,
+    Table,
     averaged,
     chosen,
     compared,
@@ -18,20 +21,8 @@ from plots.studies import (
     values,
 )
 
-# The entrants of study `learn` by their labels, in the order of tables and figures.
-ENTRANTS: dict[str, dict] = {
-    "full": {"method": "full"},
-    "lora": {"method": "lora"},
-    "dora": {"method": "dora"},
-    "shira": {"method": "shira"},
-    "spiel": {"method": "spiel"},
-    "s2ft o + down": {"method": "s2ft"},
-    "s2ft down": {"method": "s2ft", "projections": DOWN},
-}
-SEEDS = 3
 STRATEGIES = ("weight", "activation", "product", "gradient")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-TASKS = ("math", "choice", "docs")
 COMMAND = "`python -m bench.learning {} --model DIR --data DIR --resume`"
 
 # Runs of each study, without rates beyond the grid; what studies share is counted once.
@@ -39,8 +30,6 @@ NEEDED = {
     **{"learn": 42, "channels": 24, "projections": 7, "fusion": 9, "sequential": 4},
     **{"overlap": 1, "spiel": 14, "memory": 7},
 }
-
-Table = tuple[list[str], list[list[str]]]
 
 
 def measure(name: str) -> Callable[[dict], float]:
@@ -144,76 +133,6 @@ def projections(found: list[Found]) -> list[Table]:
         if runs:
             runs_of[name] = runs
     return [_measured(runs_of)] if runs_of else []
-
-
-def fusion(found: list[Found]) -> list[Table]:
-    """Validation loss of each task with its own adapter, with the other's, and fused."""
-    rows = []
-    common = {"kind": "fuse", "tasks": ["math", "choice"]}
-    for label, fields in {
-        "lora": ENTRANTS["lora"],
-        "s2ft down, same channels": ENTRANTS["s2ft down"],
-        "s2ft down, disjoint channels": ENTRANTS["s2ft down"] | {"disjoint": True},
-    }.items():
-        runs = of(found, **fields, **common)
-        if not runs:
-            continue
-        for state, get in {
-            "math adapter": lambda result: result["alone"]["math"]["tasks"],
-            "choice adapter": lambda result: result["alone"]["choice"]["tasks"],
-            "fused, weight 0.5": lambda result: result["fused"]["0.5"],
-            "fused, weight 1": lambda result: result["fused"]["1.0"],
-        }.items():
-            cells = [
-                averaged(values(runs, lambda result, get=get, t=task, m=m: get(result)[t][m]))
-                for task in ("math", "choice")
-                for m in ("validation loss", "test")
-            ]
-            rows.append([label, state, str(len(runs)), *cells])
-    columns = ["method", "model", "seeds", "math loss", "math exact", "choice loss", "choice right"]
-    return [(columns, rows)] if rows else []
-
-
-def sequential(found: list[Found]) -> list[Table]:
-    """Validation losses after the last task, and how each changed since it was trained."""
-    rows = []
-    for label, fields in {
-        "full": ENTRANTS["full"],
-        "lora": ENTRANTS["lora"],
-        "s2ft down, same channels": ENTRANTS["s2ft down"],
-        "s2ft down, disjoint channels": ENTRANTS["s2ft down"] | {"disjoint": True},
-    }.items():
-        for _, result in of(found, **fields, kind="sequence", tasks=list(TASKS)):
-            stages = [stage["tasks"] for stage in result["stages"]]
-            cells = []
-            for place, task in enumerate(TASKS):
-                own, last = (
-                    stage[task]["validation loss"] for stage in (stages[place], stages[-1])
-                )
-                cells.append(f"{last:.3f} ({last - own:+.3f})")
-            rows.append([label, *cells])
-    return [(["method", *(f"{task} loss (change)" for task in TASKS)], rows)] if rows else []
-
-
-def overlap(found: list[Found]) -> list[Table]:
-    """Channels that two tasks share, and the energy of a full update in the chosen ones."""
-    results = of(found, method="full", kind="overlap", tasks=list(TASKS))
-    if not results:
-        return []
-    result = results[-1][1]
-    chance = f"{result['chance']:.3f}"
-    shared = [
-        [*each["tasks"], each["channels"], f"{each['overlap']:.3f}", chance]
-        for each in result["overlap"]
-    ]
-    energy = [
-        [each["task"], each["channels"], f"{each['energy']:.3f}", chance]
-        for each in result["energy"]
-    ]
-    return [
-        (["task", "other task", "channels", "shared", "by chance"], shared),
-        (["task", "channels", "share of the energy", "of the channels"], energy),
-    ]
 
 
 def spiel(found: list[Found]) -> list[Table]:
@@ -369,5 +288,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "learning share": _of("learn", share),
 } | {
     f"learning {table.__name__}": _of(table.__name__, table)
-    for table in (channels, projections, fusion, sequential, overlap, spiel, memory)
+    for table in (channels, projections, *task_tables.TABLES, spiel, memory)
 }

@@ -14,7 +14,19 @@ SETTINGS = ("lr", "seed")
 DOWN = ["down_proj"]
 GRID = 3  # learning rates that are tried of every method
 
+# The entrants of study `learn` by their labels, in the order of tables and figures.
+ENTRANTS: dict[str, dict] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora"},
+    "dora": {"method": "dora"},
+    "shira": {"method": "shira"},
+    "spiel": {"method": "spiel"},
+    "s2ft o + down": {"method": "s2ft"},
+    "s2ft down": {"method": "s2ft", "projections": DOWN},
+}
+
 Found = tuple[dict, dict]  # a run and its result
+Table = tuple[list[str], list[list[str]]]  # columns and rows
 Values = dict[int, float]  # by seed
 
 
