@@ -14,7 +14,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.distributed import DistributedConfig
 
 from s2kernels.flat import FlatAdamW
@@ -189,13 +194,15 @@ def _saved(rank, folder, adapter):
             split(folder), adapter, low_cpu_mem_usage=low, is_trainable=True
         )
         assert torch.equal(logits(loaded), wanted)
-    before = {n: p for n, p in values(model).items()}
+    before = values(model)
     loaded.merge_adapter()
     torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=1e-5)
     loaded.unmerge_adapter()
     assert torch.equal(logits(loaded), wanted)
     train(loaded, 1)
     assert distance(values(loaded), before) > 1e-3
+    after = logits(loaded)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), after, rtol=0, atol=1e-5)
     return wanted, indices(model)
 
 
@@ -331,7 +338,7 @@ def test_a_step_between_forward_and_backward_is_noticed(ranks, folder):
     ranks.run(_step_between, folder)
 
 
-def _refusals(rank, folder):
+def _refusals(rank, folder, mixture):
     said = {}
 
     def ask(name, call):
@@ -348,6 +355,7 @@ def _refusals(rank, folder):
     ask("whole modules", lambda: adapt(modules_to_save=["norm"]))
     ask("scores", lambda: adapt(selection="weight"))
     ask("calibrated", lambda: select_indices(split(folder), s2ft(selection="product"), [HELD_OUT]))
+    ask("experts", lambda: get_peft_model(split(mixture), s2ft()))
     ask("axis", lambda: adapt(layout="gather", target_modules=["lm_head"]))
     ask("blocks", lambda: adapt(layout="block", channels=64))
     quantized = BitsAndBytesConfig(load_in_4bit=True)
@@ -373,8 +381,12 @@ def _refusals(rank, folder):
     return said
 
 
-def test_what_would_be_wrong_is_refused(ranks, folder):
-    for said in ranks.run(_refusals, folder):
+def test_what_would_be_wrong_is_refused(ranks, folder, tmp_path):
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=64)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    for said in ranks.run(_refusals, folder, tmp_path):
+        assert "experts are not trained under tensor parallelism" in said["experts"]
         assert "use layout='gather'" in said["permute"]
         assert "leave out modules_to_save, got ['norm']" in said["whole modules"]
         for name in ("scores", "calibrated"):
