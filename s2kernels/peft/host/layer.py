@@ -13,6 +13,7 @@ from s2kernels.peft.host.kept_buffers import (
     KeptBuffers,
     has_values,
     home_of,
+    local,
     replicated,
     with_values,
 )
@@ -192,14 +193,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
         if dtype is None:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
-        zeros = torch.zeros(*shape, dtype=dtype, device=weight.device)
-        self.deltas[adapter] = nn.Parameter(zeros)
+        self.deltas[adapter] = nn.Parameter(self.zeros(shape, dtype))
         self.indices[adapter] = index.to(home_of(weight))
         self.modes[adapter] = mode
         with with_values():
             if not index.is_meta:
                 self.place(adapter)
             self.known.own(adapter, self.known.fingerprint_now(adapter))
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What a new delta is, beside the weight."""
+        return torch.zeros(*shape, dtype=dtype, device=self.weight.device)
 
     @torch.inference_mode(False)  # or it could never be trained
     def copy_adapter(self, source: str, adapter: str) -> None:
@@ -284,7 +288,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
             )
         self.keeper.restore([self])
         for name in names if safe_merge else []:
-            merged = self.take(name).base + self.deltas[name].detach()
+            merged = self.take(name).base + local(self.deltas[name].detach())
             if not torch.isfinite(merged.to(self.weight.dtype)).all():
                 raise ValueError(  # PEFT's words
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: "

@@ -22,6 +22,7 @@ class AdapterModel(BaseTuner):
     """Adapters in a model, whose layers share `keeper`."""
 
     tuner_layer_cls: type[AdapterLayer]
+    takes_plans = False  # whether adapters may lie in weights that a tp_plan has split
     keeper: WeightKeeper
     _template: str | None = None  # while an adapter is added: the one that it starts as a copy of
 
@@ -48,7 +49,7 @@ class AdapterModel(BaseTuner):
         target that another tuner has, and for weights that are offloaded or sharded; TypeError for
         a target of a wrong kind.
         """
-        check_is_whole(model)
+        check_is_whole(model, self.takes_plans)
         given: Any = self.peft_config[adapter_name]
         others = (name for name, config in self.peft_config.items() if config is given)
         self._template = next((name for name in others if name != adapter_name), None)

@@ -20,9 +20,9 @@ def save_pretrained(model: PeftModel, folder: str | Path, **options: Any) -> Non
     If it fails or is interrupted, the adapter that was in `folder` is as it was; see
     `s2kernels.files.replacing`. options: those of PEFT's method, selected_adapters and others.
 
-    Where the model is sharded by FSDP2, all processes must call it. The first one writes what a
-    single process would have written, and all of them return, or fail, when that is done. With a
-    state_dict among the options nothing is gathered, and one process may call it.
+    Where the model is sharded by FSDP2 or a tp_plan, all processes must call it. The first one
+    writes what a single process would have written, and all of them return, or fail, when that is
+    done. With a state_dict among the options nothing is gathered, and one process may call it.
 
     Raises what PEFT's method raises, and ValueError if `folder` is a file, and for a model in FSDP1
     without a state_dict. A process that has not written raises RuntimeError if the first one fails.
@@ -60,13 +60,13 @@ def _write(model: PeftModel, folder: Path, options: dict[str, Any]) -> None:
 
 
 def gathered_state(model: PeftModel) -> dict[str, Tensor] | None:
-    """What PEFT may save of a model that FSDP2 has sharded, whole and on the CPU: not the frozen
-    base. All processes must call it; the first one gets the tensors, the others none. None where
-    the model is not sharded, and PEFT saves it by itself.
+    """What PEFT may save of a model that is sharded, whole and on the CPU: not the frozen base.
+    All processes must call it; the first one gets the tensors, the others none. None where the
+    model is not sharded, and PEFT saves it by itself.
 
     Raises ValueError for a model in FSDP1.
     """
-    if not is_gathered(model):
+    if not (is_gathered(model) or any(isinstance(p, DTensor) for p in model.parameters())):
         return None
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     own = (f".{model.base_model.prefix}", ".modules_to_save.")

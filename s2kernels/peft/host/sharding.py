@@ -28,9 +28,18 @@ def check_not_partitioned(weights: Iterable[Tensor]) -> None:
         )
 
 
-def check_is_whole(model: nn.Module) -> None:
+def num_shards(model: nn.Module) -> int:
+    """Into how many parts a tp_plan of transformers has split the weights of the model; 1 without
+    tensor parallelism.
+    """
+    return getattr(model, "_tp_size", None) or 1
+
+
+def check_is_whole(model: nn.Module, takes_plans: bool = False) -> None:
     """Raises ValueError for a model to which no adapter can be added, since its weights are spread
     over processes.
+
+    takes_plans: whether the adapter may lie in weights that a tp_plan of transformers has split.
     """
     parameters = list(model.parameters())
     check_not_partitioned(parameters)
@@ -39,11 +48,13 @@ def check_is_whole(model: nn.Module) -> None:
             "the model is sharded already, and FSDP would not reduce the gradients of an adapter "
             "that is added now: add it first, then shard the model"
         )
-    if any(isinstance(value, DTensor) for value in parameters):
+    if takes_plans and num_shards(model) > 1:
+        return
+    if any(isinstance(value, DTensor) for value in parameters) or num_shards(model) > 1:
         raise ValueError(
-            "the weights are DTensors, as tensor parallelism makes them, and an adapter that is "
-            "trained beside them needs all of a weight: load the model without a tp_plan, and "
-            "shard it by FSDP2 once the adapter is added"
+            "the weights are split by tensor parallelism, which goes with S2FT alone, in a model "
+            "that from_pretrained has split by a tp_plan: load the model without one, and shard "
+            "it by FSDP2 once the adapter is added"
         )
 
 

@@ -22,7 +22,9 @@ class S2FTConfig(AdapterConfig):
     o_proj and down_proj, the output channels of q_proj, k_proj, v_proj, gate_proj and up_proj.
     k_proj and v_proj train the KV heads that the selected query heads read. By default they are
     drawn at random, as a function of (seed, name of the block), and the targets of one block share
-    the draw: where their budgets differ, the smaller selection is part of the larger one.
+    the draw: where their budgets differ, the smaller selection is part of the larger one. In a
+    model that a tp_plan of transformers has split, each process trains as many as the others, at
+    the same places of its part: budgets are rounded up to that.
 
     Choices that are out of range raise ValueError or TypeError here or, where the model decides,
     in `get_peft_model`, which then leaves the model as it was.

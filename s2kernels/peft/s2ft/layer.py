@@ -115,7 +115,7 @@ class S2FTLayer(AdapterLayer):
                 f"s2ft_dim of adapter {adapter!r} must be {self.axis}, that of {self.dim}put "
                 f"channels, got {dim}"
             )
-        working = arrangement_of(self.keeper).to_working(self, index)
+        working = self.working(index)
         if working.is_inference():
             working = working.clone()
         here = working.cpu()
@@ -124,6 +124,10 @@ class S2FTLayer(AdapterLayer):
         run = torch.arange(start, stop, dtype=torch.int32, device="cpu")
         is_run = bool((here == run).all())  # the same one in every expert
         self.positions[adapter] = slice(start, stop) if is_run else beside(working, self.weight)
+
+    def working(self, index: Tensor) -> Tensor:
+        """Where the channels lie in the weight as it is."""
+        return arrangement_of(self.keeper).to_working(self, index)
 
     def _check_index(self, name: str, index: Tensor) -> int:
         name = f"{self.name}: {name}"

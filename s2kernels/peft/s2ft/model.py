@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper, resolve_quantization_backend
-from torch import nn
+from torch import Tensor, nn
 
 from s2kernels.adapter import combine
 from s2kernels.architectures import TABLE, Member, in_projections
 from s2kernels.coupling import find, is_conv1d, structures
 from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.model import AdapterModel
+from s2kernels.peft.host.sharding import num_shards
 from s2kernels.peft.host.targets import plain_name
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.s2ft.arranged_weights import ArrangedWeights, arrangement_of
@@ -23,9 +24,16 @@ from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp, join_all
 from s2kernels.peft.s2ft.layer import S2FTLayer, launch_slice_write
 from s2kernels.peft.s2ft.linear import S2FTLinear, features
 from s2kernels.peft.s2ft.mixed import Rows, hook_whole_modules
+from s2kernels.peft.s2ft.parallel import (
+    ParallelLinear,
+    check_parallel,
+    indices_of_parallel,
+    receive_all,
+)
 from s2kernels.peft.s2ft.selection import (
     check_budget_pattern,
     drawn_index,
+    given_index,
     own_budget,
     select_indices,
 )
@@ -36,6 +44,7 @@ class S2FTModel(AdapterModel):
     """S2FT adapters in a transformers model; made by `get_peft_model` and its kin."""
 
     arrangement: ArrangedWeights
+    takes_plans = True
     prefix: str = "s2ft_"
     tuner_layer_cls = S2FTLayer
     target_module_mapping = {model_type: in_projections(model_type) for model_type in TABLE}
@@ -49,6 +58,8 @@ class S2FTModel(AdapterModel):
         """
         if config.indices is not None and not config.indices:
             raise ValueError("indices must name at least one target, got none")
+        if num_shards(model) > 1:
+            check_parallel(config)
         try:
             found = structures(model)
         except ValueError:
@@ -161,19 +172,21 @@ class S2FTModel(AdapterModel):
             name, dim = structure.name, member.dim
         with with_values():
             if config.indices is not None:
-                index = _given_index(config, current_key)
+                index = given_index(config, current_key)
             elif place is None:
                 in_features, _ = features(base)
                 block = config.granularity
                 count = own_budget(config, "channels", current_key, in_features, block)
                 index = random_units(config.seed, current_key, in_features, count, block)
             else:
-                index = drawn_index(config, structure, current_key.removeprefix(f"{name}."))
+                leaf = current_key.removeprefix(f"{name}.")
+                index = drawn_index(config, structure, leaf, num_shards(self.keeper.model))
 
         if isinstance(target, S2FTLinear):
             target.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
             return
-        layer = S2FTLinear(base, self.keeper, current_key, dim, name, member)
+        kind = ParallelLinear if num_shards(self.keeper.model) > 1 else S2FTLinear
+        layer = kind(base, self.keeper, current_key, dim, name, member)
         layer.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -188,6 +201,8 @@ class S2FTModel(AdapterModel):
         parent: nn.Module,
         name: str,
     ) -> None:
+        if num_shards(self.keeper.model) > 1:
+            raise ValueError(f"{name}: experts are not trained under tensor parallelism")
         structure = self.arrangement.structures[name]
         leaves = [
             leaf
@@ -205,7 +220,7 @@ class S2FTModel(AdapterModel):
             key = f"{name}.{leaf}"
             drawn = config.indices is None
             with with_values():
-                index = drawn_index(config, structure, leaf) if drawn else _given_index(config, key)
+                index = drawn_index(config, structure, leaf) if drawn else given_index(config, key)
             tensor = layer.tensor(leaf)
             tensor.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
             if adapter_name not in self.active_adapters:
@@ -243,6 +258,29 @@ class S2FTModel(AdapterModel):
             for hook in hooks:
                 hook.remove()
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The host's; of a model that is split by tensor parallelism, each process takes its part.
+        Raises ValueError for an adapter that is not balanced over the parts.
+        """
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        receive_all(model, adapter_name, loaded)
+        return loaded
+
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override] # PEFT names its arguments
+        cls, model: nn.Module, config: Any, adapter_name: str, **options: Any
+    ) -> dict[str, Tensor]:
+        """The host's. One process would draw other channels than the parts of a split model have:
+        there they are in the configuration.
+        """
+        state = super()._get_adapter_state_dict(model, config, adapter_name, **options)
+        if drawn := indices_of_parallel(model, adapter_name):
+            config.resolved = config.resolved | {"indices": (config.indices, drawn)}
+        return state
+
     @torch.no_grad()
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str
@@ -256,6 +294,11 @@ class S2FTModel(AdapterModel):
         not go with the adapters, and adapters with modules_to_save, which are not deltas to be
         summed.
         """
+        if num_shards(self.model) > 1:
+            raise ValueError(
+                "a model that is split by tensor parallelism has parts of its adapters only: save "
+                "them, and combine them in a model without a tp_plan"
+            )
         unknown = sorted(set(adapters) - set(self.peft_config))
         if unknown:
             raise ValueError(f"adapters must be among {sorted(self.peft_config)}, got {unknown}")
@@ -285,18 +328,3 @@ class S2FTModel(AdapterModel):
             raise
         for name, part in combined.items():
             layers[name].s2ft_delta[adapter_name].copy_(part.delta)
-
-
-def _given_index(config: S2FTConfig, key: str) -> torch.Tensor:
-    """The channels that `config.indices` names for a target: int32 (R,), of experts (E, R)."""
-    assert config.indices is not None
-    try:
-        given = torch.tensor(config.indices[key], device="cpu")
-        if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
-            raise TypeError(f"got {given.dtype}")
-        return torch.tensor(config.indices[key], dtype=torch.int32, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:  # the last one of too large numbers
-        raise ValueError(
-            f"indices[{key!r}] must be a list of whole numbers, of experts as many for each: "
-            f"{error}"
-        ) from None

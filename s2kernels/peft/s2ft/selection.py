@@ -10,6 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from s2kernels.coupling import Structure, structures
+from s2kernels.peft.host.sharding import num_shards
 from s2kernels.peft.s2ft.config import BLOCK, S2FTConfig
 from s2kernels.select import (
     budget,
@@ -37,7 +38,8 @@ def select_indices(
     calibration data any more. See `s2kernels.select.scores` for what the scores are.
 
     Raises ValueError for a model type that the coupling table lacks, a budget that the model does
-    not admit or that names no target, and batches that are missing.
+    not admit or that names no target, batches that are missing, and scores of a model that is split
+    by tensor parallelism.
     """
     found = structures(model)
     # attention and FFN may each have a projection of one name
@@ -66,13 +68,18 @@ def select_indices(
         for name, structure in owners.items()
     }
     check_budget_pattern(config, targets)
-    chosen = copy.copy(config)
+    chosen, shards = copy.copy(config), num_shards(model)
     if (config.selection, config.scope) == ("random", "layer"):
         chosen.indices = {
-            target: drawn_index(config, structure, leaf).tolist()
+            target: drawn_index(config, structure, leaf, shards).tolist()
             for target, (structure, leaf) in targets.items()
         }
         return chosen
+    if shards > 1:
+        raise ValueError(
+            "tensor parallelism splits the model: selection must be 'random' in scope 'layer' "
+            f"there, got {config.selection!r} in {config.scope!r}; or give indices"
+        )
     values: dict[str, Tensor] = {}
     if config.selection != "random":  # which may take long: all else was looked at before
         values = scores(model, config.selection, batches, progress=progress)
@@ -132,35 +139,61 @@ def _drawn(config: S2FTConfig, owners: Mapping[str, Structure], leaf: str) -> di
     return {name: values[source] for name, source in sources.items()}
 
 
-def drawn_index(config: S2FTConfig, structure: Structure, leaf: str) -> Tensor:
+def drawn_index(config: S2FTConfig, structure: Structure, leaf: str, shards: int = 1) -> Tensor:
     """The channels that the target `leaf` of a structure trains, drawn at random: int32 (R,), of
     experts (num_experts, R).
 
     They are a function of (seed, name of the structure), or of the target for coupled=False; those
     of an expert, of its number, too.
+
+    shards: into how many equal parts tensor parallelism splits the units. Each trains those at
+    the same places, so that each has equally many, of the KV heads they read, too. Raises
+    ValueError for units that cannot be split so.
     """
     key = f"{structure.name}.{leaf}"
     source = structure.name if config.coupled else key
     is_mixture = structure.kind == "experts"
-    total, count = units_of_part(structure), target_budget(config, structure, key)
+    total, block = units_of_part(structure), block_of(config, structure)
+    if shards > 1 and total % (shards * block):
+        raise ValueError(
+            f"{key}: tensor parallelism splits {total} {structure.unit}s over {shards} "
+            f"processes, which needs a multiple of {shards * block}"
+        )
+    total //= shards
+    count = target_budget(config, structure, key, shards) // shards
     parts = [
-        part * total
+        (part * shards + shard) * total
         + random_units(
-            config.seed,
-            f"{source}.{part}" if is_mixture else source,
-            total,
-            count,
-            block_of(config, structure),
+            config.seed, f"{source}.{part}" if is_mixture else source, total, count, block
         )
         for part in range(structure.num_experts)
+        for shard in range(shards)
     ]
     return structure.channels(structure.role(leaf), torch.cat(parts))
 
 
-def target_budget(config: S2FTConfig, structure: Structure, key: str) -> int:
-    """How many units of the structure, of experts: of each expert, the target `key` trains."""
+def given_index(config: S2FTConfig, key: str) -> Tensor:
+    """The channels that `config.indices` names for a target: int32 (R,), of experts (E, R)."""
+    assert config.indices is not None
+    try:
+        given = torch.tensor(config.indices[key], device="cpu")
+        if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+            raise TypeError(f"got {given.dtype}")
+        return torch.tensor(config.indices[key], dtype=torch.int32, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:  # the last one of too large numbers
+        raise ValueError(
+            f"indices[{key!r}] must be a list of whole numbers, of experts as many for each: "
+            f"{error}"
+        ) from None
+
+
+def target_budget(config: S2FTConfig, structure: Structure, key: str, shards: int = 1) -> int:
+    """How many units of the structure, of experts: of each expert, the target `key` trains: as many
+    of each shard.
+    """
     name = "heads" if structure.kind == "attention" else "channels"
-    return own_budget(config, name, key, units_of_part(structure), block_of(config, structure))
+    block = block_of(config, structure) * shards
+    return own_budget(config, name, key, units_of_part(structure), block)
 
 
 def own_budget(config: S2FTConfig, name: str, key: str, total: int, block: int = 1) -> int:

@@ -1,0 +1,291 @@
+"""A linear layer that a tp_plan of transformers has split, and the slice that each process trains.
+
+A plan splits a weight W (N, K) along the axis on which the channels of its slice lie: that of a
+colwise layer by rows, which are its output channels, that of a rowwise one by columns. So each
+process r holds whole channels, and trains those that lie in its part W_r:
+
+    colwise, dim="out"   y_r = x W_rᵀ                  dx = sum over r of dy_r W_r
+    rowwise, dim="in"    y = sum over r of x_r W_rᵀ    dx_r = dy W_r
+
+The sums are those of the model without an adapter, and nothing else is exchanged. Index and
+fingerprint are those of all channels, the same everywhere. Delta is a DTensor that is sharded along
+its channels: in the order of the index, process r has the r-th part.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.utils.integrations import skip_init_on_device
+from torch import Tensor, nn
+from torch.distributed import tensor as distributed
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    ColwiseParallel,
+    RowwiseParallel,
+    replace_layer_number_by_wildcard,
+)
+
+from s2kernels.architectures import Member
+from s2kernels.peft.host.kept_buffers import local
+from s2kernels.peft.host.premises import Premises
+from s2kernels.peft.host.weights import WeightKeeper
+from s2kernels.peft.host.written_layer import Held
+from s2kernels.peft.s2ft.config import S2FTConfig
+from s2kernels.peft.s2ft.linear import LinearCall, S2FTLinear
+
+
+def check_parallel(config: S2FTConfig) -> None:
+    """Raises ValueError for what an adapter cannot have in a model that a tp_plan has split."""
+    if config.layout == "permute":
+        raise ValueError(
+            "layout='permute' does not go with tensor parallelism: use layout='gather'"
+        )
+    if config.modules_to_save:
+        raise ValueError(
+            "tensor parallelism has no place for modules that are trained whole: leave out "
+            f"modules_to_save, got {sorted(config.modules_to_save)}"
+        )
+
+
+class Style:
+    """How a plan splits a layer `base` over the processes of `mesh`: the exchanges around it.
+
+    Raises ValueError for a layer that is not split along the axis of its channels, `dim`.
+    """
+
+    def __init__(self, model: Any, base: Any, name: str, dim: str) -> None:
+        wanted, self.axis, kind = {
+            "in": ("rowwise", 1, RowwiseParallel),
+            "out": ("colwise", 0, ColwiseParallel),
+        }[dim]
+        planned = model.tp_plan.get(replace_layer_number_by_wildcard(name))
+        self._style: Any = ALL_PARALLEL_STYLES[planned] if planned is not None else None
+        weight = base.weight
+        if not (
+            isinstance(self._style, kind)
+            and type(base) is nn.Linear
+            and isinstance(weight, DTensor)
+            and weight.is_floating_point()
+            and weight.placements == (Shard(self.axis),)
+        ):
+            raise ValueError(
+                f"{name} cannot be trained under tensor parallelism: a torch.nn.Linear that the "
+                f"tp_plan makes {wanted} is needed for its {dim}put channels, got a "
+                f"{type(base).__name__} that it makes {planned}; name other target_modules"
+            )
+        self.mesh = weight.device_mesh
+        self.num_shards, self.rank = self.mesh.size(), self.mesh.get_local_rank()
+        # what the style asks for its sizes; the bias of a rowwise layer is added once, in `leave`
+        self._sizes = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        self._adds_bias = dim == "in"
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What the part of this process multiplies."""
+        (x,), _ = self._style.transform_inputs_pre_forward(self._sizes, (x,), {}, self.mesh)
+        if isinstance(x, DTensor):
+            x = x.to_local(grad_placements=[Partial()] if self.axis == 0 else None)
+        return x
+
+    def bias_here(self, bias: Tensor | None) -> Tensor | None:
+        """What is added to the product of the part of this process."""
+        return None if bias is None or self._adds_bias else here(bias)
+
+    def leave(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """The output of the layer, from what the part of this process gives."""
+        y = self._style.transform_output_post_forward(self._sizes, y, self.mesh)
+        return y if bias is None or not self._adds_bias else y + here(bias).to(y.dtype)
+
+
+class ParallelLinear(S2FTLinear):
+    """An S2FTLinear whose `weight` is the part that this process holds; see the module.
+
+    Raises ValueError as `Style` does.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        keeper: WeightKeeper,
+        name: str,
+        dim: str,
+        structure: str | None = None,
+        member: Member | None = None,
+    ) -> None:
+        self.style = Style(keeper.model, base_layer, name, dim)
+        super().__init__(base_layer, keeper, name, dim, structure, member)
+
+    @property
+    def weight(self) -> Tensor:
+        """The part (N_r, K) or (N, K_r) of this process, in the memory of the DTensor."""
+        whole: Any = self.get_base_layer().weight
+        part, value = vars(self).get("_part", (None, None))
+        if part is not whole._local_tensor:
+            part = whole._local_tensor
+            value = nn.Parameter(part, requires_grad=False)
+            vars(self)["_part"] = part, value  # as an attribute it would be saved, too
+        return value.requires_grad_(whole.requires_grad)
+
+    def obstacle(self) -> str | None:
+        return self.keeper.obstacles.of(self.get_base_layer().weight)  # type: ignore[arg-type]
+
+    # What is of all channels, and what of those here
+
+    def _check_index(self, name: str, index: Tensor) -> int:
+        num, shards = super()._check_index(name, index), self.style.num_shards
+        owners = index.long() // self._width
+        counts = torch.bincount(owners, minlength=shards)
+        balanced = torch.arange(shards, device=index.device).repeat_interleave(num // shards)
+        if not torch.equal(owners, balanced):
+            raise ValueError(
+                f"{self.name}: {name} must name equally many channels of each of the {shards} "
+                f"parts of {self._width} into which tensor parallelism splits the layer, those of "
+                f"the first part first; got {counts.tolist()}"
+            )
+        return num
+
+    @property
+    def _width(self) -> int:
+        """Channels of the largest part, which is that of all processes but the last ones."""
+        return -(-self.num_channels // self.style.num_shards)
+
+    def working(self, index: Tensor) -> Tensor:
+        return self._of_this_process(index) - self.style.rank * self._width
+
+    def _of_this_process(self, values: Tensor) -> Tensor:
+        """Of values (R,) of all channels, those of the channels here."""
+        return values.chunk(self.style.num_shards)[self.style.rank]
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        mesh, placements = self.style.mesh, [Shard(self.axis)]
+        return distributed.zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+
+    # PEFT cannot leave a DTensor on the meta device, as low_cpu_mem_usage has it
+    add = skip_init_on_device(S2FTLinear.add)
+
+    def fingerprint_of(self, base: Tensor) -> Tensor:
+        return self._gather(super().fingerprint_of(base))
+
+    def check_fingerprint(self, expected: Tensor, base: Tensor) -> None:
+        """Raises ValueError on all processes where that of one differs."""
+        error = None
+        try:
+            super().check_fingerprint(self._of_this_process(expected), base)
+        except ValueError as caught:
+            error = caught
+        if self._gather(torch.tensor([error is not None])).any() and error is None:
+            error = ValueError(f"{self.name}: the adapter was trained on another base")
+        if error is not None:
+            raise error
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """The values of all processes, one after the other."""
+        mesh = self.style.mesh
+        values = values.to(mesh.device_type)
+        return DTensor.from_local(values, mesh, [Shard(0)], run_check=False).full_tensor()
+
+    def receive(self, adapter: str, index: Tensor, delta: Tensor) -> Tensor:
+        """The delta of an adapter as it comes from a file, whole, as one of this layer, which is
+        made anew where it trains another number of channels. The index has been checked.
+        """
+        if index.shape != self.s2ft_index[adapter].shape:
+            trained = self.s2ft_delta[adapter].requires_grad
+            settings = self.modes[adapter], self.layouts[adapter], self.fuse[adapter]
+            self.update_layer(adapter, index, *settings)
+            self.s2ft_delta[adapter].requires_grad_(trained)
+        if isinstance(delta, DTensor):
+            return delta
+        delta = delta.to(self.weight.device)
+        return distribute_tensor(delta, self.style.mesh, [Shard(self.axis)], src_data_rank=None)
+
+    # What is written into the part, and computed with it
+
+    def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
+        return super().entries(held, None if delta is None else local(delta))
+
+    def note(self, premises: Premises, adapter: str | None) -> None:
+        super().note(premises, adapter)
+        premises.as_trainable(self.get_base_layer().weight)  # type: ignore[arg-type]
+
+    def prepare(self) -> LinearCall:
+        if self.keeper.obstacles.sharded:
+            raise ValueError(
+                f"{self.name}: FSDP has sharded a model that is split by tensor parallelism, and "
+                "an adapter takes one of both: leave one out"
+            )
+        if self.get_base_layer().weight.requires_grad and self.active():
+            raise ValueError(
+                f"{self.name}: its weight is trained whole, which does not go with an adapter "
+                "under tensor parallelism: freeze it"
+            )
+        return super().prepare()
+
+    def _compute(self, x: Tensor, call: LinearCall, *args: Any, **kwargs: Any) -> Tensor:
+        if call.matrix is None:
+            return super()._compute(x, call, *args, **kwargs)
+        slices = [(here(delta), where) for delta, where in call.slices]
+        part = call._replace(slices=slices, bias=self.style.bias_here(call.bias))
+        return self.style.leave(super()._compute(self.style.enter(x), part), call.bias)
+
+    def _forward_mixed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise ValueError("adapter_names does not go with tensor parallelism: call set_adapter")
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        raise ValueError(
+            f"{self.name}: a process has a part of the adapter only: save it, and load it without "
+            "a tp_plan"
+        )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+def receive_all(model: nn.Module, adapter: str, loaded: dict[str, Tensor]) -> None:
+    """Have the deltas in `loaded`, by their names in the model, be as the layers take them: see
+    `ParallelLinear.receive`. Raises ValueError, before anything changes, for an index that is not
+    balanced over the parts.
+    """
+    found = []
+    for name, layer in _layers(model, adapter):
+        index, delta = (f"{name}.s2ft_{part}.{adapter}" for part in ("index", "delta"))
+        if index in loaded and delta in loaded:
+            layer._check_index(f"s2ft_index of adapter {adapter!r}", loaded[index])
+            found.append((layer, index, delta))
+    for layer, index, delta in found:
+        loaded[delta] = layer.receive(adapter, loaded[index], loaded[delta])
+
+
+def indices_of_parallel(model: nn.Module, adapter: str) -> dict[str, list[int]]:
+    """`S2FTConfig.indices` of an adapter in a model that is split, by target; else none."""
+    return {layer.name: layer.s2ft_index[adapter].tolist() for _, layer in _layers(model, adapter)}
+
+
+def _layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, ParallelLinear]]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, ParallelLinear) and adapter in layer.modes:
+            yield name, layer
+
+
+def here(value: Tensor) -> Tensor:
+    """The part of a DTensor that this process has, for autograd."""
+    return _Here.apply(value) if isinstance(value, DTensor) else value
+
+
+class _Here(torch.autograd.Function):
+    """`DTensor.to_local`, whose backward also notices that the DTensor was written to since the
+    forward. Autograd asks for that of what a Function has saved, and writing to a DTensor does not
+    show in its part.
+    """
+
+    @staticmethod
+    def forward(ctx, value):
+        ctx.save_for_backward(value)
+        return value._local_tensor.view_as(value._local_tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (value,) = ctx.saved_tensors
+        mesh, placements = value.device_mesh, value.placements
+        whole = dict(shape=value.shape, stride=value.stride())
+        return DTensor.from_local(grad, mesh, placements, run_check=False, **whole)
