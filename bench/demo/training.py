@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM
 from bench.demo import corpus
 from bench.demo.job import Entrant, Job
 from bench.measure import timing
-from bench.methods import Options, adamw
+from bench.methods import Options
+from bench.methods.base import adamw
 
 
 class Run:

@@ -20,9 +20,9 @@ class Method(ABC):
     base       the given model; its layers are changed where the method changes layers
     optimizer  of what is trained; None where nothing is
     full_depth whether dx is computed down to the embedding, not to the first trained layer
-    period     how many steps apart it does work that other steps do not have; None where all are
-               alike. 1 / period of that work is part of the cost of a step. Such a method has
-               make_due(), after which the next step does all of this work.
+    period     of work that is done once in so many steps; None where all steps are alike. The cost
+               of a step has 1 / period of it. A method with a period has make_due(): its next step
+               does all of that work.
     """
 
     name: ClassVar[str]
