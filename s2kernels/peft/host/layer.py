@@ -189,12 +189,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
         self, adapter: str, mode: str, shape: Sequence[int], index: Tensor, dtype: Any = None
     ) -> None:
         """Have an adapter of zeros, fp32 by default, at an index that the caller has checked."""
-        weight = self.weight
-        if dtype is None:
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = dtype or (torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
         # On the meta device PEFT loads the tensors afterwards; then they are only declared here.
         self.deltas[adapter] = nn.Parameter(self.zeros(shape, dtype))
-        self.indices[adapter] = index.to(home_of(weight))
+        self.indices[adapter] = index.to(home_of(self.weight))
         self.modes[adapter] = mode
         with with_values():
             if not index.is_meta:
