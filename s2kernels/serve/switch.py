@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from s2kernels import backend
 from s2kernels.adapter import Slice
+from s2kernels.serve.words import Words, exchange
 
 # Adapters whose values are kept ready to be written: that before, and this one.
 _PREPARED = 2
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +30,7 @@ class _Patch:
     """What an adapter writes into one weight (N, K), and what was there.
 
     index int32 (R,); base and value (N, R) for axis 1, (R, K) for axis 0, in the weight's dtype.
+    words: how a CPU writes them, None on a GPU.
     """
 
     name: str
@@ -39,6 +39,7 @@ class _Patch:
     index: Tensor
     base: Tensor
     value: Tensor
+    words: Words | None
     parameter: Tensor
     version: int
 
@@ -46,24 +47,19 @@ class _Patch:
     def dim(self) -> str:
         return "in" if self.axis == 1 else "out"
 
-    def is_current(self) -> bool:
+    def is_current(self, parameter: Tensor) -> bool:
         """Whether the weight is as it was when `base` was copied, as far as autograd knows."""
-        same = self.parameter.data_ptr() == self.weight.data_ptr()
-        return same and self.parameter._version == self.version
+        same = parameter is self.parameter and parameter.data_ptr() == self.address
+        return same and parameter._version == self.version
 
     @cached_property
-    def where(self) -> slice | Tensor:
-        """The index as int64, or as a slice where it is a run."""
-        first, size = int(self.index[0]), len(self.index)
-        run = torch.arange(first, first + size, dtype=torch.int32, device=self.index.device)
-        return slice(first, first + size) if torch.equal(self.index, run) else self.index.long()
+    def address(self) -> int:
+        return self.weight.data_ptr()
 
     @cached_property
-    def bits(self) -> tuple:
-        """The index, and the weight, base and value as integers, which NumPy has in all sizes."""
-        integers = _INTEGERS[self.weight.itemsize]
-        tensors = (self.weight, self.base, self.value)
-        return self.index.numpy(), *(tensor.view(integers).numpy() for tensor in tensors)
+    def layout(self) -> tuple[int, ...]:
+        """Equal for channels along the same axis of the same weight."""
+        return self.address, self.axis, *self.weight.shape, *self.weight.stride()
 
 
 class Switcher:
@@ -102,7 +98,8 @@ class Switcher:
                 same = (index[:, None] == patch.index[None, :].long()).nonzero()
                 found.index_copy_(axis, same[:, 0], patch.base.index_select(axis, same[:, 1]))
             else:
-                found.index_copy_(patch.axis, patch.index.long(), patch.base[_at(axis, index)])
+                values = patch.base.index_select(axis, index)
+                found.index_copy_(patch.axis, patch.index.long(), values)
         return found
 
     def shape(self, name: str) -> tuple[int, int]:
@@ -125,12 +122,10 @@ class Switcher:
         old, self._written = self._written, [*self._written, *new]
         self.active = None if slices is None else key
         try:
-            # Restored first: where the two meet, the new value has to win.
-            _write(old, restore=True)
-            _write(new, restore=False)
+            _exchange(old, new)
         except BaseException:
             self.active = None
-            _write(self._written, restore=True)
+            _exchange(self._written, [])
             self._written = []
             raise
         self._written = new
@@ -145,7 +140,7 @@ class Switcher:
         return patches
 
     def _is_current(self, patch: _Patch) -> bool:
-        return self._module(patch.name).weight is patch.parameter and patch.is_current()
+        return patch.is_current(cast(Tensor, self._module(patch.name).weight))
 
     def _patch(self, name: str, part: Slice) -> _Patch:
         if part.delta.dim() == 3:
@@ -160,22 +155,27 @@ class Switcher:
             raise ValueError(
                 f"{name}: delta must have shape {tuple(base.shape)}, got {tuple(delta.shape)}"
             )
+        index, value = part.index.to(weight.device), (base + delta).to(weight.dtype)
         return _Patch(
             name,
             weight,
             part.axis,
-            part.index.to(weight.device),
+            index,
             base,
-            (base + delta).to(weight.dtype),
+            value,
+            Words(weight, part.axis, index, base, value) if _is_on_cpu(weight) else None,
             parameter := cast(Tensor, self._module(name).weight),
             parameter._version,
         )
 
     def _module(self, name: str) -> nn.Module:
-        try:
-            return self._model.get_submodule(name)
-        except AttributeError:
+        module: Any = self._model
+        try:  # Not by get_submodule, which takes longer than all checks of a switch.
+            for part in name.split("."):
+                module = module._modules[part]
+        except (AttributeError, KeyError):
             raise ValueError(f"{name}: the model has no such layer") from None
+        return module
 
     def _weight(self, name: str) -> Tensor | None:
         """(N, K), which shares the memory of the parameter; None if it is not a dense matrix."""
@@ -190,13 +190,33 @@ class Switcher:
         return matrix if tuple(matrix.shape) == self.shape(name) else None
 
 
-def _at(axis: int, index: Tensor | slice) -> Any:
-    return (slice(None), index) if axis == 1 else index
+def _exchange(old: list[_Patch], new: list[_Patch]) -> None:
+    """Restore the old ones, then write the new ones: where the two meet, the new value has to win.
+
+    On a CPU two of the same weight go together, unless there are more of a weight.
+    """
+    alone = len({p.address for p in old}) == len(old) and len({p.address for p in new}) == len(new)
+    left = {p.layout: p for p in old if p.words is not None} if alone else {}
+    pairs = [(left.pop(p.layout), p) for p in new if p.layout in left]
+    if len(pairs) < len(old):
+        paired = {p for p, _ in pairs}
+        _write([p for p in old if p not in paired], restore=True)
+    for other, patch in pairs:
+        assert other.words is not None and patch.words is not None
+        exchange(other.words, patch.words)
+    if len(pairs) < len(new):
+        paired = {p for _, p in pairs}
+        _write([p for p in new if p not in paired], restore=False)
 
 
 def _write(patches: list[_Patch], restore: bool) -> None:
     """What the base held there, or the values of the adapter; one launch on a GPU."""
-    rest = [patch for patch in patches if not _is_on_cpu(patch)]
+    rest = []
+    for patch in patches:
+        if patch.words is None:
+            rest.append(patch)
+        else:
+            patch.words.write(restore)
     if rest:
         backend.select(rest[0].weight).slice_write(
             [patch.weight for patch in rest],
@@ -205,23 +225,7 @@ def _write(patches: list[_Patch], restore: bool) -> None:
             [patch.index for patch in rest],
             [patch.dim for patch in rest],
         )
-    for patch in patches:
-        if _is_on_cpu(patch):
-            _write_on_cpu(patch, restore)
 
 
-def _is_on_cpu(patch: _Patch) -> bool:
-    return patch.weight.device.type == "cpu"
-
-
-def _write_on_cpu(patch: _Patch, restore: bool) -> None:
-    """Rows by NumPy, a scatter for columns: torch's index_copy_ takes up to three times as long."""
-    if isinstance(patch.where, Tensor) and patch.axis == 0:
-        index, weight, base, value = patch.bits
-        weight[index] = base if restore else value
-        return
-    value = patch.base if restore else patch.value
-    if isinstance(patch.where, slice):
-        patch.weight[_at(patch.axis, patch.where)] = value
-    else:
-        patch.weight.scatter_(1, patch.where.expand(len(patch.weight), -1), value)
+def _is_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu"
