@@ -9,6 +9,7 @@ back bit for bit, however many switches there were (S2FT section 6.2, Figure 6b,
 adapter to what is there, which drifts).
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -47,19 +48,18 @@ class _Patch:
     def dim(self) -> str:
         return "in" if self.axis == 1 else "out"
 
-    def is_current(self, parameter: Tensor) -> bool:
-        """Whether the weight is as it was when `base` was copied, as far as autograd knows."""
-        same = parameter is self.parameter and parameter.data_ptr() == self.address
-        return same and parameter._version == self.version
-
     @cached_property
     def address(self) -> int:
         return self.weight.data_ptr()
 
-    @cached_property
-    def layout(self) -> tuple[int, ...]:
+    @property
+    def layout(self) -> Hashable:
         """Equal for channels along the same axis of the same weight."""
         return self.address, self.axis, *self.weight.shape, *self.weight.stride()
+
+
+# Of one adapter, by layout, or each by itself where several are of one weight, and on a GPU.
+_Patches = dict[Hashable, _Patch]
 
 
 class Switcher:
@@ -70,8 +70,8 @@ class Switcher:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._written: list[_Patch] = []
-        self._prepared: OrderedDict[Hashable, list[_Patch]] = OrderedDict()
+        self._written: list[_Patches] = []  # more than one only while one replaces another
+        self._prepared: OrderedDict[Hashable, _Patches] = OrderedDict()
         self.active: Hashable = None
 
     def base_slice(self, name: str, index: Tensor, dim: str) -> Tensor | None:
@@ -91,7 +91,7 @@ class Switcher:
             return None
         index = index.to(weight.device).long()
         found = weight.index_select(axis, index)
-        for patch in self._written:
+        for patch in itertools.chain.from_iterable(of.values() for of in self._written):
             if patch.weight.data_ptr() != weight.data_ptr():
                 continue
             if patch.axis == axis:
@@ -118,29 +118,39 @@ class Switcher:
         anything is changed, where a layer is missing, does not fit or has no dense floating weight.
         After any other exception the weights hold W0.
         """
-        new = [] if slices is None else self._prepare(key, slices)
-        old, self._written = self._written, [*self._written, *new]
+        new = {} if slices is None else self._prepare(key, slices)
+        written = self._written
+        self._written = [*written, new]
         self.active = None if slices is None else key
         try:
-            _exchange(old, new)
+            for old in written[1:]:  # of a switch whose end was interrupted twice
+                _exchange(old, {})
+            _exchange(written[0] if written else {}, new)
         except BaseException:
             self.active = None
-            _exchange(self._written, [])
+            for patches in self._written:
+                _exchange(patches, {})
             self._written = []
             raise
-        self._written = new
+        self._written = [new]
 
-    def _prepare(self, key: Hashable, slices: Mapping[str, Slice]) -> list[_Patch]:
+    def _prepare(self, key: Hashable, slices: Mapping[str, Slice]) -> _Patches:
         patches = self._prepared.pop(key, None)
-        if patches is None or not all(self._is_current(patch) for patch in patches):
-            patches = [self._patch(name, part) for name, part in slices.items()]
+        if patches is None or not all(self._is_current(patch) for patch in patches.values()):
+            made = [self._patch(name, part) for name, part in slices.items()]
+            alone = len({patch.address for patch in made}) == len(made)
+            patches = {patch.layout if alone and patch.words else patch: patch for patch in made}
         self._prepared[key] = patches
         while len(self._prepared) > _PREPARED:
             self._prepared.popitem(last=False)
         return patches
 
     def _is_current(self, patch: _Patch) -> bool:
-        return patch.is_current(cast(Tensor, self._module(patch.name).weight))
+        """Whether the weight is as it was when its base was copied, as far as autograd knows."""
+        parameter = self._module(patch.name)._parameters.get("weight")
+        if parameter is not patch.parameter:
+            return False
+        return parameter.data_ptr() == patch.address and parameter._version == patch.version
 
     def _patch(self, name: str, part: Slice) -> _Patch:
         if part.delta.dim() == 3:
@@ -190,23 +200,20 @@ class Switcher:
         return matrix if tuple(matrix.shape) == self.shape(name) else None
 
 
-def _exchange(old: list[_Patch], new: list[_Patch]) -> None:
+def _exchange(old: _Patches, new: _Patches) -> None:
     """Restore the old ones, then write the new ones: where the two meet, the new value has to win.
 
-    On a CPU two of the same weight go together, unless there are more of a weight.
+    On a CPU those of the same layout go together.
     """
-    alone = len({p.address for p in old}) == len(old) and len({p.address for p in new}) == len(new)
-    left = {p.layout: p for p in old if p.words is not None} if alone else {}
-    pairs = [(left.pop(p.layout), p) for p in new if p.layout in left]
-    if len(pairs) < len(old):
-        paired = {p for p, _ in pairs}
-        _write([p for p in old if p not in paired], restore=True)
-    for other, patch in pairs:
-        assert other.words is not None and patch.words is not None
-        exchange(other.words, patch.words)
-    if len(pairs) < len(new):
-        paired = {p for _, p in pairs}
-        _write([p for p in new if p not in paired], restore=False)
+    differ = old.keys() != new.keys()
+    if differ:
+        _write([patch for layout, patch in old.items() if layout not in new], restore=True)
+    for layout, patch in new.items():
+        other = old.get(layout)
+        if other and other.words and patch.words:
+            exchange(other.words, patch.words)
+    if differ:
+        _write([patch for layout, patch in new.items() if layout not in old], restore=False)
 
 
 def _write(patches: list[_Patch], restore: bool) -> None:

@@ -39,7 +39,10 @@ class Words:
         self.num_rows = 1 if whole else length
         self.block_rows = max(1, min(self.num_rows, _ROWS, _WORDS // len(first)))
         rows = np.arange(self.block_rows) * along
-        self._places = (rows[:, None] + first).ravel()
+        # Of the words of the first block; a slice takes a third of the time of as many places.
+        self._where: slice | np.ndarray = (rows[:, None] + first).ravel()
+        if len(first) == 1:
+            self._where = slice(int(first[0]), int(first[0]) + self.block_rows * along, along)
 
         word = np.dtype(f"V{size * weight.itemsize}")
         numbers = 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
@@ -54,13 +57,15 @@ class Words:
 
     def write_block(self, first: int, restore: bool) -> None:
         """The values of the adapter, or of the base, for the block that begins at row `first`."""
-        place, start = first * self._in_row, first * self._along
-        words = self._values[restore][place : place + len(self._places)]
-        if self._in_row == 1:
-            start += int(self._places[0])
-            self._memory[start : start + len(words) * self._along : self._along] = words
-        else:
-            self._memory[start:][self._places[: len(words)]] = words
+        memory, where, words = self._memory, self._where, self._values[restore]
+        if self.block_rows < self.num_rows:
+            memory = memory[first * self._along :]
+            words = words[first * self._in_row : (first + self.block_rows) * self._in_row]
+            if isinstance(where, slice):
+                where = slice(where.start, where.start + len(words) * self._along, self._along)
+            else:
+                where = where[: len(words)]
+        memory[where] = words
 
     def write(self, restore: bool) -> None:
         for first in range(0, self.num_rows, self.block_rows):

@@ -152,7 +152,8 @@ def test_a_thousand_switches_with_exceptions_leave_no_trace(monkeypatch):
         fuse[0] -= 1
         if fuse[0] == 0:
             if draw.random() < 0.5:  # half done
-                words._memory[words._places[::2]] = np.zeros((), words._memory.dtype)
+                places = np.arange(len(words._memory))[words._where][::2]
+                words._memory[places] = np.zeros((), words._memory.dtype)
             else:
                 write(words, first, restore)
             raise draw.choice([MemoryError, KeyboardInterrupt, ValueError])("injected")
