@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The most rows and words of a block. 256 to 1024 rows took equally long, all rows at once up to
-# a fifth longer; the words' places have to fit into the cache of the second level.
+# The most rows and words of a block. With 32 columns, 64 to 512 rows took about equally long, all
+# rows at once up to a fifth longer; the words' places have to fit into the second level's cache.
 _ROWS, _WORDS = 1024, 2**14
 
 
@@ -39,7 +39,7 @@ class Words:
         self.num_rows = 1 if whole else length
         self.block_rows = max(1, min(self.num_rows, _ROWS, _WORDS // len(first)))
         rows = np.arange(self.block_rows) * along
-        # Of the words of the first block; a slice takes a third of the time of as many places.
+        # Of the words of the first block; a slice takes about half as long as so many places.
         self._where: slice | np.ndarray = (rows[:, None] + first).ravel()
         if len(first) == 1:
             self._where = slice(int(first[0]), int(first[0]) + self.block_rows * along, along)
