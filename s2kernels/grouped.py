@@ -11,10 +11,11 @@ signatures in Triton.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from s2kernels.groups import Bags, Groups
+
+_SUM = 0  # the mode of an embedding bag
 
 # The gradient of an embedding bag's weights is each row times its bag's vector, without a copy of
 # the rows. Not a public op of torch: without it the rows are copied.
@@ -32,12 +33,11 @@ def grouped_in_(y: Tensor, x: Tensor, pool: Tensor, groups: Groups) -> Tensor:
     bags, products = groups.parts(pool.shape[1])
     if bags is not None:
         layout = bags.layout
-        places = torch.add(bags.channels, layout.token, alpha=x.shape[1])
-        weights = x.reshape(-1).index_select(0, places)
-        sums = F.embedding_bag(
-            bags.rows, pool, layout.offsets, mode="sum", per_sample_weights=weights
+        # What F.embedding_bag calls, without its checks in Python.
+        sums, *_ = torch.embedding_bag(
+            pool, bags.rows, layout.offsets, False, _SUM, False, x.take(bags.places(x.shape[1]))
         )
-        if len(layout.tokens) == y.shape[0]:  # all of them, ascending
+        if layout.num_tokens == y.shape[0]:  # all of them, ascending
             y.add_(sums)
         else:
             y.index_add_(0, layout.tokens, sums)
@@ -75,7 +75,7 @@ def _dots(x: Tensor, pool: Tensor, bags: Bags) -> Tensor:
     layout = bags.layout
     if _ROW_DOTS is None:
         return (pool.index_select(0, bags.rows) * x.index_select(0, layout.token)).sum(1)
-    x = x if len(layout.tokens) == len(x) else x.index_select(0, layout.tokens)
+    x = x if layout.num_tokens == len(x) else x.index_select(0, layout.tokens)
     return _ROW_DOTS(x, pool, bags.rows, layout.offsets, layout.bag, 0, -1)
 
 

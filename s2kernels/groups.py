@@ -116,6 +116,10 @@ class Layout:
     group: Tensor
     entry: Tensor
 
+    @cached_property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
 
 @dataclass(frozen=True, eq=False)
 class Bags:
@@ -124,6 +128,16 @@ class Bags:
     layout: Layout
     rows: Tensor
     channels: Tensor
+
+    def places(self, width: int) -> Tensor:
+        """Where the entries' channels are in x (M, width), all in one dimension; int64 (S,)."""
+        if width not in self._places:
+            self._places[width] = torch.add(self.channels, self.layout.token, alpha=width)
+        return self._places[width]
+
+    @cached_property
+    def _places(self) -> dict[int, Tensor]:
+        return {}
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,13 +65,16 @@ class GroupedLayers:
             if assignment is None:
                 return None
             x = args[0]
-            shape = x.shape[:2] if x.dim() == 3 else getattr(local, "shape", None)
-            if shape is None or shape.numel() != x.numel() // x.shape[-1]:
-                raise ValueError(
-                    "a layer with adapters must get (rows, tokens, channels), or the model all of "
-                    f"its tokens, got shape {tuple(x.shape)}"
-                )
-            groups = assignment.plan(*shape).groups(place)
+            *batch, width = x.shape
+            if len(batch) != 2:
+                shape = getattr(local, "shape", None)
+                if shape is None or shape.numel() != x.numel() // width:
+                    raise ValueError(
+                        "a layer with adapters must get (rows, tokens, channels), or the model "
+                        f"all of its tokens, got shape {tuple(x.shape)}"
+                    )
+                batch = shape
+            groups = assignment.plan(*batch).groups(place)
             if groups is None:
                 return None
             if output.requires_grad and torch.is_grad_enabled():
@@ -84,7 +87,7 @@ class GroupedLayers:
                     f"but a layer got {x.dtype} and gave {output.dtype}"
                 )
             y = output.view(-1, output.shape[-1])
-            grouped(y, x.reshape(-1, x.shape[-1]), pool, groups)
+            grouped(y, x.reshape(-1, width), pool, groups)
             return output
 
         return hook

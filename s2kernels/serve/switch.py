@@ -9,21 +9,21 @@ back bit for bit, however many switches there were (S2FT section 6.2, Figure 6b,
 adapter to what is there, which drifts).
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from s2kernels import backend
 from s2kernels.adapter import Slice
+from s2kernels.serve.words import Words, exchange
 
 # Adapters whose values are kept ready to be written: that before, and this one.
 _PREPARED = 2
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,7 @@ class _Patch:
     """What an adapter writes into one weight (N, K), and what was there.
 
     index int32 (R,); base and value (N, R) for axis 1, (R, K) for axis 0, in the weight's dtype.
+    words: how a CPU writes them, None on a GPU.
     """
 
     name: str
@@ -39,6 +40,7 @@ class _Patch:
     index: Tensor
     base: Tensor
     value: Tensor
+    words: Words | None
     parameter: Tensor
     version: int
 
@@ -46,24 +48,18 @@ class _Patch:
     def dim(self) -> str:
         return "in" if self.axis == 1 else "out"
 
-    def is_current(self) -> bool:
-        """Whether the weight is as it was when `base` was copied, as far as autograd knows."""
-        same = self.parameter.data_ptr() == self.weight.data_ptr()
-        return same and self.parameter._version == self.version
-
     @cached_property
-    def where(self) -> slice | Tensor:
-        """The index as int64, or as a slice where it is a run."""
-        first, size = int(self.index[0]), len(self.index)
-        run = torch.arange(first, first + size, dtype=torch.int32, device=self.index.device)
-        return slice(first, first + size) if torch.equal(self.index, run) else self.index.long()
+    def address(self) -> int:
+        return self.weight.data_ptr()
 
-    @cached_property
-    def bits(self) -> tuple:
-        """The index, and the weight, base and value as integers, which NumPy has in all sizes."""
-        integers = _INTEGERS[self.weight.itemsize]
-        tensors = (self.weight, self.base, self.value)
-        return self.index.numpy(), *(tensor.view(integers).numpy() for tensor in tensors)
+    @property
+    def layout(self) -> Hashable:
+        """Equal for channels along the same axis of the same weight."""
+        return self.address, self.axis, *self.weight.shape, *self.weight.stride()
+
+
+# Of one adapter, by layout, or each by itself where several are of one weight, and on a GPU.
+_Patches = dict[Hashable, _Patch]
 
 
 class Switcher:
@@ -74,8 +70,8 @@ class Switcher:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._written: list[_Patch] = []
-        self._prepared: OrderedDict[Hashable, list[_Patch]] = OrderedDict()
+        self._written: list[_Patches] = []  # more than one only while one replaces another
+        self._prepared: OrderedDict[Hashable, _Patches] = OrderedDict()
         self.active: Hashable = None
 
     def base_slice(self, name: str, index: Tensor, dim: str) -> Tensor | None:
@@ -95,14 +91,15 @@ class Switcher:
             return None
         index = index.to(weight.device).long()
         found = weight.index_select(axis, index)
-        for patch in self._written:
+        for patch in itertools.chain.from_iterable(of.values() for of in self._written):
             if patch.weight.data_ptr() != weight.data_ptr():
                 continue
             if patch.axis == axis:
                 same = (index[:, None] == patch.index[None, :].long()).nonzero()
                 found.index_copy_(axis, same[:, 0], patch.base.index_select(axis, same[:, 1]))
             else:
-                found.index_copy_(patch.axis, patch.index.long(), patch.base[_at(axis, index)])
+                values = patch.base.index_select(axis, index)
+                found.index_copy_(patch.axis, patch.index.long(), values)
         return found
 
     def shape(self, name: str) -> tuple[int, int]:
@@ -121,31 +118,39 @@ class Switcher:
         anything is changed, where a layer is missing, does not fit or has no dense floating weight.
         After any other exception the weights hold W0.
         """
-        new = [] if slices is None else self._prepare(key, slices)
-        old, self._written = self._written, [*self._written, *new]
+        new = {} if slices is None else self._prepare(key, slices)
+        written = self._written
+        self._written = [*written, new]
         self.active = None if slices is None else key
         try:
-            # Restored first: where the two meet, the new value has to win.
-            _write(old, restore=True)
-            _write(new, restore=False)
+            for old in written[1:]:  # of a switch whose end was interrupted twice
+                _exchange(old, {})
+            _exchange(written[0] if written else {}, new)
         except BaseException:
             self.active = None
-            _write(self._written, restore=True)
+            for patches in self._written:
+                _exchange(patches, {})
             self._written = []
             raise
-        self._written = new
+        self._written = [new]
 
-    def _prepare(self, key: Hashable, slices: Mapping[str, Slice]) -> list[_Patch]:
+    def _prepare(self, key: Hashable, slices: Mapping[str, Slice]) -> _Patches:
         patches = self._prepared.pop(key, None)
-        if patches is None or not all(self._is_current(patch) for patch in patches):
-            patches = [self._patch(name, part) for name, part in slices.items()]
+        if patches is None or not all(self._is_current(patch) for patch in patches.values()):
+            made = [self._patch(name, part) for name, part in slices.items()]
+            alone = len({patch.address for patch in made}) == len(made)
+            patches = {patch.layout if alone and patch.words else patch: patch for patch in made}
         self._prepared[key] = patches
         while len(self._prepared) > _PREPARED:
             self._prepared.popitem(last=False)
         return patches
 
     def _is_current(self, patch: _Patch) -> bool:
-        return self._module(patch.name).weight is patch.parameter and patch.is_current()
+        """Whether the weight is as it was when its base was copied, as far as autograd knows."""
+        parameter = self._module(patch.name)._parameters.get("weight")
+        if parameter is not patch.parameter:
+            return False
+        return parameter.data_ptr() == patch.address and parameter._version == patch.version
 
     def _patch(self, name: str, part: Slice) -> _Patch:
         if part.delta.dim() == 3:
@@ -160,22 +165,27 @@ class Switcher:
             raise ValueError(
                 f"{name}: delta must have shape {tuple(base.shape)}, got {tuple(delta.shape)}"
             )
+        index, value = part.index.to(weight.device), (base + delta).to(weight.dtype)
         return _Patch(
             name,
             weight,
             part.axis,
-            part.index.to(weight.device),
+            index,
             base,
-            (base + delta).to(weight.dtype),
+            value,
+            Words(weight, part.axis, index, base, value) if _is_on_cpu(weight) else None,
             parameter := cast(Tensor, self._module(name).weight),
             parameter._version,
         )
 
     def _module(self, name: str) -> nn.Module:
-        try:
-            return self._model.get_submodule(name)
-        except AttributeError:
+        module: Any = self._model
+        try:  # Not by get_submodule, which takes longer than all checks of a switch.
+            for part in name.split("."):
+                module = module._modules[part]
+        except (AttributeError, KeyError):
             raise ValueError(f"{name}: the model has no such layer") from None
+        return module
 
     def _weight(self, name: str) -> Tensor | None:
         """(N, K), which shares the memory of the parameter; None if it is not a dense matrix."""
@@ -190,13 +200,30 @@ class Switcher:
         return matrix if tuple(matrix.shape) == self.shape(name) else None
 
 
-def _at(axis: int, index: Tensor | slice) -> Any:
-    return (slice(None), index) if axis == 1 else index
+def _exchange(old: _Patches, new: _Patches) -> None:
+    """Restore the old ones, then write the new ones: where the two meet, the new value has to win.
+
+    On a CPU those of the same layout go together.
+    """
+    differ = old.keys() != new.keys()
+    if differ:
+        _write([patch for layout, patch in old.items() if layout not in new], restore=True)
+    for layout, patch in new.items():
+        other = old.get(layout)
+        if other and other.words and patch.words:
+            exchange(other.words, patch.words)
+    if differ:
+        _write([patch for layout, patch in new.items() if layout not in old], restore=False)
 
 
 def _write(patches: list[_Patch], restore: bool) -> None:
     """What the base held there, or the values of the adapter; one launch on a GPU."""
-    rest = [patch for patch in patches if not _is_on_cpu(patch)]
+    rest = []
+    for patch in patches:
+        if patch.words is None:
+            rest.append(patch)
+        else:
+            patch.words.write(restore)
     if rest:
         backend.select(rest[0].weight).slice_write(
             [patch.weight for patch in rest],
@@ -205,23 +232,7 @@ def _write(patches: list[_Patch], restore: bool) -> None:
             [patch.index for patch in rest],
             [patch.dim for patch in rest],
         )
-    for patch in patches:
-        if _is_on_cpu(patch):
-            _write_on_cpu(patch, restore)
 
 
-def _is_on_cpu(patch: _Patch) -> bool:
-    return patch.weight.device.type == "cpu"
-
-
-def _write_on_cpu(patch: _Patch, restore: bool) -> None:
-    """Rows by NumPy, a scatter for columns: torch's index_copy_ takes up to three times as long."""
-    if isinstance(patch.where, Tensor) and patch.axis == 0:
-        index, weight, base, value = patch.bits
-        weight[index] = base if restore else value
-        return
-    value = patch.base if restore else patch.value
-    if isinstance(patch.where, slice):
-        patch.weight[_at(patch.axis, patch.where)] = value
-    else:
-        patch.weight.scatter_(1, patch.where.expand(len(patch.weight), -1), value)
+def _is_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu"

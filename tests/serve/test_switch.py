@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from model_states import assert_same
@@ -12,6 +13,7 @@ from s2kernels import kernels, reference
 from s2kernels.adapter import Slice
 from s2kernels.serve import switch as switching
 from s2kernels.serve.switch import Switcher
+from s2kernels.serve.words import Words
 
 
 def expected(model, slices):
@@ -41,7 +43,7 @@ def test_switching_is_exact(dtype, run):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_by_the_op_that_a_gpu_takes(impl, monkeypatch):
     """All slices in one launch, in the interpreter here."""
-    monkeypatch.setattr(switching, "_is_on_cpu", lambda patch: False)
+    monkeypatch.setattr(switching, "_is_on_cpu", lambda weight: False)
     monkeypatch.setattr(switching.backend, "select", lambda x: ops)
     model = llama(torch.float16)
     ops = {"torch": reference, "triton": kernels}[impl]
@@ -96,6 +98,47 @@ def test_gpt2_keeps_its_weights_the_other_way_round():
     assert_same(model.state_dict(), base)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_of_one_weight(tied):
+    """Two layers with the same weight, of which one adapter trains channels of either axis.
+
+    Not tied, each new adapter meets the channels of the one before it along the same axis.
+    """
+    model = torch.nn.Sequential(*(torch.nn.Linear(12, 12, bias=False) for _ in range(2)))
+    if tied:
+        model[1].weight = model[0].weight
+    base, switcher = state(model), Switcher(model)
+    index = torch.tensor([3, 1, 4], dtype=torch.int32)
+    adapters = [
+        {
+            "0": Slice("in", index + number, torch.randn(12, 3)),
+            "1": Slice("out", index + 2 * number, torch.randn(3, 12)),
+        }
+        for number in range(3)
+    ]
+    for key in (0, 1, 2, 1, 1, None, 2, 0):
+        switcher.switch(key, None if key is None else adapters[key])
+        want = {name: value.clone() for name, value in base.items()}
+        for name, part in ({} if key is None else adapters[key]).items():
+            # A tied weight has the sums of both with the base; where they meet, the last one wins.
+            weight, held = want[f"{name}.weight"], base[f"{name}.weight"]
+            value = held.index_select(part.axis, part.index) + part.delta
+            for each in want.values() if tied else [weight]:
+                each.index_copy_(part.axis, part.index.long(), value)
+        assert_same(state(model), want)
+    switcher.switch(None, None)
+    assert_same(state(model), base)
+
+
+def test_the_version_of_a_weight_stays():
+    model = llama()
+    switcher, slices = Switcher(model), random_slices(model, 1, list(DIMS))
+    versions = [parameter._version for parameter in model.parameters()]
+    for key in ("a", None, "a"):
+        switcher.switch(key, None if key is None else slices)
+    assert [parameter._version for parameter in model.parameters()] == versions
+
+
 @pytest.mark.slow
 def test_a_thousand_switches_with_exceptions_leave_no_trace(monkeypatch):
     """An exception out of any write, at any time: the base is there, and the next switch works."""
@@ -103,21 +146,25 @@ def test_a_thousand_switches_with_exceptions_leave_no_trace(monkeypatch):
     base, switcher = state(model), Switcher(model)
     adapters = {seed: random_slices(model, seed, list(DIMS)) for seed in range(6)}
     want = {seed: expected(model, slices) for seed, slices in adapters.items()}
-    draw, write, fuse = random.Random(0), switching._write_on_cpu, [-1]
+    draw, write, fuse = random.Random(0), Words.write_block, [-1]
 
-    def failing(patch, restore):
+    def failing(words, first, restore):
         fuse[0] -= 1
         if fuse[0] == 0:
-            # half done
-            patch.weight.index_fill_(patch.axis, patch.index.long()[::2], float("nan"))
+            if draw.random() < 0.5:  # half done
+                places = np.arange(len(words._memory))[words._where][::2]
+                words._memory[places] = np.zeros((), words._memory.dtype)
+            else:
+                write(words, first, restore)
             raise draw.choice([MemoryError, KeyboardInterrupt, ValueError])("injected")
-        write(patch, restore)
+        write(words, first, restore)
 
-    monkeypatch.setattr(switching, "_write_on_cpu", failing)
+    monkeypatch.setattr(Words, "write_block", failing)
+    monkeypatch.setattr("s2kernels.serve.words._ROWS", 5)  # so that there are several blocks
     failures = 0
     for number in range(1000):
         key = draw.choice([None, *adapters])
-        fuse[0] = draw.randrange(1, 40) if draw.random() < 0.3 else -1
+        fuse[0] = draw.randrange(1, 160) if draw.random() < 0.3 else -1
         try:
             switcher.switch(key, None if key is None else adapters[key])
         except (MemoryError, KeyboardInterrupt, ValueError):
