@@ -38,11 +38,16 @@ from s2kernels.update import Update
 Index = Tensor | slice
 
 _silu_backward = torch.ops.aten.silu_backward.grad_input
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b for x (..., K), weight (N, K), bias (N,); y (..., N) in x.dtype."""
-    return F.linear(x, weight, bias)
+    if bias is None or x.dim() == 2:
+        return F.linear(x, weight, bias)
+    # Here F.linear may give a view, and what a Function returns as one must not be written to.
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:

@@ -81,6 +81,18 @@ def test_strided_inputs(make):
     assert_close((y, *layer.gradients()), exact)
 
 
+@pytest.mark.parametrize("tokens", [(), (5,), (3, 5), (2, 0)], ids=str)
+@kinds
+def test_what_comes_out_may_be_written_to(make, tokens):
+    """As with torch's own layer, which has a bias, too."""
+    layer = make(tokens=tokens)
+    exact = layer.dense()
+    y = layer()
+    y.mul_(2)
+    y.backward(layer.dy / 2)
+    assert_close((y / 2, *layer.gradients()), exact)
+
+
 @kinds
 def test_what_is_written(make):
     """In place what is trained and nothing else, exactly; otherwise nothing."""

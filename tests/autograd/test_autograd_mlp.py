@@ -124,6 +124,18 @@ def test_s2_mlp_equals_dense_autograd_on_the_slices(trained, mode, index, togeth
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("tokens", [(), (5,), (3, 4)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_what_comes_out_may_be_written_to(mode, tokens):
+    ffn = Ffn(("up", "down"), mode, SCATTERED, tokens)
+    exact = ffn.dense()
+    y = ffn()
+    y.mul_(2)
+    y.backward(ffn.dy / 2)
+    for got, want in zip([y / 2, *ffn.gradients()], exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("trained", TRAINED, ids="+".join)
 def test_s2_mlp_gradcheck(trained):
     """In additive mode y is a function of the deltas; inplace it is one of the weights."""
