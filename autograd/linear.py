@@ -262,14 +262,12 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 def like_tokens(y: Tensor, shape: torch.Size) -> Tensor:
-    """y (M, N), contiguous, which nobody else holds, as (..., N) for tokens of that shape (..., K).
+    """y (M, N), which nobody else holds, as (..., N) for tokens of that shape (..., K).
 
-    It is no view for autograd: what a Function returns as one must not be written to in place.
+    It is no view for autograd: what a Function returns as one must not be written to in place. Nor
+    is y resized, which what records operations could not repeat.
     """
-    if len(shape) == 2:
-        return y
-    sizes = (*shape[:-1], y.shape[-1])
-    return _unsafe_view(y, sizes) if torch.compiler.is_compiling() else y.resize_(sizes)
+    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
 
 def split_index(index: Index) -> tuple[Tensor | None, int]:
