@@ -85,6 +85,8 @@ def share(found: list[Found], path: Path, caption: str) -> Path:
                 label=label,
             )
             axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{name}, nats per token")
+            axes.set_xticks(trained, [f"{number / 1e6:.1f} M" for number in trained])
+            axes.minorticks_off()
     handles, labels = panels[0].get_legend_handles_labels()
     style.legend(fig, dict(zip(labels, handles, strict=True)), columns=4, bottom=0.2)
     return style.save(fig, path, f"One seed. {caption}")
