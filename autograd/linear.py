@@ -35,10 +35,8 @@ from s2kernels.autograd.checks import (
     compute_dtype,
 )
 from s2kernels.autograd.first_order import apply, cast, first_order
-from s2kernels.reference import Index, take
+from s2kernels.reference import Index, like_tokens, take
 from s2kernels.update import Update
-
-_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def s2_linear(
@@ -259,15 +257,6 @@ def in_compute_dtype(x: Tensor) -> Tensor:
 def as_matrix(x: Tensor) -> Tensor:
     """x (..., K) as (M, K)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def like_tokens(y: Tensor, shape: torch.Size) -> Tensor:
-    """y (M, N), which nobody else holds, as (..., N) for tokens of that shape (..., K).
-
-    It is no view for autograd: what a Function returns as one must not be written to in place. Nor
-    is y resized, which what records operations could not repeat.
-    """
-    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
 
 def split_index(index: Index) -> tuple[Tensor | None, int]:

@@ -36,10 +36,9 @@ from s2kernels.autograd.linear import (
     delta_grad,
     in_compute_dtype,
     join_index,
-    like_tokens,
     split_index,
 )
-from s2kernels.reference import Index, take
+from s2kernels.reference import Index, like_tokens, take
 
 
 def s2_mlp(

@@ -31,9 +31,10 @@ from s2kernels.autograd.checks import (
     version_of,
 )
 from s2kernels.autograd.first_order import apply, cast, first_order
-from s2kernels.autograd.linear import as_matrix, in_compute_dtype, like_tokens
+from s2kernels.autograd.linear import as_matrix, in_compute_dtype
 from s2kernels.autograd.panels import Panels, Weight, linear_by_panels, linear_dx_by_panels
 from s2kernels.plan import TilePlan, index_dtype
+from s2kernels.reference import like_tokens
 
 Observer = Callable[[Tensor, Tensor], None]
 

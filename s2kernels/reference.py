@@ -46,8 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is None or x.dim() == 2:
         return F.linear(x, weight, bias)
     # Here F.linear may give a view, and what a Function returns as one must not be written to.
-    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    return like_tokens(F.linear(x.reshape(-1, x.shape[-1]), weight, bias), x.shape)
 
 
 def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
@@ -278,6 +277,15 @@ def take(x: Tensor, index: Index) -> Tensor:
     if isinstance(index, slice):
         return x.narrow_copy(1, index.start, index.stop - index.start)
     return x.index_select(1, index)
+
+
+def like_tokens(y: Tensor, shape: torch.Size) -> Tensor:
+    """y (M, N), which nobody else holds, as (..., N) for tokens of that shape (..., K).
+
+    It is no view for autograd: what a Function returns as one must not be written to in place. Nor
+    is y resized, which what records operations could not repeat.
+    """
+    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
 
 def _add_at(out: Tensor, a: Tensor, b: Tensor, index: Index) -> Tensor:

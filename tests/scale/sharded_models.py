@@ -51,6 +51,20 @@ def shard(model, by_layer=True, **options):
     return fully_shard(model, **options)
 
 
+def refusals():
+    """What the ValueErrors of calls say, by name, and the function that makes such a call."""
+    said = {}
+
+    def ask(name, call):
+        try:
+            call()
+            said[name] = "nothing"
+        except ValueError as error:
+            said[name] = str(error)
+
+    return said, ask
+
+
 def batches(num=5, seed=7):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 128, (8, 16), generator=generator) for _ in range(num)]

@@ -11,6 +11,7 @@ from sharded_models import (
     batches,
     distance,
     mesh,
+    refusals,
     shard,
     train,
     trained,
@@ -102,15 +103,7 @@ def test_fsdp1_trains_what_one_process_does(ranks, method, by_layer):
 
 def _refusals(rank, method):
     """What is said of adapters that could not be trained right."""
-    said = {}
-
-    def ask(name, call):
-        try:
-            call()
-            said[name] = "nothing"
-        except ValueError as error:
-            said[name] = str(error)
-
+    said, ask = refusals()
     inner = base()
     fully_shard(inner, mesh=mesh())
     ask("sharded before", lambda: get_peft_model(inner, CONFIGS[method]()))

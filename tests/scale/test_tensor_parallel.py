@@ -9,7 +9,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from sharded_models import base, batches, distance, mesh, s2ft, spiel, train, trained, values, whole
+from sharded_models import (
+    base,
+    batches,
+    distance,
+    mesh,
+    refusals,
+    s2ft,
+    spiel,
+    train,
+    trained,
+    values,
+    whole,
+)
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -339,14 +351,7 @@ def test_a_step_between_forward_and_backward_is_noticed(ranks, folder):
 
 
 def _refusals(rank, folder, mixture):
-    said = {}
-
-    def ask(name, call):
-        try:
-            call()
-            said[name] = "nothing"
-        except ValueError as error:
-            said[name] = str(error)
+    said, ask = refusals()
 
     def adapt(**fields):
         return get_peft_model(split(folder), s2ft(**fields))

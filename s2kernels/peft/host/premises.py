@@ -32,7 +32,7 @@ class Premises:
     __slots__ = ("_addresses", "_empty", "_same", "_trainable", "_versions")
 
     def __init__(self) -> None:
-        self._same: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
+        self._same: dict[tuple[int, str, int], tuple[Mapping[str, Any], str, Any]] = {}
         self._empty: list[Mapping] = []
         self._trainable: list[tuple[Tensor, bool]] = []
         self._versions: list[tuple[Tensor, int]] = []
@@ -56,30 +56,30 @@ class Premises:
                 return False
         return True
 
-    def _note(self, owner: Mapping[str, Any], key: str) -> None:
+    def _note(self, owner: Mapping[str, Any], key: str, value: Any) -> None:
         # what a layer and its call both say is looked at once
-        self._same.setdefault((id(owner), key), (owner, key, owner.get(key)))
+        self._same[id(owner), key, id(value)] = owner, key, value
 
     def same_child(self, module: nn.Module, name: str) -> None:
         """The child module under that name is the one that it is now."""
-        self._note(module._modules, name)
+        self._note(module._modules, name, module._modules.get(name))
 
     def same_tensor(self, module: nn.Module, name: str) -> None:
         """The parameter or buffer under that name is the one that it is now."""
         owner = module._parameters if name in module._parameters else module._buffers
-        self._note(owner, name)
+        self._note(owner, name, owner.get(name))
 
     def same_attribute(self, owner: object, name: str) -> None:
         """The attribute is the very object that it is now."""
-        self._note(vars(owner), name)
+        self._note(vars(owner), name, vars(owner).get(name))
 
     def as_partitioned(self, tensor: Tensor) -> None:
         """DeepSpeed ZeRO-3, which keeps the tensor object, has partitioned it if it has now."""
-        self._note(vars(tensor), "ds_id")
+        self._note(vars(tensor), "ds_id", vars(tensor).get("ds_id"))
 
     def bare(self, module: nn.Module) -> None:
         """A call of the module runs the forward of its class, without hooks of its own."""
-        self._same.setdefault((id(vars(module)), "forward"), (vars(module), "forward", None))
+        self._note(vars(module), "forward", None)
         self._empty += [vars(module)[name] for name in _OWN_HOOKS]
 
     def unwatched(self) -> None:

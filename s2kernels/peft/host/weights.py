@@ -312,7 +312,7 @@ class WeightKeeper:
     def moving(self, layer: WrittenLayer) -> None:
         """The layer's weight is about to be moved or cast."""
         held = self.held_by_layer.get(layer)
-        if held is not None and self._is_stale(layer, held.adapter):
+        if held is not None and held.weight is not layer.weight:
             self.restore([layer])
 
     def moved(self, layer: WrittenLayer, before: Tensor, fn: Callable[[Tensor], Tensor]) -> None:

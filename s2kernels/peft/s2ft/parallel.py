@@ -27,7 +27,6 @@ from transformers.distributed.tensor_parallel import (
     replace_layer_number_by_wildcard,
 )
 
-from s2kernels.architectures import Member
 from s2kernels.peft.host.kept_buffers import local
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
@@ -105,16 +104,10 @@ class ParallelLinear(S2FTLinear):
     """
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        keeper: WeightKeeper,
-        name: str,
-        dim: str,
-        structure: str | None = None,
-        member: Member | None = None,
+        self, base_layer: nn.Module, keeper: WeightKeeper, name: str, dim: str, *place: Any
     ) -> None:
         self.style = Style(keeper.model, base_layer, name, dim)
-        super().__init__(base_layer, keeper, name, dim, structure, member)
+        super().__init__(base_layer, keeper, name, dim, *place)  # structure and member
 
     @property
     def weight(self) -> Tensor:
