@@ -68,10 +68,7 @@ def grid(found: list[Found]) -> list[Table]:
     for label, fields in ENTRANTS.items():
         for run, result in of(found, **fields):
             if not run.get("seed"):
-                numbers = [
-                    f"{measure(name)(result):.3f}" for name in ("validation loss", *MEASURES)
-                ]
-                rows.append([label, f"{run['lr']:g}", *numbers])
+                rows.append([label, f"{run['lr']:g}", *_numbers(result)])
     return [(["method", "rate", "validation loss", *MEASURES], rows)]
 
 
@@ -85,8 +82,7 @@ def shares(found: list[Found]) -> dict[str, list[Found]]:
         if best is None:
             continue
         runs = best[1][:1] + of(found, **few[label])
-        ranks = sorted({run["rank"] for run, _ in found if "rank" in run})
-        for rank in ranks:
+        for rank in {run["rank"] for run, _ in found if "rank" in run}:
             runs += of(found, **fields, rank=rank)
         runs_of[label] = sorted(runs, key=lambda f: f[1]["trained parameters"])
     return runs_of
@@ -94,17 +90,12 @@ def shares(found: list[Found]) -> dict[str, list[Found]]:
 
 def share(found: list[Found]) -> list[Table]:
     """What S2FT and LoRA reach with more and fewer trained numbers, one seed."""
-    names = ("validation loss", *MEASURES)
     rows = [
-        [
-            label,
-            f"{result['trained parameters']:,}",
-            *(f"{measure(name)(result):.3f}" for name in names),
-        ]
+        [label, f"{result['trained parameters']:,}", *_numbers(result)]
         for label, runs in shares(found).items()
         for _, result in runs
     ]
-    return [(["method", "trained", *names], rows)]
+    return [(["method", "trained", "validation loss", *MEASURES], rows)]
 
 
 def channels(found: list[Found]) -> list[Table]:
@@ -236,6 +227,11 @@ def theory(results: Path) -> str:
             (["layer", *columns], layers),
         ]
     )
+
+
+def _numbers(result: dict) -> list[str]:
+    """What one run measured."""
+    return [f"{measure(name)(result):.3f}" for name in ("validation loss", *MEASURES)]
 
 
 def _measured(runs_of: dict[str, list[Found]]) -> Table:
