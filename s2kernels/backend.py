@@ -55,6 +55,7 @@ def _mixed(writing: ModuleType) -> SimpleNamespace:
         swiglu=kernels.swiglu,
         swiglu_bwd=kernels.swiglu_bwd,
         slice_write=writing.slice_write,
+        slice_writer=writing.slice_writer,
         slice_linear_=kernels.slice_linear_,
         slice_linear_dx_=kernels.slice_linear_dx_,
         grouped_in_=kernels.grouped_in_,

@@ -19,7 +19,7 @@ batch those of s2kernels.grouped, under the same names here.
 public functions of s2kernels.autograd do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +194,6 @@ def linear_dx_swiglu_bwd(
     return swiglu_bwd(linear_dx(dy, weight), gate, up, index, out)
 
 
-@torch.no_grad()
 def slice_write(
     weights: Sequence[Tensor],
     base_slices: Sequence[Tensor],
@@ -208,21 +207,45 @@ def slice_write(
     bit. Neither autograd nor the weight's version counter sees the write: a weight saved for
     backward stays usable, and it is the caller who guarantees that it then holds the same values.
     """
-    for weight, base_slice, delta, index, dim in zip(
+    slice_writer(weights, base_slices, deltas, indices, dims)()
+
+
+def slice_writer(
+    weights: Sequence[Tensor],
+    base_slices: Sequence[Tensor],
+    deltas: Sequence[Tensor | None],
+    indices: Sequence[Index],
+    dims: Sequence[str],
+) -> Callable[[], None]:
+    """`slice_write` of these tensors, to be called as often as is wanted while they stay where they
+    lie in memory: what depends on that alone is looked up once.
+    """
+    runs: list[tuple] = []
+    scattered: list[tuple] = []
+    for weight, base, delta, index, dim in zip(
         weights, base_slices, deltas, indices, dims, strict=True
     ):
-        axis = 1 if dim == "in" else 0
-        if not isinstance(index, slice):
-            value = base_slice if delta is None else base_slice + delta
-            weight.data.index_copy_(axis, index.long(), value.to(weight.dtype))
-            continue
-        target = weight.data.narrow(axis, index.start, index.stop - index.start)
-        if delta is None:
-            target.copy_(base_slice)
-        elif torch.compiler.is_compiling():  # which takes no out that is not contiguous
-            target.copy_(base_slice + delta)
-        else:  # one pass; torch adds half types in fp32 and rounds the sum once, too
-            torch.add(base_slice, delta, out=target)
+        weight, axis = weight.data, 1 if dim == "in" else 0
+        delta = None if delta is None else delta.detach()
+        if isinstance(index, slice):
+            target = weight.narrow(axis, index.start, index.stop - index.start)
+            runs.append((target, base, delta))
+        else:
+            scattered.append((weight, axis, index.long(), base, delta))
+
+    def write() -> None:
+        for target, base, delta in runs:
+            if delta is None:
+                target.copy_(base)
+            elif torch.compiler.is_compiling():  # which takes no out that is not contiguous
+                target.copy_(base + delta)
+            else:  # one pass; torch adds half types in fp32 and rounds the sum once, too
+                torch.add(base, delta, out=target)
+        for weight, axis, where, base, delta in scattered:
+            value = base if delta is None else base + delta
+            weight.index_copy_(axis, where, value.to(weight.dtype))
+
+    return write
 
 
 def slice_linear_(y: Tensor, x: Tensor, delta: Tensor, index: Index | None, dim: str) -> Tensor:

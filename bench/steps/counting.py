@@ -18,6 +18,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -136,6 +137,7 @@ def dry_run(device: str) -> Iterator[DryRun]:
         for name, work in OPS.items()
     }
     kernels = SimpleNamespace(**ops, tile_plan=reference.tile_plan)
+    kernels.slice_writer = lambda *given: partial(kernels.slice_write, *given)
     # A product and what follows it are two kernels, as s2kernels.backend has them by default.
     kernels.linear_plus_slice = lambda x, weight, bias, part, delta: kernels.slice_linear_(
         kernels.linear(x, weight, bias), part, delta, None, "in"

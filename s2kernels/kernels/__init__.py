@@ -13,7 +13,7 @@ from s2kernels.kernels.linear import linear, linear_dx
 from s2kernels.kernels.slice_grad import slice_grad
 from s2kernels.kernels.slice_grad_each import slice_grad_each
 from s2kernels.kernels.slice_linear import slice_linear_, slice_linear_dx_
-from s2kernels.kernels.slice_write import slice_write
+from s2kernels.kernels.slice_write import slice_write, slice_writer
 from s2kernels.kernels.sm3 import sm3_update
 from s2kernels.kernels.sparse_grad import sparse_grad
 from s2kernels.kernels.sparse_growth import growth_candidates, sm3_growth
@@ -35,6 +35,7 @@ __all__ = [
     "slice_linear_",
     "slice_linear_dx_",
     "slice_write",
+    "slice_writer",
     "sm3_growth",
     "sm3_update",
     "sparse_grad",

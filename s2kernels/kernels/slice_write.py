@@ -15,7 +15,7 @@ that the columns of the slice lie side by side and aligned in memory, and where 
 consists of aligned runs in that tile. Everywhere else they are of one element.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
@@ -164,6 +164,19 @@ def slice_write(
     weights (N, K); base_slices and deltas (N, R) for dim="in", (R, K) for dim="out"; a delta of
     None restores the base slice bit for bit. One launch for each combination of device and dtypes.
     """
+    slice_writer(weights, base_slices, deltas, indices, dims)()
+
+
+def slice_writer(
+    weights: Sequence[Tensor],
+    base_slices: Sequence[Tensor],
+    deltas: Sequence[Tensor | None],
+    indices: Sequence[Tensor | slice],
+    dims: Sequence[str],
+) -> Callable[[], None]:
+    """`slice_write` of these tensors, to be called as often as is wanted while they stay where they
+    lie in memory: the tables are made once.
+    """
     given = [delta for delta in deltas if delta is not None]
     any_delta_dtype = given[0].dtype if given else torch.float32
     groups: dict[tuple, list[_Place]] = {}
@@ -175,22 +188,25 @@ def slice_write(
         group = (weight.device, weight.dtype, base.dtype, delta_dtype)
         groups.setdefault(group, []).append(_place(weight, base, delta, index, dim))
 
+    prepared = []
     for (device, *dtypes), places in groups.items():
         # All three dtypes are asked about, so that one which the kernel does not take is refused.
         launch, *_ = [launch_parameters(LAUNCH, dtype) for dtype in dtypes]
-        table, slice_of_tile = _table(
-            tuple(places), launch["BLOCK_ROWS"], launch["BLOCK_COLS"], device
-        )
-        for kept in _keepers:
-            kept += table, slice_of_tile
-        with on_device(table):
-            _slice_write_kernel[(slice_of_tile.numel(),)](
-                table,
-                slice_of_tile,
-                *(getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes),
-                NUM_FIELDS=len(_Place._fields),
-                **launch,
-            )
+        tables = _table(tuple(places), launch["BLOCK_ROWS"], launch["BLOCK_COLS"], device)
+        names = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes]
+        prepared.append((tables, names, launch))
+
+    def write() -> None:
+        for tables, names, launch in prepared:
+            for kept in _keepers:
+                kept += tables
+            table, slice_of_tile = tables
+            with on_device(table):
+                _slice_write_kernel[(slice_of_tile.numel(),)](
+                    table, slice_of_tile, *names, NUM_FIELDS=len(_Place._fields), **launch
+                )
+
+    return write
 
 
 @contextmanager

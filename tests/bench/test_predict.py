@@ -175,7 +175,7 @@ def test_every_op_of_the_reference_has_its_work():
         assert given == list(inspect.signature(getattr(reference, name)).parameters), name
     public = {name for name in vars(reference) if not name.startswith("_")}
     ops = {name for name in public if inspect.isfunction(getattr(reference, name))}
-    helpers = {"like_tokens", "take"}  # the ops' own, and the Functions'
+    helpers = {"like_tokens", "slice_writer", "take"}  # the ops' own, and the host's
     serving = {"tile_plan", "grouped_in_", "grouped_out_"}  # not in a training step
     assert ops - work.OPS.keys() == helpers | serving
 

@@ -240,6 +240,19 @@ def test_same_tensors_reuse_the_table(device):
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
+@pytest.mark.parametrize("ops", [reference, kernels])
+def test_a_writer_writes_what_its_tensors_hold_now(ops, dtype, device):
+    weights, bases, deltas, indices, dims = _slices(dtype, device)
+    write = ops.slice_writer(weights, bases, deltas, indices, dims)
+    for _ in range(2):
+        for tensor in (*weights, *bases, *deltas):
+            tensor.normal_()
+        expected = [weight.clone() for weight in weights]
+        reference.slice_write(expected, bases, deltas, indices, dims)
+        write()
+        assert all(map(torch.equal, weights, expected))
+
+
 def test_autograd_does_not_see_the_write(device):
     """A weight saved for backward stays usable."""
     weight = torch.randn(4, 4, device=device)

@@ -233,3 +233,23 @@ def test_parts_of_the_model_have_the_weights_of_the_whole(layout):
         assert_same({name: found[name] for name in want}, want)
     for module in inner.modules():
         assert not isinstance(module, S2FTLinear) or module not in module.keeper.held_by_layer
+
+
+@pytest.mark.parametrize("model_type", ("llama", "gpt2"))
+@pytest.mark.parametrize("part", ("weight", "delta"))
+def test_tensors_that_have_moved_in_memory_are_written_where_they_lie(part, model_type):
+    """gpt2 stores its weights transposed."""
+    model = wrapped(tiny_model(model_type), channels=8).eval()
+    base = base_state(model)
+    want = model(IDS).logits
+    for layer in (module for module in model.modules() if isinstance(module, S2FTLinear)):
+        moved = layer.weight if part == "weight" else layer.s2ft_delta["default"]
+        before = moved.data
+        moved.data = before.clone()
+        before.fill_(float("nan"))
+    assert torch.equal(model(IDS).logits, want)
+    with torch.no_grad():
+        for delta in deltas(model).values():
+            delta.mul_(2)
+    assert not torch.equal(model(IDS).logits, want)
+    assert_same(base_state(model), base)

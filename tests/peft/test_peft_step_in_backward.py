@@ -57,13 +57,18 @@ def assert_slices_are_current(model):
 def writes(monkeypatch):
     """Of each launch that writes slices, how many it writes, and whether deltas are added."""
     found = []
-    launch = s2ft_layer.launch_slice_write
+    prepare = s2ft_layer.slice_writer
 
     def counted(entries):
-        found.append((len(entries), entries[0][2] is not None))
-        launch(entries)
+        write = prepare(entries)
 
-    monkeypatch.setattr("s2kernels.peft.s2ft.model.launch_slice_write", counted)
+        def count_and_write():
+            found.append((len(entries), entries[0][2] is not None))
+            write()
+
+        return count_and_write
+
+    monkeypatch.setattr("s2kernels.peft.s2ft.model.slice_writer", counted)
     return found
 
 

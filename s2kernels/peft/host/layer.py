@@ -100,13 +100,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
 
     def prepared(self) -> Any:
         """`prepare`, once until something changes: the keeper's `changes`, or `premises`."""
-        call = self._call
-        if call is None or call.changes != self.keeper.changes or not call.premises.hold():
+        call, keeper = self._call, self.keeper
+        if (
+            call is None
+            or call.changes != keeper.changes
+            or not (keeper.has_looked or call.premises.hold())
+        ):
             with torch.inference_mode(False):  # views made there could not be saved for a backward
                 check_is_dense_here(self.name, self.weight)
-                self.keeper.notice_call(self)
+                keeper.notice_call(self)
                 self.known.look()
                 call = self._call = self.prepare()
+            keeper.expect(call.premises)
         return call
 
     def active(self) -> list[str]:

@@ -15,9 +15,9 @@ is inside a forward of the model.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from s2kernels.capturing import is_capturing
@@ -26,24 +26,22 @@ from s2kernels.peft.host.forwards import Forwards
 from s2kernels.peft.host.obstacles import Obstacles
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.sharding import check_not_partitioned
+from s2kernels.peft.host.writes import Writer, Writes
 from s2kernels.peft.host.written_layer import Arrangement, Held, WrittenLayer
 
 
 class WeightKeeper:
     """Keeper of the base weights of one model, which is the one that PEFT injects into.
 
-    launch:  writes `entries` of layers, which are all on one device
+    writer:  of the entries of layers; see `Writes`
     arrangement: None where weights are never arranged otherwise than in the checkpoint
     changes: counts the changes of what a forward does. Whoever has prepared a call compares it.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        launch: Callable[[list[tuple]], None],
-        arrangement: Arrangement | None = None,
+        self, model: nn.Module, writer: Writer, arrangement: Arrangement | None = None
     ) -> None:
-        self.model, self._launch, self.arrangement = model, launch, arrangement
+        self.model, self._writer, self.arrangement = model, writer, arrangement
         self.forwards = Forwards()
         self.obstacles = Obstacles(model)
         self.hooks: Any = None  # those on the model while it is attached
@@ -57,9 +55,8 @@ class WeightKeeper:
         self.held_by_layer: dict[WrittenLayer, Held] = {}  # of those that hold an adapter
         self.merged: dict[WrittenLayer, list[Held]] = {}  # what merged adapters took the place of
         self._weights: dict[WrittenLayer, Tensor] = {}  # when they were last looked at
-        # of a forward: what it writes, by device, None until that is decided; and what from
-        self.writes: list[list[tuple]] | None = None
-        self._premises = Premises()
+        self.writes: Writes | None = None  # of a forward; None until that is decided
+        self._premises = Premises()  # of that, and of the calls that are prepared
 
     def __getstate__(self) -> dict:
         # a copy has other tensors
@@ -69,6 +66,20 @@ class WeightKeeper:
         """Something that decides what a forward does has changed."""
         self.changes += 1
         self.writes = None
+        self._premises = Premises()
+
+    def expect(self, premises: Premises) -> None:
+        """A call that is prepared now takes these for granted until something changes."""
+        if not self.obstacles.sharded:
+            with self.forwards.lock:
+                self._premises.include(premises)
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether this thread is inside a forward that has looked at what calls take for granted;
+        not where FSDP2 exchanges weights inside of it.
+        """
+        return self.forwards.here and not self.obstacles.sharded
 
     # Its life
 
@@ -106,9 +117,11 @@ class WeightKeeper:
         """A forward of the model begins in this thread: write what it needs."""
         with self.forwards.lock:
             if not self.forwards.here:
+                if not self._premises.hold():
+                    self.changed()
                 if self.forwards.rows is not None:
                     self.restore()
-                elif self.writes is None or not self._premises.hold():
+                elif self.writes is None:
                     self.prepare()
                 self.write()
             self.forwards.enter()
@@ -117,10 +130,9 @@ class WeightKeeper:
         """Write what was decided, as it is now; nothing where a backward has written all of it."""
         held = self.held_by_layer.values()
         # a CUDA graph writes in any case: replays do not ask who has changed a delta
-        if held and all(each.is_current() for each in held) and not is_capturing():
-            return
-        for entries in self.writes or ():
-            self._launch(entries)
+        is_current = held and all(each.is_current() for each in held) and not is_capturing()
+        if self.writes is not None and not is_current:
+            self.writes.write()
 
     def end(self, failed: bool) -> None:
         """It ends. One that has failed leaves W0 behind, unless other threads are inside one."""
@@ -136,7 +148,7 @@ class WeightKeeper:
         """
         if any(adapters.values()):
             self._engage()
-        self._launch_all(self._taken(adapters))
+        Writes(self._taken(adapters), self._writer).write()
 
     def prepare(self) -> None:
         """Decide what a forward writes until something changes, and arrange the weights for it. A
@@ -148,13 +160,12 @@ class WeightKeeper:
         with self.forwards.alone():
             self._engage()
             adapters = {layer: layer.written_adapter() for layer in self.layers}
-            entries = self._taken(adapters)
-        self._premises = Premises()
+            writes = Writes(self._taken(adapters), self._writer)
         if self.arrangement is not None:
             self.arrangement.note(self._premises)
         for layer in self.layers:
             layer.note(self._premises, adapters[layer])
-        self.writes = self._by_device(entries)
+        self.writes = writes
 
     def _taken(self, adapters: Mapping[Any, str | None]) -> list[tuple]:
         """The entries that write these adapters, once what they take the place of is kept; of
@@ -178,16 +189,6 @@ class WeightKeeper:
         """
         held = self.held_by_layer.get(layer)
         return held is not None and (held.adapter != adapter or held.weight is not layer.weight)
-
-    def _launch_all(self, entries: Iterable[tuple]) -> None:
-        for on_device in self._by_device(entries):
-            self._launch(on_device)
-
-    def _by_device(self, entries: Iterable[tuple]) -> list[list[tuple]]:
-        devices: dict[torch.device, list[tuple]] = {}
-        for entry in entries:
-            devices.setdefault(entry[0].device, []).append(entry)
-        return list(devices.values())
 
     def _notice_changes(self) -> None:
         """Look at the model again: FSDP2 comes after the adapter was made, and anybody may assign a
@@ -241,8 +242,8 @@ class WeightKeeper:
             if not found:
                 return
             with self.forwards.alone():
-                pairs = [layer.entries(self.held_by_layer[layer], None) for layer in found]
-                self._launch_all(entry for each in pairs for entry in each)
+                each = [layer.entries(self.held_by_layer[layer], None) for layer in found]
+                Writes(chain.from_iterable(each), self._writer).write()
                 for layer in found:
                     del self.held_by_layer[layer]
                 self.writes = None
@@ -294,7 +295,7 @@ class WeightKeeper:
         with self.forwards.alone():
             self.release()
             held = layer.take(adapter)
-            self._launch_all(layer.entries(held, held.delta))
+            Writes(layer.entries(held, held.delta), self._writer).write()
             self.merged.setdefault(layer, []).append(held)
             self.changed()
 
@@ -304,7 +305,7 @@ class WeightKeeper:
             held = self.merged[layer].pop()
             if not self.merged[layer]:
                 del self.merged[layer]
-            self._launch_all(layer.entries(held, None))
+            Writes(layer.entries(held, None), self._writer).write()
             self.changed()
 
     # Weights that move, or are laid out otherwise

@@ -123,7 +123,11 @@ class FusedMLP:
         if torch.compiler.is_compiling() or len(args) != 1 or kwargs:
             return type(self.module).forward(self.module, *args, **kwargs)
         keeper, call, (x,) = self.keeper, self._call, args
-        if call is None or call.changes != keeper.changes or not call.premises.hold():
+        if (
+            call is None
+            or call.changes != keeper.changes
+            or not (keeper.has_looked or call.premises.hold())
+        ):
             with torch.inference_mode(False):  # views made there could not be saved for a backward
                 call = self._call = self._prepare()
         if (
@@ -152,11 +156,12 @@ class FusedMLP:
         for name in (*names, self.gated.activation):
             premises.same_child(self.module, name)
             note_bare_linear(premises, getattr(self.module, name))
-        if found is None or not premises.hold():
-            return MLPCall(self.keeper.changes, premises, {})
-        written, given = found
-        for layer in layers:
+        if not premises.hold():  # there are hooks: each call looks whether they still are
+            return MLPCall(-1, premises, {})
+        written, given = found or ({}, None)
+        for layer in written:
             layer.note(premises, written[layer])
+        self.keeper.expect(premises)
         return MLPCall(self.keeper.changes, premises, written, given)
 
     def _operands(

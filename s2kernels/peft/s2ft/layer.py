@@ -1,5 +1,7 @@
 """What every S2FT layer is: a base weight of which each adapter trains a slice."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,9 +24,9 @@ from s2kernels.peft.s2ft.arranged_weights import arrangement_of
 from s2kernels.reference import Index
 
 
-def launch_slice_write(entries: list[tuple]) -> None:
-    """`slice_write` of the entries of layers, all on one device."""
-    backend.select(entries[0][0]).slice_write(*zip(*entries, strict=True))
+def slice_writer(entries: list[tuple]) -> Callable[[], None]:
+    """What writes the slices of layers, all on one device; see `Writes`."""
+    return backend.select(entries[0][0]).slice_writer(*zip(*entries, strict=True))
 
 
 class S2FTLayer(AdapterLayer):

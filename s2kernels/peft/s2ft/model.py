@@ -21,7 +21,7 @@ from s2kernels.peft.s2ft.arranged_weights import ArrangedWeights, arrangement_of
 from s2kernels.peft.s2ft.config import S2FTConfig
 from s2kernels.peft.s2ft.experts import S2FTExperts, tensors_to_train
 from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp, join_all
-from s2kernels.peft.s2ft.layer import S2FTLayer, launch_slice_write
+from s2kernels.peft.s2ft.layer import S2FTLayer, slice_writer
 from s2kernels.peft.s2ft.linear import S2FTLinear, features
 from s2kernels.peft.s2ft.mixed import Rows, hook_whole_modules
 from s2kernels.peft.s2ft.parallel import (
@@ -50,7 +50,7 @@ class S2FTModel(AdapterModel):
     target_module_mapping = {model_type: in_projections(model_type) for model_type in TABLE}
 
     def _new_keeper(self, model: nn.Module) -> WeightKeeper:
-        return WeightKeeper(model, launch_slice_write, ArrangedWeights(model))
+        return WeightKeeper(model, slice_writer, ArrangedWeights(model))
 
     def _prepare_adding(self, model: nn.Module, config: Any, saved: dict[str, Any] | None) -> None:
         """Raises ValueError for a model type that the coupling table lacks (layout="gather" does

@@ -1,5 +1,7 @@
 """The layer that PEFT puts in the place of a Linear: its trained entries, and its forward."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +21,11 @@ from s2kernels.peft.spiel.replace import Replacement
 from s2kernels.plan import TilePlan, rows_and_columns, tile_plan
 
 
-def launch_sparse_write(entries: list[tuple]) -> None:
-    """`sparse_write` of the entries of layers, all on one device and all with or without delta."""
+def sparse_writer(entries: list[tuple]) -> Callable[[], None]:
+    """What writes the entries of layers, all on one device and all with or without delta."""
     weights, base, deltas, index = zip(*entries, strict=True)
     write = backend.select(weights[0]).sparse_write
-    write(weights, base, None if deltas[0] is None else deltas, index)
+    return partial(write, weights, base, None if deltas[0] is None else deltas, index)
 
 
 class EntriesCall(NamedTuple):

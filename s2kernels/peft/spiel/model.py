@@ -14,7 +14,7 @@ from s2kernels.peft.host.targets import plain_name
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.spiel.config import SpIELConfig
 from s2kernels.peft.spiel.dequantize import is_quantized
-from s2kernels.peft.spiel.layer import SpIELLinear, launch_sparse_write
+from s2kernels.peft.spiel.layer import SpIELLinear, sparse_writer
 from s2kernels.plan import index_dtype
 from s2kernels.select import seeded_generator
 
@@ -30,7 +30,7 @@ class SpIELModel(AdapterModel):
     target_module_mapping: dict = {}  # the default is all linear layers of any model
 
     def _new_keeper(self, model: nn.Module) -> WeightKeeper:
-        return WeightKeeper(model, launch_sparse_write)
+        return WeightKeeper(model, sparse_writer)
 
     _saved: dict[str, Any] | None
     _counts: dict[str, int]
