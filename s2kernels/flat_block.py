@@ -113,7 +113,7 @@ class Block:
             return self.backward_steps.take(self, i, use)
         slot = self.slots[i]
         if parameter.grad is None:
-            if (slot.dtype, slot.device) != (parameter.dtype, parameter.device):
+            if not self.is_at_home(i):
                 return None  # moved, and not yet laid out anew
             # Not in zero_grad(), since model.zero_grad() drops gradients, too. Anew in each
             # backward that finds none, lest a CUDA graph of it counts on what was zero before.

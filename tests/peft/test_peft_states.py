@@ -12,7 +12,7 @@ from s2ft_models import WIDE, config, deltas, randomized
 from safetensors.torch import load_file
 from tiny_models import tiny_model, token_ids
 
-from s2kernels.peft import S2FTConfig, S2FTLinear, save_pretrained
+from s2kernels.peft import S2FTConfig, S2FTLinear, SpIELConfig, save_pretrained
 from s2kernels.peft.s2ft import arranged_weights
 
 IDS = token_ids()
@@ -253,3 +253,21 @@ def test_tensors_that_have_moved_in_memory_are_written_where_they_lie(part, mode
             delta.mul_(2)
     assert not torch.equal(model(IDS).logits, want)
     assert_same(base_state(model), base)
+
+
+@pytest.mark.parametrize(
+    "config", (config(), SpIELConfig(density=0.02, seed=3)), ids=("s2ft", "spiel")
+)
+def test_a_backward_among_forwards_of_the_base(config):
+    """It writes the adapter that its forward had; the next forward wants the base."""
+    model = get_peft_model(tiny_model("llama", **WIDE), config).eval()
+    with torch.no_grad():
+        for delta in (each for each in model.parameters() if each.requires_grad):
+            delta.normal_()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    with model.disable_adapter():
+        want = model(IDS).logits
+        for _ in range(2):
+            loss.backward(retain_graph=True)
+            assert torch.equal(model(IDS).logits, want)
+    assert not torch.equal(model(IDS).logits, want)

@@ -21,6 +21,8 @@ class Forwards:
     def __init__(self) -> None:
         self.lock = threading.Condition(threading.RLock())
         self._running: dict[int, int] = {}  # thread -> forwards that it is inside of
+        # threads inside of one that is no mixed batch, and in which nobody exchanges weights
+        self.plain: set[int] = set()
         self._seen: set[int] = set()  # threads in which one has run
         self._local = threading.local()
         self._pending: WeakSet[_Pending] = WeakSet()  # whose backward is to come
@@ -36,9 +38,11 @@ class Forwards:
         """Whether this thread is inside a forward."""
         return get_ident() in self._running
 
-    def enter(self) -> None:
-        """This thread is inside of one more. The caller holds the lock."""
+    def enter(self, plain: bool) -> None:
+        """This thread is inside of one more; see `plain`. The caller holds the lock."""
         thread = get_ident()
+        if plain:
+            self.plain.add(thread)
         self._seen.add(thread)
         self._running[thread] = self._running.get(thread, 0) + 1
 
@@ -48,6 +52,7 @@ class Forwards:
         self._running[thread] -= 1
         if not self._running[thread]:
             del self._running[thread]
+            self.plain.discard(thread)
             self.lock.notify_all()
         return not self._running
 
@@ -88,10 +93,15 @@ class Forwards:
     def mixed(self, rows: list[str] | None) -> Iterator[None]:
         """Forwards of this thread within are those of a mixed batch with these `rows`."""
         before, self._local.rows = self.rows, rows
+        was_plain = rows is not None and get_ident() in self.plain
+        if was_plain:
+            self.plain.discard(get_ident())
         try:
             yield
         finally:
             self._local.rows = before
+            if was_plain:
+                self.plain.add(get_ident())
 
 
 class _Pending:

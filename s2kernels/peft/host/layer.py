@@ -28,8 +28,8 @@ from s2kernels.peft.host.written_layer import WrittenLayer
 class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
     """A frozen base weight with adapters, whose names are the keys of `modes`.
 
-    Each has a trained delta, an index that says where in the weight it lies, and a fingerprint of
-    W0 there: an adapter is refused on another base. A fingerprint of zeros stands for "not known".
+    Each has a trained delta, an index of where in the weight it lies, and a fingerprint of W0
+    there: an adapter is refused on another base. A fingerprint of zeros stands for "not known".
     """
 
     # the attributes of `deltas`, `indices` and `fingerprints`, which are saved under these names
@@ -101,17 +101,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
     def prepared(self) -> Any:
         """`prepare`, once until something changes: the keeper's `changes`, or `premises`."""
         call, keeper = self._call, self.keeper
-        if (
-            call is None
-            or call.changes != keeper.changes
-            or not (keeper.has_looked or call.premises.hold())
-        ):
+        if call is None or call.changes != keeper.changes or not call.premises.hold():
             with torch.inference_mode(False):  # views made there could not be saved for a backward
                 check_is_dense_here(self.name, self.weight)
                 keeper.notice_call(self)
                 self.known.look()
                 call = self._call = self.prepare()
-            keeper.expect(call.premises)
+                keeper.expect(call.premises)
         return call
 
     def active(self) -> list[str]:

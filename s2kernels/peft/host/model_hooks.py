@@ -33,7 +33,7 @@ class ModelHooks:
             ]
         if writes:
             self._handles.append(keeper.model.register_forward_pre_hook(self._refuse_replica))
-            keeper.model.forward = ModelForward(keeper)  # type: ignore[method-assign]
+        keeper.model.forward = ModelForward(keeper, writes)  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Take all of them off."""
@@ -119,11 +119,12 @@ class ModelForward:
     """The forward of a model whose weights are written to: that of its class, between `begin` and
     `end` of its keeper. What replaces it later can call it for as long as it likes.
 
-    inner: a forward in the place of that of the class; None for that.
+    inner: a forward in the place of that of the class; None for that. writes: whether any adapter
+    may be written; torch.compile needs nothing else.
     """
 
-    def __init__(self, keeper: WeightKeeper) -> None:
-        model = keeper.model
+    def __init__(self, keeper: WeightKeeper, writes: bool) -> None:
+        model, self.writes = keeper.model, writes
         self.keeper: WeightKeeper | None = keeper
         self.model = model
         self.inner = vars(model).get("forward")
@@ -134,10 +135,11 @@ class ModelForward:
         if keeper is None:
             return self._forward(*args, **kwargs)
         if torch.compiler.is_compiling():
-            refuse_export()
-            if keeper.writes is None:
-                torch.compiler.disable(keeper.prepare)()
-            keeper.write()
+            if self.writes:
+                refuse_export()
+                if keeper.writes is None:
+                    torch.compiler.disable(keeper.prepare)()
+                keeper.write()
             return self._forward(*args, **kwargs)
         keeper.begin()
         try:

@@ -16,6 +16,7 @@ is inside a forward of the model.
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,27 +60,19 @@ class WeightKeeper:
         self._premises = Premises()  # of that, and of the calls that are prepared
 
     def __getstate__(self) -> dict:
-        # a copy has other tensors
-        return self.__dict__ | {"writes": None, "_premises": Premises()}
+        return self.__dict__ | {"writes": None, "_premises": Premises()}  # a copy has other tensors
 
     def changed(self) -> None:
-        """Something that decides what a forward does has changed."""
+        """What decides what a forward does, or what weights hold, has changed."""
         self.changes += 1
         self.writes = None
         self._premises = Premises()
 
     def expect(self, premises: Premises) -> None:
-        """A call that is prepared now takes these for granted until something changes."""
-        if not self.obstacles.sharded:
+        """A call that is prepared now takes these for granted."""
+        if not self.obstacles.sharded:  # FSDP2 exchanges weights inside of a forward
             with self.forwards.lock:
                 self._premises.include(premises)
-
-    @property
-    def has_looked(self) -> bool:
-        """Whether this thread is inside a forward that has looked at what calls take for granted;
-        not where FSDP2 exchanges weights inside of it.
-        """
-        return self.forwards.here and not self.obstacles.sharded
 
     # Its life
 
@@ -101,6 +94,13 @@ class WeightKeeper:
 
     # First verb: an adapter is written
 
+    def is_ready(self, call: Any) -> bool:
+        """Whether a prepared call, or None, may run as it is: nothing has changed since, and the
+        forward that this thread is in has looked at its premises and written what it wants.
+        """
+        up_to_date = call is not None and call.changes == self.changes
+        return up_to_date and get_ident() in self.forwards.plain
+
     def are_ready(self, adapters: dict[Any, str | None]) -> bool:
         """Whether the forward that this thread is in has written these adapters of layers, or for
         None whether the weight holds W0.
@@ -115,16 +115,18 @@ class WeightKeeper:
 
     def begin(self) -> None:
         """A forward of the model begins in this thread: write what it needs."""
-        with self.forwards.lock:
-            if not self.forwards.here:
+        forwards = self.forwards
+        with forwards.lock:
+            is_first, is_mixed = not forwards.here, forwards.rows is not None
+            if is_first:
                 if not self._premises.hold():
                     self.changed()
-                if self.forwards.rows is not None:
+                if is_mixed:
                     self.restore()
                 elif self.writes is None:
                     self.prepare()
                 self.write()
-            self.forwards.enter()
+            forwards.enter(is_first and not (is_mixed or self.obstacles.sharded))
 
     def write(self) -> None:
         """Write what was decided, as it is now; nothing where a backward has written all of it."""
@@ -148,7 +150,7 @@ class WeightKeeper:
         """
         if any(adapters.values()):
             self._engage()
-        Writes(self._taken(adapters), self._writer).write()
+        self._take(adapters).write()
 
     def prepare(self) -> None:
         """Decide what a forward writes until something changes, and arrange the weights for it. A
@@ -160,35 +162,33 @@ class WeightKeeper:
         with self.forwards.alone():
             self._engage()
             adapters = {layer: layer.written_adapter() for layer in self.layers}
-            writes = Writes(self._taken(adapters), self._writer)
+            writes = self._take(adapters)
         if self.arrangement is not None:
             self.arrangement.note(self._premises)
         for layer in self.layers:
             layer.note(self._premises, adapters[layer])
         self.writes = writes
 
-    def _taken(self, adapters: Mapping[Any, str | None]) -> list[tuple]:
-        """The entries that write these adapters, once what they take the place of is kept; of
-        layers with None W0 is restored.
+    def _take(self, adapters: Mapping[Any, str | None]) -> Writes:
+        """What writes these adapters, once what they take the place of is kept; of layers with None
+        W0 is restored.
         """
-        self.restore([layer for layer, name in adapters.items() if self._is_stale(layer, name)])
-        entries: list[tuple] = []
-        for layer, name in adapters.items():
-            if name is None:
-                continue
-            if layer not in self.held_by_layer:
-                self.held_by_layer[layer] = layer.take(name)
-            held = self.held_by_layer[layer]
-            held.delta = layer.deltas[name]
-            entries += layer.entries(held, held.delta)
-        return entries
-
-    def _is_stale(self, layer: WrittenLayer, adapter: str | None) -> bool:
-        """Whether another adapter is written, or this one in a weight that is not the layer's any
-        more.
-        """
-        held = self.held_by_layer.get(layer)
-        return held is not None and (held.adapter != adapter or held.weight is not layer.weight)
+        holding = self.held_by_layer
+        stale = [  # another adapter is written, or in a weight that is not the layer's any more
+            layer
+            for layer, held in holding.items()
+            if layer in adapters
+            and (held.adapter != adapters[layer] or held.weight is not layer.weight)
+        ]
+        self.restore(stale)
+        names = {layer: name for layer, name in adapters.items() if name is not None}
+        if new := [layer for layer in names if layer not in holding]:
+            holding.update([(layer, layer.take(names[layer])) for layer in new])
+            self.changed()
+        for layer, name in names.items():
+            holding[layer].delta = layer.deltas[name]
+        entries = (layer.entries(holding[layer], holding[layer].delta) for layer in names)
+        return Writes(chain.from_iterable(entries), self._writer)
 
     def _notice_changes(self) -> None:
         """Look at the model again: FSDP2 comes after the adapter was made, and anybody may assign a
@@ -246,7 +246,7 @@ class WeightKeeper:
                 Writes(chain.from_iterable(each), self._writer).write()
                 for layer in found:
                     del self.held_by_layer[layer]
-                self.writes = None
+                self.changed()
 
     def release(self) -> None:
         """Give the weights back as they were: W0, in the order of the checkpoint, each in a storage

@@ -123,20 +123,20 @@ class FusedMLP:
         if torch.compiler.is_compiling() or len(args) != 1 or kwargs:
             return type(self.module).forward(self.module, *args, **kwargs)
         keeper, call, (x,) = self.keeper, self._call, args
-        if (
-            call is None
-            or call.changes != keeper.changes
-            or not (keeper.has_looked or call.premises.hold())
+        is_ready = keeper.is_ready(call)
+        if not is_ready and (
+            call is None or call.changes != keeper.changes or not call.premises.hold()
         ):
             with torch.inference_mode(False):  # views made there could not be saved for a backward
                 call = self._call = self._prepare()
+        assert call is not None
         if (
             call.operands is None
             or keeper.forwards.rows is not None
             or not weights_match_input(call.operands[0], x)
         ):
             return type(self.module).forward(self.module, x)
-        if keeper.are_ready(call.written):
+        if is_ready or keeper.are_ready(call.written):
             return apply(S2MLPFunction, x, *call.operands)
         with keeper.forwards.lock:
             keeper.ensure_written(call.written)

@@ -12,6 +12,7 @@ from s2kernels.autograd.first_order import apply
 from s2kernels.autograd.linear import S2LinearFunction, delta_linear, operands
 from s2kernels.coupling import is_conv1d, is_dense
 from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
+from s2kernels.peft.host.linear import AdapterLinear
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
@@ -24,7 +25,7 @@ from s2kernels.reference import Index, take
 class LinearCall(NamedTuple):
     """What a forward of the layer does; see `AdapterLayer.prepared`.
 
-    written:  the adapter whose slice is to be written into the weight; None where nothing is
+    written:  of this layer, the adapter whose slice is to be in the weight; None for W0
     operands: of `S2LinearFunction`, which takes the weight with the first slice; None where the
               base layer computes its own output
     slices:   (delta, positions) of the active adapters, without that first one
@@ -32,12 +33,12 @@ class LinearCall(NamedTuple):
 
     changes: int
     premises: Premises
-    written: str | None
+    written: dict[Any, str | None]
     operands: tuple | None
     slices: list[tuple[Tensor, Index]]
 
 
-class S2FTLinear(S2FTLayer):
+class S2FTLinear(S2FTLayer, AdapterLinear):
     """A linear layer, `base_layer`, with trained slices of its weight (N, K); see `S2FTLayer`.
 
     gathered: where FSDP gathers the weight with a slice in it, which one; see `fsdp_placement`.
@@ -120,25 +121,9 @@ class S2FTLinear(S2FTLayer):
             mode = "additive" if written is None and arrived is None else "inplace"
             matrix, held = self.matrix_of(self.weight), holding_for({self: written})
             given = operands(matrix, *slices.pop(0), self.dim, self.bias, mode, held)
-        return LinearCall(self.keeper.changes, premises, written, given, slices)
+        return LinearCall(self.keeper.changes, premises, {self: written}, given, slices)
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """The base layer's output with the active adapters: (..., N) for x (..., K)."""
-        keeper = self.keeper
-        if torch.compiler.is_compiling():
-            return self._compute(x, self.prepare(), *args, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        call, rows = self.prepared(), keeper.forwards.rows
-        if rows is not None and not self.disable_adapters:
-            return self._forward_mixed(x, rows, *args, **kwargs)  # type: ignore[arg-type]
-        if keeper.are_ready({self: call.written}):
-            return self._compute(x, call, *args, **kwargs)
-        with keeper.forwards.lock:
-            keeper.ensure_written({self: call.written})
-            return self._compute(x, call, *args, **kwargs)
-
-    def _compute(self, x: Tensor, call: LinearCall, *args, **kwargs) -> Tensor:
+    def compute(self, x: Tensor, call: LinearCall, *args, **kwargs) -> Tensor:
         if call.operands is None:
             y = self._forward_base(x, *args, **kwargs)
         else:
@@ -152,7 +137,7 @@ class S2FTLinear(S2FTLayer):
         keep_w0_for_backward_of(y, self)
         return y
 
-    def _forward_mixed(self, x: Tensor, rows: Rows, *args, **kwargs) -> Tensor:
+    def compute_mixed(self, x: Tensor, rows: Rows, *args, **kwargs) -> Tensor:
         """Each row of the batch through its own adapter; an adapter that this layer lacks leaves
         the row as the base layer has it.
         """

@@ -214,16 +214,16 @@ class ParallelLinear(S2FTLinear):
             )
         return super().prepare()
 
-    def _compute(self, x: Tensor, call: LinearCall, *args: Any, **kwargs: Any) -> Tensor:
+    def compute(self, x: Tensor, call: LinearCall, *args: Any, **kwargs: Any) -> Tensor:
         if call.operands is None:
-            return super()._compute(x, call, *args, **kwargs)
+            return super().compute(x, call, *args, **kwargs)
         weight, bias, delta, *rest = call.operands
         given = weight, self.style.bias_here(bias), here(delta), *rest
         slices = [(here(each), where) for each, where in call.slices]
         part = call._replace(operands=given, slices=slices)
-        return self.style.leave(super()._compute(self.style.enter(x), part), bias)
+        return self.style.leave(super().compute(self.style.enter(x), part), bias)
 
-    def _forward_mixed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def compute_mixed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise ValueError("adapter_names does not go with tensor parallelism: call set_adapter")
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -12,7 +12,7 @@ from s2kernels.adapter import alike, fingerprint
 from s2kernels.autograd.sparse import Observer, Weight, check_entries, linear
 from s2kernels.peft.host.holding import Holding, holding, keep_w0_for_backward_of
 from s2kernels.peft.host.kept_buffers import KeptBuffers, beside, has_values, with_values
-from s2kernels.peft.host.layer import AdapterLayer
+from s2kernels.peft.host.linear import AdapterLinear
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
@@ -31,20 +31,21 @@ def sparse_writer(entries: list[tuple]) -> Callable[[], None]:
 class EntriesCall(NamedTuple):
     """What a forward of the layer does; see `AdapterLayer.prepared`.
 
-    adapter: the one that is active, None for the base alone; written: the same where its entries
-    belong in the weight, else None. weight: None where the base layer is quantized.
+    written: of this layer, the adapter whose entries are to be in the weight; None for W0. adapter:
+    the one that is active, None for the base alone. weight: None where the base layer is quantized.
     """
 
     changes: int
     premises: Premises
+    written: dict[Any, str | None]
     adapter: str | None
-    written: str | None
+    mode: str
     weight: Tensor | None
     bias: Tensor | None
     holding: Holding | None
 
 
-class SpIELLinear(AdapterLayer):
+class SpIELLinear(AdapterLinear):
     """A frozen linear layer, weight (N, K), with k trained entries per adapter.
 
     Saved per adapter:
@@ -158,25 +159,13 @@ class SpIELLinear(AdapterLayer):
         if not torch.compiler.is_compiling():
             self.note(premises, name)
         return EntriesCall(
-            *(self.keeper.changes, premises, name, written, weight),
+            *(self.keeper.changes, premises, {self: written}, name),
+            *("additive" if written is None else "inplace", weight),
             self.bias if name is not None else None,
             holding(self.keeper, {self: written}) if name is not None else None,
         )
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """The base layer's output with the active adapter: (..., N) for x (..., K)."""
-        if torch.compiler.is_compiling():
-            return self._compute(x, self.prepare(), *args, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        call = self.prepared()
-        if self.keeper.are_ready({self: call.written}):
-            return self._compute(x, call, *args, **kwargs)
-        with self.keeper.forwards.lock:
-            self.keeper.ensure_written({self: call.written})
-            return self._compute(x, call, *args, **kwargs)
-
-    def _compute(self, x: Tensor, call: EntriesCall, *args, **kwargs) -> Tensor:
+    def compute(self, x: Tensor, call: EntriesCall, *args, **kwargs) -> Tensor:
         name = call.adapter
         if name is None:
             with keeping_order(self.get_base_layer()):
@@ -193,9 +182,8 @@ class SpIELLinear(AdapterLayer):
         weight: Weight | None = call.weight
         if weight is None:
             weight = panels_of(self.get_base_layer())
-        mode = "additive" if call.written is None else "inplace"
         return linear(
-            *(x, weight, delta, index, call.bias, mode, plan, call.holding),
+            *(x, weight, delta, index, call.bias, call.mode, plan, call.holding),
             observe=self.observers.get(name),
         )
 
