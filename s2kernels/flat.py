@@ -215,8 +215,8 @@ class FlatAdamW(torch.optim.AdamW):
         blocks = self._blocks[index]
         for block in blocks:
             block.group = self.param_groups[index]  # another one after load_state_dict
-        held = {p for block in blocks for p in block.params}
-        wanted = [p for p in params if p.requires_grad or p.grad is not None or p in held]
+        held = {id(p) for block in blocks for p in block.params}
+        wanted = [p for p in params if p.requires_grad or p.grad is not None or id(p) in held]
         if len(wanted) == len(held) and all(block.is_in_place() for block in blocks):
             return blocks
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

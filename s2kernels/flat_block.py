@@ -117,7 +117,8 @@ class Block:
                 return None  # moved, and not yet laid out anew
             # Not in zero_grad(), since model.zero_grad() drops gradients, too. Anew in each
             # backward that finds none, lest a CUDA graph of it counts on what was zero before.
-            if all(p.grad is None for p in reversed(self.params)):  # the last comes first
+            last = self.params[-1]  # which comes first, as a rule
+            if last.grad is None and all(p.grad is None for p in self.params):
                 self.grads.zero_()
                 self._is_clear = [True] * len(self.params)
             elif not self._is_clear[i]:

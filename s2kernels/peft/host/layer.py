@@ -85,7 +85,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
         raise NotImplementedError
 
     def check_fingerprint(self, expected: Tensor, base: Tensor) -> None:
-        """Raises ValueError for values of another base than the one that has that fingerprint."""
+        """Raises ValueError for values of another base than that of the fingerprint."""
         raise NotImplementedError
 
     def unknown_fingerprint(self, adapter: str) -> Tensor:
@@ -158,9 +158,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
 
     def note(self, premises: Premises, adapter: str | None) -> None:
         """Note what is written: the weight, and the adapter's tensors."""
-        base = self.get_base_layer()
         premises.same_child(self, "base_layer")
-        premises.same_tensor(base, "weight")
+        premises.same_tensor(self.get_base_layer(), "weight")
         premises.as_trainable(self.weight)
         check_not_partitioned([self.weight])
         premises.as_partitioned(self.weight)
