@@ -128,7 +128,7 @@ def recorded(job: Job) -> list[Recorded]:
 
     chip = hardware.Chip("none", target, TARGETS[target].num_sms)
     with patch.object(JITFunction, "run", record), patch.object(hardware, "WITHOUT_GPU", chip):
-        for arguments in case.calls(operands, case.at(Sizes(sizes, *SIZES[sizes], RANK))):
+        for arguments in case.calls(operands, Sizes(sizes, *SIZES[sizes], case.rank or RANK)):
             work = OPS[case.op](*arguments)
             (case.launch or getattr(kernels, case.op))(*arguments)
     return launches

@@ -8,8 +8,8 @@ operands without content, for chips that are not there. `tune` takes the first c
 Sizes: M tokens, N out_features, K in_features, R trained channels.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -43,7 +43,6 @@ class Operands:
     random: bool = True
     layers: int = 32  # that a kernel which serves a whole model gets at once
     experts: int = 8
-    _drawn: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def host(self) -> "Operands":
@@ -61,8 +60,6 @@ class Operands:
 
     def index(self, r: int, size: int) -> Tensor:
         """R of so many channels, int32, in order."""
-        if self.device.type == "meta":
-            return torch.empty(r, dtype=torch.int32, device="meta")
         return torch.randperm(size)[:r].sort().values.to(self.device, torch.int32)
 
     def entries(self, n: int, k: int) -> Tensor:
@@ -70,10 +67,8 @@ class Operands:
 
         A little fewer, for those that are drawn twice: a permutation of all takes seconds.
         """
-        if (n, k) not in self._drawn:
-            drawn = torch.randint(n * k, (16 * (n + k),), device=self.device).unique()
-            self._drawn[n, k] = drawn.to(index_dtype((n, k)))
-        return self._drawn[n, k]
+        drawn = torch.randint(n * k, (16 * (n + k),), device=self.device).unique()
+        return drawn.to(index_dtype((n, k)))
 
 
 Calls = Iterable[tuple]  # of arguments
@@ -214,7 +209,7 @@ class Case:
     """op: its name in `s2kernels.kernels`. rank: R, where it is not that of the sizes.
 
     launch: what a compiler sees in the place of the op, where launches depend on contents.
-    measured: whether `bench_ops` times it; by_tokens: whether the number of tokens matters to it.
+    by_tokens: whether the number of tokens matters to it.
     waits: the implementations that wait for the device in a call, to look at what it found.
     """
 
@@ -222,47 +217,19 @@ class Case:
     calls: Callable[[Operands, Sizes], Calls]
     rank: int | None = None
     launch: Callable | None = None
-    measured: bool = True
     by_tokens: bool = True
     waits: tuple[str, ...] = ()
-
-    def at(self, sizes: Sizes) -> Sizes:
-        return sizes if self.rank is None else replace(sizes, r=self.rank)
-
-
-# Each of the blocks that a slice of R channels can get; a single channel is no tensor to Triton.
-_BLOCKS = (16, 32, 64, 256)
-# Ops whose code depends on R and on the dimension of the slice: the R of each dimension. Where a
-# dimension has one, the code is the same but for strides.
-_SLICED = (
-    ("slice_grad", _slice_grad, {"in": (1, *_BLOCKS), "out": (1, *_BLOCKS)}),
-    ("slice_update", _slice_update, {"in": (64, 256), "out": (256,)}),  # besides, it is slice_grad
-    ("slice_grad_each", _slice_grad_each, {"in": (1, *_BLOCKS), "out": (256,)}),
-    ("slice_linear_", _slice_linear_, {"in": (256,), "out": _BLOCKS}),
-    ("slice_linear_dx_", _slice_linear_dx_, {"in": _BLOCKS, "out": (256,)}),
-)
-
-
-def _sliced() -> Iterator[tuple[str, Case]]:
-    for name, calls, widths in _SLICED:
-        op = "slice_grad" if name == "slice_update" else name
-        waits = ("torch",) if op == "slice_grad_each" else ()
-        for dim, r in ((dim, r) for dim, ranks in widths.items() for r in ranks):
-            measured = op == name and (dim, r) == ("in", 256)
-            case = Case(op, partial(calls, dim), r, measured=measured, waits=waits)
-            yield f"{name}-{dim}-{r}", case
 
 
 _UNSLICED = (
     Case("linear", _linear),
     Case("linear_dx", lambda o, s: [(o(s.m, s.n), o(s.n, s.k))]),
-    Case("linear_plus_slice", _linear_plus_slice, measured=False),
+    Case("linear_plus_slice", _linear_plus_slice),
     Case(
         "linear_dx_plus_slice",
         lambda o, s: [(o(s.m, s.n), o(s.n, s.k), o(s.m, s.r), o.fp32(s.r, s.k))],
-        measured=False,
     ),
-    Case("linear_dx_swiglu_bwd", _linear_dx_swiglu_bwd, measured=False),
+    Case("linear_dx_swiglu_bwd", _linear_dx_swiglu_bwd),
     Case("swiglu", lambda o, s: [(o(s.m, s.k), o(s.m, s.k))]),
     Case("swiglu_bwd", _swiglu_bwd),
     Case("slice_write", _slice_write, by_tokens=False),
@@ -283,4 +250,27 @@ _UNSLICED = (
         waits=("torch", "triton"),
     ),
 )
-CASES: dict[str, Case] = {case.op: case for case in _UNSLICED} | dict(_sliced())
+# Each of the blocks that a slice of R channels can get; a single channel is no tensor to Triton.
+_BLOCKS = (16, 32, 64, 256)
+# Ops whose code depends on R and on the dimension of the slice: the R of each dimension. Where a
+# dimension has one, the code is the same but for strides.
+_SLICED = {
+    "slice_grad": (Case("slice_grad", _slice_grad), {"in": (1, *_BLOCKS), "out": (1, *_BLOCKS)}),
+    # Besides, it is slice_grad.
+    "slice_update": (Case("slice_grad", _slice_update), {"in": (64, 256), "out": (256,)}),
+    "slice_grad_each": (
+        Case("slice_grad_each", _slice_grad_each, waits=("torch",)),
+        {"in": (1, *_BLOCKS), "out": (256,)},
+    ),
+    "slice_linear_": (Case("slice_linear_", _slice_linear_), {"in": (256,), "out": _BLOCKS}),
+    "slice_linear_dx_": (
+        Case("slice_linear_dx_", _slice_linear_dx_),
+        {"in": _BLOCKS, "out": (256,)},
+    ),
+}
+CASES: dict[str, Case] = {case.op: case for case in _UNSLICED} | {
+    f"{name}-{dim}-{r}": replace(case, calls=partial(case.calls, dim), rank=r)
+    for name, (case, ranks) in _SLICED.items()
+    for dim, widths in ranks.items()
+    for r in widths
+}
