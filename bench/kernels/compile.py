@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -119,6 +120,7 @@ def recorded(job: Job) -> list[Recorded]:
     from s2kernels import kernels
     from s2kernels.kernels import target as hardware
 
+    torch.manual_seed(0)  # how many entries are drawn decides what a launch is specialised to
     name, sizes, dtype, target = job
     case, launches = CASES[name], []
     operands = Operands(torch.device("meta"), dtype, random=False)
@@ -135,22 +137,18 @@ def recorded(job: Job) -> list[Recorded]:
 
 
 def _compile(launch: Recorded, chip: Target):
-    """What JITFunction.run does between the launch and the driver."""
-    import triton
+    """What the JIT compiles, where the driver says that `chip` is there."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
+    from triton.runtime.driver import driver
 
     gpu = GPUTarget(chip.backend, chip.arch, chip.warp_size)
-    backend = make_backend(gpu)
-    kernel, options = launch.kernel, {**launch.options, "debug": False}
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, extra = binder(*launch.arguments, **options)
-    parsed, signature, constexprs, attrs = kernel._pack_args(
-        backend, options, bound, specialization, extra
+    active = SimpleNamespace(
+        get_current_target=lambda: gpu,
+        get_current_device=lambda: chip.arch,  # the JIT has a cache for each device
+        get_current_stream=lambda device: 0,
     )
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    return triton.compile(source, target=gpu, options=parsed.__dict__)
+    with patch.object(driver, "_active", active):
+        return launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
 
 
 def row(job: Job, launch: Recorded, compiled: Any) -> dict:
@@ -166,7 +164,7 @@ def row(job: Job, launch: Recorded, compiled: Any) -> dict:
             for field in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
         )
         spills = sum(spilled)
-    copies = chip.copy_instruction
+    copy = chip.copy_instruction
     found = uncompiled(job, launch) | {
         "grid": list(launch.grid),
         "registers": registers,
@@ -179,7 +177,7 @@ def row(job: Job, launch: Recorded, compiled: Any) -> dict:
         # One brace group holds the accumulator; a second one, the first operand in registers.
         "wide_store": re.search(_WIDE_STORE, assembly) is not None,
         "register_wgmma": re.search(r"wgmma\.mma_async[^;{]*\{[^;{]*\{", assembly) is not None,
-        "tensor_copy": copies is not None and re.search(copies, assembly) is not None,
+        "tensor_copy": copy is not None and re.search(copy, assembly) is not None,
     }
     return found | occupancy(found, chip) | floor(found, launch.work)
 
@@ -218,9 +216,8 @@ def collected(function: Callable[[Job], list[dict]], jobs: list[Job], workers: i
     with ProcessPoolExecutor(
         max_workers=workers, mp_context=get_context("spawn"), initializer=start_worker
     ) as pool:
-        futures = [pool.submit(function, job) for job in jobs]
-        progress = tqdm(futures, unit="case", disable=None)
-        return [row for future in progress for row in future.result()]
+        found = tqdm(pool.map(function, jobs), total=len(jobs), unit="case", disable=None)
+        return [row for rows in found for row in rows]
 
 
 def differences(path: Path) -> list[str]:
