@@ -3,15 +3,15 @@
     python -m bench.kernels.compile [--check] [--output bench/results/static/kernels.json]
 
 The launchers of `bench.kernels.ops` run on operands without content, with `JITFunction.run`
-replaced by a recorder, and every recorded launch is compiled as the JIT would for that GPU, same
-specialisation included: at the shapes of LLaMA-2-7B for sm_80, sm_90, sm_100 and gfx942 in bf16,
-and for sm_90 in fp32. A row of the table is a distinct launch: registers, spills, shared memory,
-occupancy, tensor-core and tensor-copy instructions, and of the whole call of the op the bytes, the
-FLOPs and the least time that they allow. The table depends on the kernels and on triton's version
-alone. --check asks every launcher again what it would launch, compiles a few of that, and compares.
+replaced by a recorder, and every recorded launch is compiled as the JIT would for that GPU: at the
+shapes of LLaMA-2-7B for sm_80, sm_90, sm_100 and gfx942 in bf16, and for sm_90 in fp32. A row of
+the table is a distinct launch: registers, spills, shared memory, occupancy, tensor-core and
+tensor-copy instructions, and of the whole call of the op the bytes, the FLOPs and the least time
+that they allow. The table depends on the kernels and on triton's version alone. --check asks every
+launcher again what it would launch, compiles a few of that, and compares.
 
-Launches are recorded and compiled in processes whose triton was imported without TRITON_INTERPRET:
-`start_worker` sees to that. Nothing here imports triton or the kernels at import time.
+All that happens in processes whose triton was imported without TRITON_INTERPRET: see
+`start_worker`. Nothing here imports triton or the kernels at import time.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from unittest.mock import patch
 import torch
 from tqdm import tqdm
 
-from bench.kernels.chips import TARGETS, Target, occupancy
+from bench.kernels.chips import TARGETS, occupancy
 from bench.measure import results
 from bench.steps.work import OPS, Work
 from s2kernels.files import replacing
@@ -62,6 +61,7 @@ _WIDE_STORE = r"\bst\.global\.(?:\w+\.)*(?:v4\.\w32|v2\.\w64)|\bglobal_store_dwo
 class Recorded:
     """A launch that a launcher asked for, with what the call of the op has to do."""
 
+    asked: dict  # the first columns of its row, LAUNCH
     kernel: Any  # a JITFunction
     arguments: tuple
     options: dict[str, Any]
@@ -86,30 +86,15 @@ def rows_of(job: Job) -> list[dict]:
     """A row for each distinct launch of a case."""
     rows: dict[str, dict] = {}
     for launch in recorded(job):
-        compiled = _compile(launch, TARGETS[job[3]])
+        compiled = _compile(launch)
         if compiled.hash not in rows:
-            rows[compiled.hash] = row(job, launch, compiled)
+            rows[compiled.hash] = row(launch, compiled)
     return list(rows.values())
 
 
 def launches_of(job: Job) -> list[dict]:
     """What the rows of a case say of every launch before it is compiled."""
-    return [uncompiled(job, launch) for launch in recorded(job)]
-
-
-def uncompiled(job: Job, launch: Recorded) -> dict:
-    case, _, dtype, target = job
-    options = {  # numbers as they are, a dtype of triton by its name
-        name: value if isinstance(value, int | str | None) else str(value)
-        for name, value in launch.options.items()
-    }
-    kernel = launch.kernel.__name__
-    found = (case, name_of(dtype), target, kernel, options)
-    return dict(zip(LAUNCH, found, strict=True))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return [launch.asked for launch in recorded(job)]
 
 
 def recorded(job: Job) -> list[Recorded]:
@@ -126,7 +111,13 @@ def recorded(job: Job) -> list[Recorded]:
     operands = Operands(torch.device("meta"), dtype, random=False)
 
     def record(self, *args, grid, warmup, **options):
-        launches.append(Recorded(self, args, options, tuple(grid), work))
+        shown = {  # numbers as they are, a dtype of triton by its name
+            key: value if isinstance(value, int | str | None) else str(value)
+            for key, value in options.items()
+        }
+        columns = (name, str(dtype).removeprefix("torch."), target, self.__name__, shown)
+        asked = dict(zip(LAUNCH, columns, strict=True))
+        launches.append(Recorded(asked, self, args, options, tuple(grid), work))
 
     chip = hardware.Chip("none", target, TARGETS[target].num_sms)
     with patch.object(JITFunction, "run", record), patch.object(hardware, "WITHOUT_GPU", chip):
@@ -136,27 +127,28 @@ def recorded(job: Job) -> list[Recorded]:
     return launches
 
 
-def _compile(launch: Recorded, chip: Target):
-    """What the JIT compiles, where the driver says that `chip` is there."""
+def _compile(launch: Recorded):
+    """What the JIT compiles, where the driver says that the chip is there."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
+    chip = TARGETS[launch.asked["target"]]
     gpu = GPUTarget(chip.backend, chip.arch, chip.warp_size)
-    active = SimpleNamespace(
+    says = SimpleNamespace(
         get_current_target=lambda: gpu,
         get_current_device=lambda: chip.arch,  # the JIT has a cache for each device
         get_current_stream=lambda device: 0,
     )
-    with patch.object(driver, "_active", active):
-        return launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
+    driver.set_active(says)
+    return launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
 
 
-def row(job: Job, launch: Recorded, compiled: Any) -> dict:
+def row(launch: Recorded, compiled: Any) -> dict:
     """The launch in the table. Spills count registers or bytes put in local memory."""
-    chip = TARGETS[job[3]]
+    chip = TARGETS[launch.asked["target"]]
     if chip.backend == "cuda":
         assembly = compiled.asm["ptx"]
-        registers, spills = _cubin_resources(compiled.asm["cubin"])
+        registers, spills = _cubin_resources(compiled.metadata_group[f"{compiled.name}.cubin"])
     else:
         assembly = compiled.asm["amdgcn"]
         registers, *spilled = (
@@ -165,7 +157,7 @@ def row(job: Job, launch: Recorded, compiled: Any) -> dict:
         )
         spills = sum(spilled)
     copy = chip.copy_instruction
-    found = uncompiled(job, launch) | {
+    found = launch.asked | {
         "grid": list(launch.grid),
         "registers": registers,
         "spills": spills,
@@ -174,23 +166,20 @@ def row(job: Job, launch: Recorded, compiled: Any) -> dict:
         "warps": compiled.metadata.num_warps,
         "dot": "tt.dot" in compiled.asm["ttir"],
         "matrix_instruction": re.search(chip.matrix_instruction, assembly) is not None,
-        # One brace group holds the accumulator; a second one, the first operand in registers.
         "wide_store": re.search(_WIDE_STORE, assembly) is not None,
+        # One brace group holds the accumulator; a second one, the first operand in registers.
         "register_wgmma": re.search(r"wgmma\.mma_async[^;{]*\{[^;{]*\{", assembly) is not None,
         "tensor_copy": copy is not None and re.search(copy, assembly) is not None,
     }
     return found | occupancy(found, chip) | floor(found, launch.work)
 
 
-def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+def _cubin_resources(cubin: Path) -> tuple[int, int]:
     """(registers of a thread, bytes of its stack and local memory), both 0 without spills."""
     from triton import knobs
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (
         int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL")
     )
