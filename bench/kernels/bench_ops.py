@@ -66,7 +66,7 @@ def bench_op(benchmark, name, case, sizes, impl, device):
     sets = laps.operand_sets(lambda: next(iter(case.calls(operands, sizes))), device)
     run = getattr(backend.select(operands(1), impl), case.op)
     needed, waits = OPS[case.op](*sets[0]), impl in case.waits
-    benchmark.group = f"{name} {sizes}"
+    benchmark.group = f"{name} {sizes.name} M={sizes.m}"
     benchmark.extra_info.update(bytes=needed.bytes, flops=needed.flops, dtype=str(operands.dtype))
     CLOCK.launches = laps.launches_in_a_lap(run, sets, device)
     lap = laps.lap(run, sets, CLOCK.launches, device, waits)

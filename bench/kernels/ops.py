@@ -30,9 +30,6 @@ class Sizes:
     k: int
     r: int
 
-    def __str__(self) -> str:
-        return f"{self.name} M={self.m}"
-
 
 @dataclass
 class Operands:
@@ -59,8 +56,8 @@ class Operands:
         return self(*shape, dtype=torch.float32)
 
     def index(self, r: int, size: int) -> Tensor:
-        """R of so many channels, int32, in order."""
-        return torch.randperm(size)[:r].sort().values.to(self.device, torch.int32)
+        """R of so many channels, int32, in order; on the host for a compiler, to be looked at."""
+        return torch.randperm(size)[:r].sort().values.to(self.host.device, torch.int32)
 
     def entries(self, n: int, k: int) -> Tensor:
         """Positions in a weight (N, K), sorted: about as many as LoRA of rank 16 has parameters.
@@ -92,42 +89,43 @@ def _linear_dx_swiglu_bwd(o: Operands, s: Sizes) -> Calls:
     yield dy[:1], weight, gate[:1], up[:1], slice(0, s.r)
 
 
-def _slice_grad(dim: str, o: Operands, s: Sizes) -> Calls:
+def _operands(o: Operands, s: Sizes, dim: str) -> tuple[tuple, tuple, Tensor, Tensor]:
+    """(dy, x); the same with the sliced one compact; its channels; delta of the slice."""
     dy, x, compact = o(s.m, s.n), o(s.m, s.k), o(s.m, s.r)
-    yield *((dy, compact) if dim == "in" else (compact, x)), None, dim
-    yield dy, x, o.index(s.r, s.k if dim == "in" else s.n), dim
+    if dim == "in":
+        return (dy, x), (dy, compact), o.index(s.r, s.k), o.fp32(s.n, s.r)
+    return (dy, x), (compact, x), o.index(s.r, s.n), o.fp32(s.r, s.k)
+
+
+def _slice_grad(dim: str, o: Operands, s: Sizes) -> Calls:
+    (dy, x), compact, index, out = _operands(o, s, dim)
+    yield *compact, None, dim
+    yield dy, x, index, dim
     # Few tokens: no split, and the sum goes straight into the gradient.
-    yield dy[:64], x[:64], slice(256, 256 + s.r), dim, _delta(o, s, dim)
+    yield dy[:64], x[:64], slice(256, 256 + s.r), dim, out
 
 
 def _slice_update(dim: str, o: Operands, s: Sizes) -> Calls:
     """`slice_grad` that a step of AdamW uses up, and whose weight is written."""
-    dy, x, compact = o(s.m, s.n), o(s.m, s.k), o(s.m, s.r)
-    states = [_delta(o, s, dim) for _ in range(3)]
-    update = Update(*states, o.fp32(3), (0.9, 0.999), 1e-8)
-    index = o.host.index(s.r, s.k if dim == "in" else s.n)  # whose sectors are counted
-    weight, base = o(s.n, s.k), o(*states[0].shape)
-    pair = (dy, compact) if dim == "in" else (compact, x)
+    (dy, x), compact, index, values = _operands(o, s, dim)
+    moments = o.fp32(*values.shape), o.fp32(*values.shape)
+    update = Update(values, *moments, o.fp32(3), (0.9, 0.999), 1e-8)
+    weight, base = o(s.n, s.k), o(*values.shape)
     for where in (slice(256, 256 + s.r), index):
         written = WeightSlice(weight, base, where, dim)
-        yield *pair, None, dim, update._replace(slice=written)
+        yield *compact, None, dim, update._replace(slice=written)
         # Few tokens: no split, and the step is done where the sum is computed.
         yield dy[:64], x[:64], where, dim, update._replace(slice=written)
 
 
 def _slice_grad_each(dim: str, o: Operands, s: Sizes) -> Calls:
     """Of experts with as many tokens each."""
-    dy, x, compact = o(s.m, s.n), o(s.m, s.k), o(s.m, s.r)
+    (dy, x), compact, index, out = _operands(o, s, dim)
     ends = torch.arange(1, o.experts + 1, dtype=torch.int32) * (s.m // o.experts)
     offsets = ends.to(o.device)
-    grads = _delta(o, s, dim).expand(o.experts, -1, -1).contiguous()
-    yield *((dy, compact) if dim == "in" else (compact, x)), offsets, None, dim, grads
-    index = o.index(s.r, s.k if dim == "in" else s.n).expand(o.experts, -1).contiguous()
+    index, grads = (each.expand(o.experts, *each.shape).contiguous() for each in (index, out))
+    yield *compact, offsets, None, dim, grads
     yield dy, x, offsets, index, dim, grads
-
-
-def _delta(o: Operands, s: Sizes, dim: str) -> Tensor:
-    return o.fp32(s.n, s.r) if dim == "in" else o.fp32(s.r, s.k)
 
 
 def _swiglu_bwd(o: Operands, s: Sizes) -> Calls:
@@ -137,9 +135,9 @@ def _swiglu_bwd(o: Operands, s: Sizes) -> Calls:
 
 
 def _slice_linear_(dim: str, o: Operands, s: Sizes) -> Calls:
-    y, x, delta = o(s.m, s.n), o(s.m, s.k), _delta(o, s, dim)
-    for index in (o.index(s.r, s.k if dim == "in" else s.n), slice(0, s.r)):
-        yield y, x, delta, index, dim
+    (y, x), _, index, delta = _operands(o, s, dim)
+    for where in (index, slice(0, s.r)):
+        yield y, x, delta, where, dim
 
 
 def _slice_linear_dx_(dim: str, o: Operands, s: Sizes) -> Calls:
@@ -252,25 +250,23 @@ _UNSLICED = (
 )
 # Each of the blocks that a slice of R channels can get; a single channel is no tensor to Triton.
 _BLOCKS = (16, 32, 64, 256)
-# Ops whose code depends on R and on the dimension of the slice: the R of each dimension. Where a
-# dimension has one, the code is the same but for strides.
-_SLICED = {
-    "slice_grad": (Case("slice_grad", _slice_grad), {"in": (1, *_BLOCKS), "out": (1, *_BLOCKS)}),
-    # Besides, it is slice_grad.
-    "slice_update": (Case("slice_grad", _slice_update), {"in": (64, 256), "out": (256,)}),
-    "slice_grad_each": (
+# Ops whose code depends on R and on the dimension of the slice: the R of in-slices, and of
+# out-slices. Where there is one R, the code is the same but for strides.
+_SLICED = (
+    ("slice_grad", Case("slice_grad", _slice_grad), (1, *_BLOCKS), (1, *_BLOCKS)),
+    ("slice_update", Case("slice_grad", _slice_update), (64, 256), (256,)),  # else slice_grad
+    (
+        "slice_grad_each",
         Case("slice_grad_each", _slice_grad_each, waits=("torch",)),
-        {"in": (1, *_BLOCKS), "out": (256,)},
+        (1, *_BLOCKS),
+        (256,),
     ),
-    "slice_linear_": (Case("slice_linear_", _slice_linear_), {"in": (256,), "out": _BLOCKS}),
-    "slice_linear_dx_": (
-        Case("slice_linear_dx_", _slice_linear_dx_),
-        {"in": _BLOCKS, "out": (256,)},
-    ),
-}
+    ("slice_linear_", Case("slice_linear_", _slice_linear_), (256,), _BLOCKS),
+    ("slice_linear_dx_", Case("slice_linear_dx_", _slice_linear_dx_), _BLOCKS, (256,)),
+)
 CASES: dict[str, Case] = {case.op: case for case in _UNSLICED} | {
     f"{name}-{dim}-{r}": replace(case, calls=partial(case.calls, dim), rank=r)
-    for name, (case, ranks) in _SLICED.items()
-    for dim, widths in ranks.items()
-    for r in widths
+    for name, case, *ranks in _SLICED
+    for dim, each in zip(("in", "out"), ranks, strict=True)
+    for r in each
 }
