@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 
 KIB = 1024
-BLOCKS, LANE_REGISTERS = 32, 512  # of a multiprocessor; of a lane in each quarter of one
-REGISTER_GRANULE = 8
-TENSOR_MEMORY_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -41,17 +38,18 @@ TARGETS = {
 
 def occupancy(row: dict, chip: Target) -> dict:
     """Blocks that a multiprocessor holds at once, and what keeps it from holding more."""
-    registers = -(-max(row["registers"], 1) // REGISTER_GRANULE) * REGISTER_GRANULE
+    # Of all four: 32 blocks, and 512 registers of a lane in each quarter, which come by eights.
+    registers = -(-max(row["registers"], 1) // 8) * 8
     limits = {
-        "blocks": BLOCKS,
+        "blocks": 32,
         "warps": chip.warps_sm // row["warps"],
-        "registers": 4 * (LANE_REGISTERS // registers) // row["warps"],
+        "registers": 4 * (512 // registers) // row["warps"],
     }
     # One block may have all of a multiprocessor's but what is reserved for it.
     if shared := row["shared_bytes"] + chip.reserved_bytes:
         limits["shared memory"] = (chip.shared_bytes + chip.reserved_bytes) // shared
     if row["tensor_memory_columns"]:
-        limits["tensor memory"] = TENSOR_MEMORY_COLUMNS // row["tensor_memory_columns"]
+        limits["tensor memory"] = 512 // row["tensor_memory_columns"]
     blocks = min(limits.values())
     return {
         "blocks_per_sm": blocks,

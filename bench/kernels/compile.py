@@ -3,12 +3,12 @@
     python -m bench.kernels.compile [--check] [--output bench/results/static/kernels.json]
 
 The launchers of `bench.kernels.ops` run on operands without content, with `JITFunction.run`
-replaced by a recorder, and every recorded launch is compiled as the JIT would for that GPU: at the
+replaced by a recorder. Every recorded launch is compiled as the JIT would for that GPU: at the
 shapes of LLaMA-2-7B for sm_80, sm_90, sm_100 and gfx942 in bf16, and for sm_90 in fp32. A row of
-the table is a distinct launch: registers, spills, shared memory, occupancy, tensor-core and
-tensor-copy instructions, and of the whole call of the op the bytes, the FLOPs and the least time
-that they allow. The table depends on the kernels and on triton's version alone. --check asks every
-launcher again what it would launch, compiles a few of that, and compares.
+the table is a distinct launch: its registers, spills, shared memory, occupancy and instructions,
+and of the whole call of the op the bytes, the FLOPs and the least time that they allow. The table
+depends on the kernels and on triton's version alone. --check asks every launcher again what it
+would launch, compiles a few of that, and compares.
 
 All that happens in processes whose triton was imported without TRITON_INTERPRET: see
 `start_worker`. Nothing here imports triton or the kernels at import time.
@@ -40,7 +40,6 @@ from s2kernels.files import replacing
 
 Job = tuple[str, str, torch.dtype, str]  # a key of ops.CASES, one of SIZES, dtype, target
 
-
 # (M, N, K) of LLaMA-2-7B's down_proj, and the same with no alignment left, which makes other code.
 SIZES = {"7b": (8192, 4096, 11008), "ragged": (8191, 4097, 11009)}
 RANK = 256
@@ -52,7 +51,6 @@ SAMPLE = [
 ]
 # Of an H200: an 8192³ GEMM of cuBLAS on random bf16 data, and a copy within the device's memory.
 CEILINGS = {"flops_per_second": 790e12, "bytes_per_second": 4.3e12}
-LAUNCH = ("case", "dtype", "target", "kernel", "launch")  # what is known before compiling
 # Of 16 bytes by one thread.
 _WIDE_STORE = r"\bst\.global\.(?:\w+\.)*(?:v4\.\w32|v2\.\w64)|\bglobal_store_dwordx4"
 
@@ -61,7 +59,7 @@ _WIDE_STORE = r"\bst\.global\.(?:\w+\.)*(?:v4\.\w32|v2\.\w64)|\bglobal_store_dwo
 class Recorded:
     """A launch that a launcher asked for, with what the call of the op has to do."""
 
-    asked: dict  # the first columns of its row, LAUNCH
+    asked: dict  # the first columns of its row
     kernel: Any  # a JITFunction
     arguments: tuple
     options: dict[str, Any]
@@ -111,12 +109,16 @@ def recorded(job: Job) -> list[Recorded]:
     operands = Operands(torch.device("meta"), dtype, random=False)
 
     def record(self, *args, grid, warmup, **options):
-        shown = {  # numbers as they are, a dtype of triton by its name
-            key: value if isinstance(value, int | str | None) else str(value)
-            for key, value in options.items()
+        asked = {
+            "case": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "target": target,
+            "kernel": self.__name__,
+            "launch": {  # numbers as they are, a dtype of triton by its name
+                key: value if isinstance(value, int | str | None) else str(value)
+                for key, value in options.items()
+            },
         }
-        columns = (name, str(dtype).removeprefix("torch."), target, self.__name__, shown)
-        asked = dict(zip(LAUNCH, columns, strict=True))
         launches.append(Recorded(asked, self, args, options, tuple(grid), work))
 
     chip = hardware.Chip("none", target, TARGETS[target].num_sms)
@@ -144,23 +146,25 @@ def _compile(launch: Recorded):
 
 
 def row(launch: Recorded, compiled: Any) -> dict:
-    """The launch in the table. Spills count registers or bytes put in local memory."""
+    """The launch in the table. Spills count registers, or bytes of a thread's local memory."""
+    from triton import knobs
+
     chip = TARGETS[launch.asked["target"]]
     if chip.backend == "cuda":
         assembly = compiled.asm["ptx"]
-        registers, spills = _cubin_resources(compiled.metadata_group[f"{compiled.name}.cubin"])
+        cubin = compiled.metadata_group[f"{compiled.name}.cubin"]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        fields = "REG", "STACK", "LOCAL"
     else:
-        assembly = compiled.asm["amdgcn"]
-        registers, *spilled = (
-            int(re.search(rf"\.{field}:\s*(\d+)", assembly)[1])
-            for field in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
-        )
-        spills = sum(spilled)
+        assembly = usage = compiled.asm["amdgcn"]
+        fields = "vgpr_count", "vgpr_spill_count", "sgpr_spill_count"
+    registers, *spilled = (int(re.search(rf"\b{f}:\s*(\d+)", usage)[1]) for f in fields)
     copy = chip.copy_instruction
     found = launch.asked | {
         "grid": list(launch.grid),
         "registers": registers,
-        "spills": spills,
+        "spills": sum(spilled),
         "shared_bytes": compiled.metadata.shared,
         "tensor_memory_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
         "warps": compiled.metadata.num_warps,
@@ -174,29 +178,15 @@ def row(launch: Recorded, compiled: Any) -> dict:
     return found | occupancy(found, chip) | floor(found, launch.work)
 
 
-def _cubin_resources(cubin: Path) -> tuple[int, int]:
-    """(registers of a thread, bytes of its stack and local memory), both 0 without spills."""
-    from triton import knobs
-
-    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (
-        int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL")
-    )
-    return registers, stack + local
-
-
 def floor(row: dict, work: Work) -> dict:
     """Bytes, FLOPs and, for an H200 in bf16, the least time they allow and what sets it."""
     needed = {"bytes": work.bytes, "flops": work.flops}
     if (row["target"], row["dtype"]) != ("sm_90", "bfloat16"):
         return needed
-    seconds = {
-        "bytes": work.bytes / CEILINGS["bytes_per_second"],
-        "flops": work.flops / CEILINGS["flops_per_second"] if row["dot"] else 0.0,
-    }
-    bound = max(seconds, key=seconds.__getitem__)
-    return needed | {"floor_us": round(seconds[bound] * 1e6, 2), "floor_by": bound}
+    by_bytes = work.bytes / CEILINGS["bytes_per_second"]
+    by_flops = work.flops / CEILINGS["flops_per_second"] if row["dot"] else 0.0
+    floor_us = round(max(by_bytes, by_flops) * 1e6, 2)
+    return needed | {"floor_us": floor_us, "floor_by": "flops" if by_flops > by_bytes else "bytes"}
 
 
 def collected(function: Callable[[Job], list[dict]], jobs: list[Job], workers: int) -> list[dict]:
@@ -214,14 +204,15 @@ def differences(path: Path) -> list[str]:
     document = json.loads(path.read_text(encoding="utf-8"))
     if document["triton"] != version("triton"):
         return [f"made with triton {document['triton']}, but this is {version('triton')}"]
-    listed = {json.dumps({name: row[name] for name in LAUNCH}) for row in document["kernels"]}
-    now = set(map(json.dumps, collected(launches_of, jobs(), workers=1)))
-    rows_listed = set(map(json.dumps, document["kernels"]))
-    rows_now = map(json.dumps, collected(rows_of, SAMPLE, workers=1))
+    asked = collected(launches_of, jobs(), workers=1)
+    now = set(map(json.dumps, asked))
+    listed = {json.dumps({name: row[name] for name in asked[0]}) for row in document["kernels"]}
+    rows = set(map(json.dumps, document["kernels"]))
+    sample = map(json.dumps, collected(rows_of, SAMPLE, workers=1))
     return [
         *(f"no longer launched: {line}" for line in sorted(listed - now)),
         *(f"not in the file: {line}" for line in sorted(now - listed)),
-        *(f"not in the file: {row}" for row in rows_now if row not in rows_listed),
+        *(f"not in the file: {row}" for row in sample if row not in rows),
     ]
 
 

@@ -174,13 +174,10 @@ def _sparse_grad(o: Operands, s: Sizes) -> Calls:
         entries = o.entries(s.n, s.k)
         yield dy, x, entries, kernels.tile_plan(entries, (s.n, s.k))
         return
-
-    def ints(count: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(count, dtype=dtype, device="meta")
-
+    ints = partial(torch.empty, dtype=torch.int32, device="meta")
     k = s.n * s.k // 100
     for tiles, grad in ((1376, None), (1376, o.fp32(k)), (100, None)):
-        held = ints(tiles), ints(tiles + 1), ints(k), ints(k, torch.int16)
+        held = ints(tiles), ints(tiles + 1), ints(k), ints(k, dtype=torch.int16)
         yield dy, x, ints(k), TilePlan((s.n, s.k), *held), grad
 
 
