@@ -23,7 +23,6 @@ CUDA_SIZES = tuple(
 )
 ROUNDS, LEAST_ROUNDS = 20, 3
 SECONDS = 3.0  # of all rounds of a case, where they would take longer
-
 CLOCK = timing.Clock(machine.default_device())
 
 

@@ -58,8 +58,8 @@ def _dense_slice_grad(dy: Tensor, x: Tensor, index: None, dim: str) -> Tensor:
     return reference.slice_grad(dy, x, index, dim)
 
 
-# The ops, each with what Triton is compared with: the reference, where nothing better runs without
-# the kernel. slice_grad first: it is Triton's anyway, torch having no sum into the gradient.
+# The ops, each with what it is compared with: what would run without the kernel. slice_grad comes
+# first: the kernel always runs there, as torch has no sum into the gradient.
 PEERS: dict[str, Callable] = {
     "slice_grad": _dense_slice_grad,
     "linear": reference.linear,

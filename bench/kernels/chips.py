@@ -7,16 +7,14 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Target:
-    """A chip: triton's name for it, what its blocks and multiprocessors have, the instructions of
-    its tensor cores and of its tensor copy engine.
-    """
+    """backend, arch: triton's name for the chip. *_instruction: those of its special units."""
 
     backend: str
     arch: int | str
     num_sms: int
     shared_bytes: int  # that one block may have
-    matrix_instruction: str
-    copy_instruction: str | None = None
+    matrix_instruction: str  # of the tensor cores
+    copy_instruction: str | None = None  # of the tensor copy engine
     reserved_bytes: int = KIB  # of shared memory for every block, by the driver
     warps_sm: int = 64
     warp_size: int = 32

@@ -251,7 +251,7 @@ _BLOCKS = (16, 32, 64, 256)
 # out-slices. Where there is one R, the code is the same but for strides.
 _SLICED = (
     ("slice_grad", Case("slice_grad", _slice_grad), (1, *_BLOCKS), (1, *_BLOCKS)),
-    ("slice_update", Case("slice_grad", _slice_update), (64, 256), (256,)),  # else slice_grad
+    ("slice_update", Case("slice_grad", _slice_update), (64, 256), (256,)),  # else as slice_grad
     (
         "slice_grad_each",
         Case("slice_grad_each", _slice_grad_each, waits=("torch",)),

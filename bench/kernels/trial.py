@@ -74,7 +74,7 @@ def measure(problem: Problem, device: torch.device, toy: bool) -> dict:
 
 
 def entry(problem: Problem, stats: dict | None, **info: object) -> dict:
-    """The entry of `problem` in the shape of pytest-benchmark's JSON; stats: None if it failed."""
+    """The entry of `problem`, with the names of pytest-benchmark. stats: None where it failed."""
     return {"name": problem.name, "fullname": problem.name, "stats": stats, "extra_info": info}
 
 

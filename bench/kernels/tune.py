@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure_missing(
     listed: list[Problem], file: results.Results, device: torch.device, args: argparse.Namespace
 ) -> None:
-    """Measures what `file` lacks of `listed`, then what failed before; begins none too late.
+    """Measures what `file` lacks of `listed`, then what failed before, and begins none too late.
 
     Raises what a lost GPU raises: nothing more can be measured in this process.
     """
@@ -87,16 +87,19 @@ def measure_missing(
         bar.set_description(problem.name)
         file.add(entry(problem, None, why="not finished"))  # if the process is killed
         try:
-            file.add(found := measure(problem, device, args.toy))
-            us, ratio = found["stats"]["median"] * 1e6, found["extra_info"]["ratio_to_torch"]
-            times = f"{ratio['median']:.3f} times torch's ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
-            bar.write(f"{problem.name}: {us:.1f} us, {times}")
+            found = measure(problem, device, args.toy)
         except Exception as error:
             traceback.print_exc()
             file.add(entry(problem, None, why=in_words(error)))
             timing.synchronize(device)  # raises again what broke the GPU
+            continue
+        file.add(found)
+        us, ratio = found["stats"]["median"] * 1e6, found["extra_info"]["ratio_to_torch"]
+        times = f"{ratio['median']:.3f} times torch's ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
+        bar.write(f"{problem.name}: {us:.1f} us, {times}")
 
 
+# What tells the rows of each list of the table apart, and orders them.
 _launched = itemgetter("op", "dtype", "sizes", "arch", "tokens")
 _compared = itemgetter("op", "dtype", "sizes", "device")
 
