@@ -2,17 +2,16 @@
 
 Each entry states in extra_info the bytes and the FLOPs that the op cannot do without. On a GPU a
 round is one replay of a graph of many launches, divided by their number: see `bench.kernels.laps`.
-The host calls what waits for the device (called_by_host): of a short op that is the host's time.
+The host calls what waits for the device: of a short op that is the host's time.
 """
 
 import pytest
 import torch
-from torch import Tensor
 
 from bench.kernels import laps
 from bench.kernels.ops import CASES, Case, Operands, Sizes
 from bench.measure import machine, timing
-from bench.steps.work import OPS, Work, size
+from bench.steps.work import OPS
 from s2kernels import backend
 
 CUDA = torch.cuda.is_available()
@@ -24,31 +23,23 @@ CUDA_SIZES = tuple(
 )
 ROUNDS, LEAST_ROUNDS = 20, 3
 SECONDS = 3.0  # of all rounds of a case, where they would take longer
-
-
 CLOCK = timing.Clock(machine.default_device())
-
-
-def dense_grad(dy: Tensor, x: Tensor, *others: object) -> Tensor:
-    """The gradient of the whole weight by one product of torch: the peer of sparse_grad."""
-    return dy.t() @ x
-
-
-def dense_grad_work(dy: Tensor, x: Tensor, *others: object) -> Work:
-    weight = dy.shape[1] * x.shape[1]
-    return Work(size(dy) + size(x) + weight * dy.itemsize, 2 * len(dy) * weight)
 
 
 def cases(listed: tuple[Sizes, ...]) -> list[tuple[str, Case, Sizes]]:
     """(name, case, sizes): every op at all sizes, or at the first of a layer if it sees no tokens.
 
-    R is that of the sizes, whatever the compiler's case is of.
+    R is that of the sizes, whatever the compiler's case is of. dense_grad is the gradient of the
+    whole weight by one product: what sparse_grad is compared with.
     """
+    named: dict[str, Case] = {}
+    for case in CASES.values():
+        named.setdefault(case.op, case)
+    named["dense_grad"] = Case("linear", lambda o, s: [(o(s.m, s.n).t(), o(s.m, s.k).t())])
     first = {sizes.name: sizes for sizes in reversed(listed)}
-    named = {case.op: case for case in CASES.values() if case.measured}
     return [
         (name, case, sizes)
-        for name, case in (named | {"dense_grad": named["sparse_grad"]}).items()
+        for name, case in named.items()
         for sizes in listed
         if case.by_tokens or sizes is first[sizes.name]
     ]
@@ -72,15 +63,10 @@ def bench_op(benchmark, name, case, sizes, impl, device):
     torch.manual_seed(0)
     operands = Operands(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     sets = laps.operand_sets(lambda: next(iter(case.calls(operands, sizes))), device)
-    run, work = dense_grad, dense_grad_work
-    if name != "dense_grad":
-        run, work = getattr(backend.select(operands(1), impl), name), OPS[name]
-    needed = work(*sets[0])
-    benchmark.group = f"{name} {sizes}"
-    waits = impl in case.waits and name != "dense_grad"
-    benchmark.extra_info.update(
-        bytes=needed.bytes, flops=needed.flops, dtype=str(operands.dtype), called_by_host=waits
-    )
+    run = getattr(backend.select(operands(1), impl), case.op)
+    needed, waits = OPS[case.op](*sets[0]), impl in case.waits
+    benchmark.group = f"{name} {sizes.name} M={sizes.m}"
+    benchmark.extra_info.update(bytes=needed.bytes, flops=needed.flops, dtype=str(operands.dtype))
     CLOCK.launches = laps.launches_in_a_lap(run, sets, device)
     lap = laps.lap(run, sets, CLOCK.launches, device, waits)
     (seconds,) = timing.laps([lap], device)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+from torch import Tensor
 
+from bench.kernels.chips import TARGETS
 from bench.kernels.ops import CASES, Operands, Sizes
 from bench.methods import comparable
 from bench.steps.model_shapes import TABLE
@@ -37,14 +39,8 @@ class Problem:
 
     @property
     def name(self) -> str:
-        first, second = "PR" if self.op == "slice_grad" else "NK"
         dtype = str(self.dtype).removeprefix("torch.")
-        sizes = f"{first}={self.sizes[0]} {second}={self.sizes[1]}"
-        return f"{self.op} {dtype} {sizes} M={self.tokens}"
-
-    @property
-    def fullname(self) -> str:
-        return f"bench/kernels/tune.py::{self.name}"
+        return f"{self.op} {dtype} {self.sizes[0]}x{self.sizes[1]} M={self.tokens}"
 
     def operands(self, device: torch.device) -> tuple:
         """Random arguments of the op: the first call of the catalogue."""
@@ -55,28 +51,25 @@ class Problem:
         return next(iter(case.calls(Operands(device, self.dtype), sizes)))
 
 
-# What runs otherwise, where that is not the reference: one GEMM of the BLAS with its sums in fp32,
-# which torch offers on CUDA alone, and for SwiGLU the kernel of its own.
-_PEERS: dict[str, Callable] = {
-    "slice_grad": lambda dy, x, index, dim: (
-        torch.mm(dy.t(), x, out_dtype=torch.float32)
-        if dy.is_cuda
-        else reference.slice_grad(dy, x, index, dim)
-    ),
+def _dense_slice_grad(dy: Tensor, x: Tensor, index: None, dim: str) -> Tensor:
+    """One GEMM of the BLAS with its sums in fp32, which torch offers on CUDA alone."""
+    if dy.is_cuda:
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return reference.slice_grad(dy, x, index, dim)
+
+
+# The ops, each with what it is compared with: what would run without the kernel. slice_grad comes
+# first: the kernel always runs there, as torch has no sum into the gradient.
+PEERS: dict[str, Callable] = {
+    "slice_grad": _dense_slice_grad,
+    "linear": reference.linear,
+    "linear_dx": reference.linear_dx,
     "linear_dx_swiglu_bwd": lambda dy, weight, *others: kernels.swiglu_bwd(
         reference.linear_dx(dy, weight), *others
     ),
+    "linear_plus_slice": reference.linear_plus_slice,
+    "linear_dx_plus_slice": reference.linear_dx_plus_slice,
 }
-# slice_grad first: it is Triton's anyway, torch having no sum into the gradient.
-OPS = (
-    *("slice_grad", "linear", "linear_dx", "linear_dx_swiglu_bwd"),
-    *("linear_plus_slice", "linear_dx_plus_slice"),
-)
-
-
-def peer(op: str) -> Callable:
-    """The op by torch: what Triton is compared with."""
-    return _PEERS.get(op) or getattr(reference, op)
 
 
 def problems(ops: list[str], toy: bool) -> list[Problem]:
@@ -96,13 +89,12 @@ def problems(ops: list[str], toy: bool) -> list[Problem]:
 
 def slice_sizes() -> list[tuple[int, int]]:
     """(P, R) of o_proj and down_proj that the budgets give in the models."""
-    found: dict[tuple[int, int], None] = {}
+    found = []
     for given, model in product(BUDGETS, MODELS):
         shape = TABLE[model]
         budget = comparable(shape.config(1), **given)
-        found[shape.hidden, budget.heads * shape.head_dim] = None
-        found[shape.hidden, budget.channels] = None
-    return list(found)
+        found += [(shape.hidden, budget.heads * shape.head_dim), (shape.hidden, budget.channels)]
+    return list(dict.fromkeys(found))
 
 
 def weight_sizes(op: str) -> list[tuple[int, int]]:
@@ -116,7 +108,6 @@ def weight_sizes(op: str) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-_SHARED_BYTES = 227 * 1024  # of a block of sm_90 and sm_100; stages and a tile on its way out
 # (BLOCK_M, BLOCK_C, BLOCK_D, PROGRAMS, num_warps, num_stages) of the dense products. Of two
 # programs of one multiprocessor, one multiplies while the other stores.
 _DENSE = (
@@ -154,6 +145,7 @@ def programs(launches: list[Launch]) -> int:
 
 
 def _dense(problem: Problem, toy: bool) -> list[Launch]:
+    shared = TARGETS["sm_90"].shared_bytes  # for the stages and a tile on its way out; sm_100's too
     launches = []
     for m, c, d, programs, warps, stages in ((16, 64, 16, 1, 4, 2),) if toy else _DENSE:
         launch = dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, GROUP_M=8, PROGRAMS=programs)
@@ -162,7 +154,7 @@ def _dense(problem: Problem, toy: bool) -> list[Launch]:
             launches.append(launch)
             continue
         launches.append(launch | {"HALVES": True})
-        if 2 * ((m + c) * d * stages + m * c) <= _SHARED_BYTES // programs:
+        if 2 * ((m + c) * d * stages + m * c) <= shared // programs:
             launches.append(launch | {"HALVES": False})
     return launches
 

@@ -2,42 +2,32 @@
 
 from dataclasses import dataclass
 
+KIB = 1024
+
 
 @dataclass(frozen=True)
 class Target:
-    """A chip: triton's name for it, what its blocks and multiprocessors have, the instructions of
-    its tensor cores and of its tensor copy engine.
-    """
+    """backend, arch: triton's name for the chip. *_instruction: those of its special units."""
 
     backend: str
     arch: int | str
-    matrix_instruction: str
     num_sms: int
     shared_bytes: int  # that one block may have
-    shared_bytes_sm: int
-    shared_bytes_reserved: int  # of every block, by the driver
-    registers_lane: int = 512  # of one lane in each quarter of a multiprocessor
-    register_granule: int = 8
+    matrix_instruction: str  # of the tensor cores
+    copy_instruction: str | None = None  # of the tensor copy engine
+    reserved_bytes: int = KIB  # of shared memory for every block, by the driver
     warps_sm: int = 64
-    blocks_sm: int = 32
     warp_size: int = 32
-    copy_instruction: str | None = None
 
 
 _TMA = r"\bcp\.async\.bulk\.tensor"
-_KIB = 1024
 TARGETS = {
-    "sm_80": Target("cuda", 80, r"\bmma\.sync", 108, 163 * _KIB, 164 * _KIB, _KIB),
-    "sm_90": Target(
-        *("cuda", 90, r"\bwgmma\.mma_async", 132, 227 * _KIB, 228 * _KIB, _KIB),
-        copy_instruction=_TMA,
-    ),
-    "sm_100": Target(
-        *("cuda", 100, r"\btcgen05\.mma", 148, 227 * _KIB, 228 * _KIB, _KIB),
-        copy_instruction=_TMA,
-    ),
+    "sm_80": Target("cuda", 80, 108, 163 * KIB, r"\bmma\.sync"),
+    "sm_90": Target("cuda", 90, 132, 227 * KIB, r"\bwgmma\.mma_async", _TMA),
+    "sm_100": Target("cuda", 100, 148, 227 * KIB, r"\btcgen05\.mma", _TMA),
     "gfx942": Target(
-        *("hip", "gfx942", r"\bv_mfma_", 304, 64 * _KIB, 64 * _KIB, 0),
+        *("hip", "gfx942", 304, 64 * KIB, r"\bv_mfma_"),
+        reserved_bytes=0,
         warps_sm=32,
         warp_size=64,
     ),
@@ -46,16 +36,16 @@ TARGETS = {
 
 def occupancy(row: dict, chip: Target) -> dict:
     """Blocks that a multiprocessor holds at once, and what keeps it from holding more."""
-    registers = -(-max(row["registers"], 1) // chip.register_granule) * chip.register_granule
-    quarters = 4
-    warps_by_registers = quarters * (chip.registers_lane // registers)
-    shared = row["shared_bytes"] + chip.shared_bytes_reserved
+    # Of all four: 32 blocks, and 512 registers of a lane in each quarter, which come by eights.
+    registers = -(-max(row["registers"], 1) // 8) * 8
     limits = {
-        "blocks": chip.blocks_sm,
+        "blocks": 32,
         "warps": chip.warps_sm // row["warps"],
-        "registers": warps_by_registers // row["warps"],
-        "shared memory": chip.shared_bytes_sm // shared if shared else chip.blocks_sm,
+        "registers": 4 * (512 // registers) // row["warps"],
     }
+    # One block may have all of a multiprocessor's but what is reserved for it.
+    if shared := row["shared_bytes"] + chip.reserved_bytes:
+        limits["shared memory"] = (chip.shared_bytes + chip.reserved_bytes) // shared
     if row["tensor_memory_columns"]:
         limits["tensor memory"] = 512 // row["tensor_memory_columns"]
     blocks = min(limits.values())

@@ -3,15 +3,15 @@
     python -m bench.kernels.compile [--check] [--output bench/results/static/kernels.json]
 
 The launchers of `bench.kernels.ops` run on operands without content, with `JITFunction.run`
-replaced by a recorder, and every recorded launch is compiled as the JIT would for that GPU, same
-specialisation included: at the shapes of LLaMA-2-7B for sm_80, sm_90, sm_100 and gfx942 in bf16,
-and for sm_90 in fp32. A row of the table is a distinct launch: registers, spills, shared memory,
-occupancy, tensor-core and tensor-copy instructions, and of the whole call of the op the bytes, the
-FLOPs and the least time that they allow. The table depends on the kernels and on triton's version
-alone. --check asks every launcher again what it would launch, compiles a few of that, and compares.
+replaced by a recorder. Every recorded launch is compiled as the JIT would for that GPU: at the
+shapes of LLaMA-2-7B for sm_80, sm_90, sm_100 and gfx942 in bf16, and for sm_90 in fp32. A row of
+the table is a distinct launch: its registers, spills, shared memory, occupancy and instructions,
+and of the whole call of the op the bytes, the FLOPs and the least time that they allow. The table
+depends on the kernels and on triton's version alone. --check asks every launcher again what it
+would launch, compiles a few of that, and compares.
 
-Launches are recorded and compiled in processes whose triton was imported without TRITON_INTERPRET:
-`start_worker` sees to that. Nothing here imports triton or the kernels at import time.
+All that happens in processes whose triton was imported without TRITON_INTERPRET: see
+`start_worker`. Nothing here imports triton or the kernels at import time.
 """
 
 import argparse
@@ -20,26 +20,25 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
 
-from bench.kernels.chips import TARGETS, Target, occupancy
+from bench.kernels.chips import TARGETS, occupancy
 from bench.measure import results
 from bench.steps.work import OPS, Work
 from s2kernels.files import replacing
 
 Job = tuple[str, str, torch.dtype, str]  # a key of ops.CASES, one of SIZES, dtype, target
-
 
 # (M, N, K) of LLaMA-2-7B's down_proj, and the same with no alignment left, which makes other code.
 SIZES = {"7b": (8192, 4096, 11008), "ragged": (8191, 4097, 11009)}
@@ -52,7 +51,6 @@ SAMPLE = [
 ]
 # Of an H200: an 8192³ GEMM of cuBLAS on random bf16 data, and a copy within the device's memory.
 CEILINGS = {"flops_per_second": 790e12, "bytes_per_second": 4.3e12}
-LAUNCH = ("case", "dtype", "target", "kernel", "launch")  # what is known before compiling
 # Of 16 bytes by one thread.
 _WIDE_STORE = r"\bst\.global\.(?:\w+\.)*(?:v4\.\w32|v2\.\w64)|\bglobal_store_dwordx4"
 
@@ -61,6 +59,7 @@ _WIDE_STORE = r"\bst\.global\.(?:\w+\.)*(?:v4\.\w32|v2\.\w64)|\bglobal_store_dwo
 class Recorded:
     """A launch that a launcher asked for, with what the call of the op has to do."""
 
+    asked: dict  # the first columns of its row
     kernel: Any  # a JITFunction
     arguments: tuple
     options: dict[str, Any]
@@ -85,30 +84,15 @@ def rows_of(job: Job) -> list[dict]:
     """A row for each distinct launch of a case."""
     rows: dict[str, dict] = {}
     for launch in recorded(job):
-        compiled = _compile(launch, TARGETS[job[3]])
+        compiled = _compile(launch)
         if compiled.hash not in rows:
-            rows[compiled.hash] = row(job, launch, compiled)
+            rows[compiled.hash] = row(launch, compiled)
     return list(rows.values())
 
 
 def launches_of(job: Job) -> list[dict]:
     """What the rows of a case say of every launch before it is compiled."""
-    return [uncompiled(job, launch) for launch in recorded(job)]
-
-
-def uncompiled(job: Job, launch: Recorded) -> dict:
-    case, _, dtype, target = job
-    options = {  # numbers as they are, a dtype of triton by its name
-        name: value if isinstance(value, int | str | None) else str(value)
-        for name, value in launch.options.items()
-    }
-    kernel = launch.kernel.__name__
-    found = (case, name_of(dtype), target, kernel, options)
-    return dict(zip(LAUNCH, found, strict=True))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return [launch.asked for launch in recorded(job)]
 
 
 def recorded(job: Job) -> list[Recorded]:
@@ -119,84 +103,79 @@ def recorded(job: Job) -> list[Recorded]:
     from s2kernels import kernels
     from s2kernels.kernels import target as hardware
 
+    torch.manual_seed(0)  # how many entries are drawn decides what a launch is specialised to
     name, sizes, dtype, target = job
     case, launches = CASES[name], []
     operands = Operands(torch.device("meta"), dtype, random=False)
 
     def record(self, *args, grid, warmup, **options):
-        launches.append(Recorded(self, args, options, tuple(grid), work))
+        asked = {
+            "case": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "target": target,
+            "kernel": self.__name__,
+            "launch": {  # numbers as they are, a dtype of triton by its name
+                key: value if isinstance(value, int | str | None) else str(value)
+                for key, value in options.items()
+            },
+        }
+        launches.append(Recorded(asked, self, args, options, tuple(grid), work))
 
     chip = hardware.Chip("none", target, TARGETS[target].num_sms)
     with patch.object(JITFunction, "run", record), patch.object(hardware, "WITHOUT_GPU", chip):
-        for arguments in case.calls(operands, case.at(Sizes(sizes, *SIZES[sizes], RANK))):
+        for arguments in case.calls(operands, Sizes(sizes, *SIZES[sizes], case.rank or RANK)):
             work = OPS[case.op](*arguments)
             (case.launch or getattr(kernels, case.op))(*arguments)
     return launches
 
 
-def _compile(launch: Recorded, chip: Target):
-    """What JITFunction.run does between the launch and the driver."""
-    import triton
+def _compile(launch: Recorded):
+    """What the JIT compiles, where the driver says that the chip is there."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
+    from triton.runtime.driver import driver
 
+    chip = TARGETS[launch.asked["target"]]
     gpu = GPUTarget(chip.backend, chip.arch, chip.warp_size)
-    backend = make_backend(gpu)
-    kernel, options = launch.kernel, {**launch.options, "debug": False}
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, extra = binder(*launch.arguments, **options)
-    parsed, signature, constexprs, attrs = kernel._pack_args(
-        backend, options, bound, specialization, extra
+    says = SimpleNamespace(
+        get_current_target=lambda: gpu,
+        get_current_device=lambda: chip.arch,  # the JIT has a cache for each device
+        get_current_stream=lambda device: 0,
     )
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    return triton.compile(source, target=gpu, options=parsed.__dict__)
+    driver.set_active(says)
+    return launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
 
 
-def row(job: Job, launch: Recorded, compiled: Any) -> dict:
-    """The launch in the table. Spills count registers or bytes put in local memory."""
-    chip = TARGETS[job[3]]
+def row(launch: Recorded, compiled: Any) -> dict:
+    """The launch in the table. Spills count registers, or bytes of a thread's local memory."""
+    from triton import knobs
+
+    chip = TARGETS[launch.asked["target"]]
     if chip.backend == "cuda":
         assembly = compiled.asm["ptx"]
-        registers, spills = _cubin_resources(compiled.asm["cubin"])
+        cubin = compiled.metadata_group[f"{compiled.name}.cubin"]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        fields = "REG", "STACK", "LOCAL"
     else:
-        assembly = compiled.asm["amdgcn"]
-        registers, *spilled = (
-            int(re.search(rf"\.{field}:\s*(\d+)", assembly)[1])
-            for field in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
-        )
-        spills = sum(spilled)
-    copies = chip.copy_instruction
-    found = uncompiled(job, launch) | {
+        assembly = usage = compiled.asm["amdgcn"]
+        fields = "vgpr_count", "vgpr_spill_count", "sgpr_spill_count"
+    registers, *spilled = (int(re.search(rf"\b{f}:\s*(\d+)", usage)[1]) for f in fields)
+    copy = chip.copy_instruction
+    found = launch.asked | {
         "grid": list(launch.grid),
         "registers": registers,
-        "spills": spills,
+        "spills": sum(spilled),
         "shared_bytes": compiled.metadata.shared,
         "tensor_memory_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
         "warps": compiled.metadata.num_warps,
         "dot": "tt.dot" in compiled.asm["ttir"],
         "matrix_instruction": re.search(chip.matrix_instruction, assembly) is not None,
-        # One brace group holds the accumulator; a second one, the first operand in registers.
         "wide_store": re.search(_WIDE_STORE, assembly) is not None,
+        # One brace group holds the accumulator; a second one, the first operand in registers.
         "register_wgmma": re.search(r"wgmma\.mma_async[^;{]*\{[^;{]*\{", assembly) is not None,
-        "tensor_copy": copies is not None and re.search(copies, assembly) is not None,
+        "tensor_copy": copy is not None and re.search(copy, assembly) is not None,
     }
     return found | occupancy(found, chip) | floor(found, launch.work)
-
-
-def _cubin_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, bytes of its stack and local memory), both 0 without spills."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (
-        int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL")
-    )
-    return registers, stack + local
 
 
 def floor(row: dict, work: Work) -> dict:
@@ -204,12 +183,10 @@ def floor(row: dict, work: Work) -> dict:
     needed = {"bytes": work.bytes, "flops": work.flops}
     if (row["target"], row["dtype"]) != ("sm_90", "bfloat16"):
         return needed
-    seconds = {
-        "bytes": work.bytes / CEILINGS["bytes_per_second"],
-        "flops": work.flops / CEILINGS["flops_per_second"] if row["dot"] else 0.0,
-    }
-    bound = max(seconds, key=seconds.__getitem__)
-    return needed | {"floor_us": round(seconds[bound] * 1e6, 2), "floor_by": bound}
+    by_bytes = work.bytes / CEILINGS["bytes_per_second"]
+    by_flops = work.flops / CEILINGS["flops_per_second"] if row["dot"] else 0.0
+    floor_us = round(max(by_bytes, by_flops) * 1e6, 2)
+    return needed | {"floor_us": floor_us, "floor_by": "flops" if by_flops > by_bytes else "bytes"}
 
 
 def collected(function: Callable[[Job], list[dict]], jobs: list[Job], workers: int) -> list[dict]:
@@ -218,9 +195,8 @@ def collected(function: Callable[[Job], list[dict]], jobs: list[Job], workers: i
     with ProcessPoolExecutor(
         max_workers=workers, mp_context=get_context("spawn"), initializer=start_worker
     ) as pool:
-        futures = [pool.submit(function, job) for job in jobs]
-        progress = tqdm(futures, unit="case", disable=None)
-        return [row for future in progress for row in future.result()]
+        found = tqdm(pool.map(function, jobs), total=len(jobs), unit="case", disable=None)
+        return [row for rows in found for row in rows]
 
 
 def differences(path: Path) -> list[str]:
@@ -228,14 +204,15 @@ def differences(path: Path) -> list[str]:
     document = json.loads(path.read_text(encoding="utf-8"))
     if document["triton"] != version("triton"):
         return [f"made with triton {document['triton']}, but this is {version('triton')}"]
-    listed = {json.dumps({name: row[name] for name in LAUNCH}) for row in document["kernels"]}
-    now = set(map(json.dumps, collected(launches_of, jobs(), workers=1)))
-    rows_listed = set(map(json.dumps, document["kernels"]))
-    rows_now = map(json.dumps, collected(rows_of, SAMPLE, workers=1))
+    asked = collected(launches_of, jobs(), workers=1)
+    now = set(map(json.dumps, asked))
+    listed = {json.dumps({name: row[name] for name in asked[0]}) for row in document["kernels"]}
+    rows = set(map(json.dumps, document["kernels"]))
+    sample = map(json.dumps, collected(rows_of, SAMPLE, workers=1))
     return [
         *(f"no longer launched: {line}" for line in sorted(listed - now)),
         *(f"not in the file: {line}" for line in sorted(now - listed)),
-        *(f"not in the file: {row}" for row in rows_now if row not in rows_listed),
+        *(f"not in the file: {row}" for row in sample if row not in rows),
     ]
 
 

@@ -23,9 +23,8 @@ def operand_sets(make: Callable[[], tuple], device: torch.device) -> list[tuple]
     first = make()
     if device.type == "cpu":
         return [first]
-    nbytes = max(1, total_bytes(tensors_in(first)))
-    number = max(1, min(MAX_SETS, OPERAND_BYTES // nbytes))
-    return [first, *(make() for _ in range(number - 1))]
+    number = OPERAND_BYTES // max(1, total_bytes(tensors_in(first)))
+    return [first, *(make() for _ in range(1, min(MAX_SETS, number)))]
 
 
 def launches_in_a_lap(run: Callable, sets: Sequence[tuple], device: torch.device) -> int:

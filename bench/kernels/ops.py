@@ -8,8 +8,8 @@ operands without content, for chips that are not there. `tune` takes the first c
 Sizes: M tokens, N out_features, K in_features, R trained channels.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -30,9 +30,6 @@ class Sizes:
     k: int
     r: int
 
-    def __str__(self) -> str:
-        return f"{self.name} M={self.m}"
-
 
 @dataclass
 class Operands:
@@ -43,7 +40,6 @@ class Operands:
     random: bool = True
     layers: int = 32  # that a kernel which serves a whole model gets at once
     experts: int = 8
-    _drawn: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def host(self) -> "Operands":
@@ -60,20 +56,16 @@ class Operands:
         return self(*shape, dtype=torch.float32)
 
     def index(self, r: int, size: int) -> Tensor:
-        """R of so many channels, int32, in order."""
-        if self.device.type == "meta":
-            return torch.empty(r, dtype=torch.int32, device="meta")
-        return torch.randperm(size)[:r].sort().values.to(self.device, torch.int32)
+        """R of so many channels, int32, in order; on the host for a compiler, to be looked at."""
+        return torch.randperm(size)[:r].sort().values.to(self.host.device, torch.int32)
 
     def entries(self, n: int, k: int) -> Tensor:
         """Positions in a weight (N, K), sorted: about as many as LoRA of rank 16 has parameters.
 
         A little fewer, for those that are drawn twice: a permutation of all takes seconds.
         """
-        if (n, k) not in self._drawn:
-            drawn = torch.randint(n * k, (16 * (n + k),), device=self.device).unique()
-            self._drawn[n, k] = drawn.to(index_dtype((n, k)))
-        return self._drawn[n, k]
+        drawn = torch.randint(n * k, (16 * (n + k),), device=self.device).unique()
+        return drawn.to(index_dtype((n, k)))
 
 
 Calls = Iterable[tuple]  # of arguments
@@ -97,42 +89,43 @@ def _linear_dx_swiglu_bwd(o: Operands, s: Sizes) -> Calls:
     yield dy[:1], weight, gate[:1], up[:1], slice(0, s.r)
 
 
-def _slice_grad(dim: str, o: Operands, s: Sizes) -> Calls:
+def _operands(o: Operands, s: Sizes, dim: str) -> tuple[tuple, tuple, Tensor, Tensor]:
+    """(dy, x); the same with the sliced one compact; its channels; delta of the slice."""
     dy, x, compact = o(s.m, s.n), o(s.m, s.k), o(s.m, s.r)
-    yield *((dy, compact) if dim == "in" else (compact, x)), None, dim
-    yield dy, x, o.index(s.r, s.k if dim == "in" else s.n), dim
+    if dim == "in":
+        return (dy, x), (dy, compact), o.index(s.r, s.k), o.fp32(s.n, s.r)
+    return (dy, x), (compact, x), o.index(s.r, s.n), o.fp32(s.r, s.k)
+
+
+def _slice_grad(dim: str, o: Operands, s: Sizes) -> Calls:
+    (dy, x), compact, index, out = _operands(o, s, dim)
+    yield *compact, None, dim
+    yield dy, x, index, dim
     # Few tokens: no split, and the sum goes straight into the gradient.
-    yield dy[:64], x[:64], slice(256, 256 + s.r), dim, _delta(o, s, dim)
+    yield dy[:64], x[:64], slice(256, 256 + s.r), dim, out
 
 
 def _slice_update(dim: str, o: Operands, s: Sizes) -> Calls:
     """`slice_grad` that a step of AdamW uses up, and whose weight is written."""
-    dy, x, compact = o(s.m, s.n), o(s.m, s.k), o(s.m, s.r)
-    states = [_delta(o, s, dim) for _ in range(3)]
-    update = Update(*states, o.fp32(3), (0.9, 0.999), 1e-8)
-    index = o.host.index(s.r, s.k if dim == "in" else s.n)  # whose sectors are counted
-    weight, base = o(s.n, s.k), o(*states[0].shape)
-    pair = (dy, compact) if dim == "in" else (compact, x)
+    (dy, x), compact, index, values = _operands(o, s, dim)
+    moments = o.fp32(*values.shape), o.fp32(*values.shape)
+    update = Update(values, *moments, o.fp32(3), (0.9, 0.999), 1e-8)
+    weight, base = o(s.n, s.k), o(*values.shape)
     for where in (slice(256, 256 + s.r), index):
         written = WeightSlice(weight, base, where, dim)
-        yield *pair, None, dim, update._replace(slice=written)
+        yield *compact, None, dim, update._replace(slice=written)
         # Few tokens: no split, and the step is done where the sum is computed.
         yield dy[:64], x[:64], where, dim, update._replace(slice=written)
 
 
 def _slice_grad_each(dim: str, o: Operands, s: Sizes) -> Calls:
     """Of experts with as many tokens each."""
-    dy, x, compact = o(s.m, s.n), o(s.m, s.k), o(s.m, s.r)
+    (dy, x), compact, index, out = _operands(o, s, dim)
     ends = torch.arange(1, o.experts + 1, dtype=torch.int32) * (s.m // o.experts)
     offsets = ends.to(o.device)
-    grads = _delta(o, s, dim).expand(o.experts, -1, -1).contiguous()
-    yield *((dy, compact) if dim == "in" else (compact, x)), offsets, None, dim, grads
-    index = o.index(s.r, s.k if dim == "in" else s.n).expand(o.experts, -1).contiguous()
+    index, grads = (each.expand(o.experts, *each.shape).contiguous() for each in (index, out))
+    yield *compact, offsets, None, dim, grads
     yield dy, x, offsets, index, dim, grads
-
-
-def _delta(o: Operands, s: Sizes, dim: str) -> Tensor:
-    return o.fp32(s.n, s.r) if dim == "in" else o.fp32(s.r, s.k)
 
 
 def _swiglu_bwd(o: Operands, s: Sizes) -> Calls:
@@ -142,9 +135,9 @@ def _swiglu_bwd(o: Operands, s: Sizes) -> Calls:
 
 
 def _slice_linear_(dim: str, o: Operands, s: Sizes) -> Calls:
-    y, x, delta = o(s.m, s.n), o(s.m, s.k), _delta(o, s, dim)
-    for index in (o.index(s.r, s.k if dim == "in" else s.n), slice(0, s.r)):
-        yield y, x, delta, index, dim
+    (y, x), _, index, delta = _operands(o, s, dim)
+    for where in (index, slice(0, s.r)):
+        yield y, x, delta, where, dim
 
 
 def _slice_linear_dx_(dim: str, o: Operands, s: Sizes) -> Calls:
@@ -181,13 +174,10 @@ def _sparse_grad(o: Operands, s: Sizes) -> Calls:
         entries = o.entries(s.n, s.k)
         yield dy, x, entries, kernels.tile_plan(entries, (s.n, s.k))
         return
-
-    def ints(count: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(count, dtype=dtype, device="meta")
-
+    ints = partial(torch.empty, dtype=torch.int32, device="meta")
     k = s.n * s.k // 100
     for tiles, grad in ((1376, None), (1376, o.fp32(k)), (100, None)):
-        held = ints(tiles), ints(tiles + 1), ints(k), ints(k, torch.int16)
+        held = ints(tiles), ints(tiles + 1), ints(k), ints(k, dtype=torch.int16)
         yield dy, x, ints(k), TilePlan((s.n, s.k), *held), grad
 
 
@@ -214,7 +204,7 @@ class Case:
     """op: its name in `s2kernels.kernels`. rank: R, where it is not that of the sizes.
 
     launch: what a compiler sees in the place of the op, where launches depend on contents.
-    measured: whether `bench_ops` times it; by_tokens: whether the number of tokens matters to it.
+    by_tokens: whether the number of tokens matters to it.
     waits: the implementations that wait for the device in a call, to look at what it found.
     """
 
@@ -222,47 +212,19 @@ class Case:
     calls: Callable[[Operands, Sizes], Calls]
     rank: int | None = None
     launch: Callable | None = None
-    measured: bool = True
     by_tokens: bool = True
     waits: tuple[str, ...] = ()
-
-    def at(self, sizes: Sizes) -> Sizes:
-        return sizes if self.rank is None else replace(sizes, r=self.rank)
-
-
-# Each of the blocks that a slice of R channels can get; a single channel is no tensor to Triton.
-_BLOCKS = (16, 32, 64, 256)
-# Ops whose code depends on R and on the dimension of the slice: the R of each dimension. Where a
-# dimension has one, the code is the same but for strides.
-_SLICED = (
-    ("slice_grad", _slice_grad, {"in": (1, *_BLOCKS), "out": (1, *_BLOCKS)}),
-    ("slice_update", _slice_update, {"in": (64, 256), "out": (256,)}),  # besides, it is slice_grad
-    ("slice_grad_each", _slice_grad_each, {"in": (1, *_BLOCKS), "out": (256,)}),
-    ("slice_linear_", _slice_linear_, {"in": (256,), "out": _BLOCKS}),
-    ("slice_linear_dx_", _slice_linear_dx_, {"in": _BLOCKS, "out": (256,)}),
-)
-
-
-def _sliced() -> Iterator[tuple[str, Case]]:
-    for name, calls, widths in _SLICED:
-        op = "slice_grad" if name == "slice_update" else name
-        waits = ("torch",) if op == "slice_grad_each" else ()
-        for dim, r in ((dim, r) for dim, ranks in widths.items() for r in ranks):
-            measured = op == name and (dim, r) == ("in", 256)
-            case = Case(op, partial(calls, dim), r, measured=measured, waits=waits)
-            yield f"{name}-{dim}-{r}", case
 
 
 _UNSLICED = (
     Case("linear", _linear),
     Case("linear_dx", lambda o, s: [(o(s.m, s.n), o(s.n, s.k))]),
-    Case("linear_plus_slice", _linear_plus_slice, measured=False),
+    Case("linear_plus_slice", _linear_plus_slice),
     Case(
         "linear_dx_plus_slice",
         lambda o, s: [(o(s.m, s.n), o(s.n, s.k), o(s.m, s.r), o.fp32(s.r, s.k))],
-        measured=False,
     ),
-    Case("linear_dx_swiglu_bwd", _linear_dx_swiglu_bwd, measured=False),
+    Case("linear_dx_swiglu_bwd", _linear_dx_swiglu_bwd),
     Case("swiglu", lambda o, s: [(o(s.m, s.k), o(s.m, s.k))]),
     Case("swiglu_bwd", _swiglu_bwd),
     Case("slice_write", _slice_write, by_tokens=False),
@@ -283,4 +245,25 @@ _UNSLICED = (
         waits=("torch", "triton"),
     ),
 )
-CASES: dict[str, Case] = {case.op: case for case in _UNSLICED} | dict(_sliced())
+# Each of the blocks that a slice of R channels can get; a single channel is no tensor to Triton.
+_BLOCKS = (16, 32, 64, 256)
+# Ops whose code depends on R and on the dimension of the slice: the R of in-slices, and of
+# out-slices. Where there is one R, the code is the same but for strides.
+_SLICED = (
+    ("slice_grad", Case("slice_grad", _slice_grad), (1, *_BLOCKS), (1, *_BLOCKS)),
+    ("slice_update", Case("slice_grad", _slice_update), (64, 256), (256,)),  # else as slice_grad
+    (
+        "slice_grad_each",
+        Case("slice_grad_each", _slice_grad_each, waits=("torch",)),
+        (1, *_BLOCKS),
+        (256,),
+    ),
+    ("slice_linear_", Case("slice_linear_", _slice_linear_), (256,), _BLOCKS),
+    ("slice_linear_dx_", Case("slice_linear_dx_", _slice_linear_dx_), _BLOCKS, (256,)),
+)
+CASES: dict[str, Case] = {case.op: case for case in _UNSLICED} | {
+    f"{name}-{dim}-{r}": replace(case, calls=partial(case.calls, dim), rank=r)
+    for name, case, *ranks in _SLICED
+    for dim, each in zip(("in", "out"), ranks, strict=True)
+    for r in each
+}

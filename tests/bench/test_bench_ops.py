@@ -8,7 +8,7 @@ import torch
 from bench.kernels import bench_ops, laps
 from bench.kernels.ops import CASES, Operands, Sizes
 from bench.measure import timing
-from bench.steps.work import OPS
+from bench.steps.work import OPS, Work
 from s2kernels import reference
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_ops_are_written_one_by_one_and_not_measured_twice(ops):
     assert "1 passed" in said and entry["stats"]["median"] > 0
     assert entry["group"].startswith("slice_write ")
     # What is known already is left out, and the rest comes too late.
-    said, entries = ops("slice_write or swiglu_bwd", "--budget-s", "0")
+    said, entries = ops("slice_write or sparse_grad", "--budget-s", "0")
     assert "1 skipped" in said and "passed" not in said and entries == [entry]
 
 
@@ -52,11 +52,10 @@ def test_ceilings_are_those_of_products_and_of_a_copy(monkeypatch):
     }
 
 
-def test_entries_are_drawn_once_and_without_a_permutation(monkeypatch):
+def test_entries_are_sorted_and_drawn_without_a_permutation(monkeypatch):
     monkeypatch.setattr(torch, "randperm", None)
-    operands = Operands(CPU, torch.float32)
-    entries = operands.entries(1000, 3000)
-    assert entries is operands.entries(1000, 3000) and entries.dtype == torch.int32
+    entries = Operands(CPU, torch.float32).entries(1000, 3000)
+    assert entries.dtype == torch.int32
     assert torch.equal(entries, entries.unique()) and 0 <= entries[0] and entries[-1] < 3_000_000
     assert 0.95 * 64_000 < len(entries) <= 64_000
 
@@ -65,7 +64,7 @@ def test_entries_are_drawn_once_and_without_a_permutation(monkeypatch):
 def test_every_call_of_the_catalogue_runs(name):
     """By the reference; what it returns and writes is within the bytes that the op moves."""
     case, operands = CASES[name], Operands(CPU, torch.float32, layers=2, experts=2)
-    for arguments in case.calls(operands, case.at(Sizes("tiny", 66, 520, 540, 9))):
+    for arguments in case.calls(operands, Sizes("tiny", 66, 520, 540, case.rank or 9)):
         needed = OPS[case.op](*arguments)
         found = getattr(reference, case.op)(*arguments)
         results = found if isinstance(found, tuple) else (found,)
@@ -82,12 +81,17 @@ def test_slow_ops_run_less_often(seconds, rounds):
 
 def test_ops_without_tokens_run_once_a_layer():
     listed = bench_ops.cases(bench_ops.CUDA_SIZES)
-    assert len(listed) == 11 * 8 + 4 * 2
-    assert {name for name, *_ in listed} == {
-        *(name for name in OPS if not name.startswith(("linear_", "adamw"))),
-        *("linear_dx", "dense_grad"),
-    }
+    assert len(listed) == 14 * 8 + 4 * 2
+    assert {name for name, *_ in listed} == {*OPS, "dense_grad"}
     assert {sizes.m for _, case, sizes in listed if not case.by_tokens} == {512}
+
+
+def test_the_dense_gradient_is_that_of_the_whole_weight():
+    sizes = Sizes("tiny", 6, 5, 4, 3)
+    (case,) = (case for name, case, _ in bench_ops.cases((sizes,)) if name == "dense_grad")
+    ((dy, x),) = case.calls(Operands(CPU, torch.float32), sizes)
+    assert torch.equal(reference.linear(dy, x), dy @ x.t())
+    assert OPS[case.op](dy, x) == Work(4 * (6 * 5 + 6 * 4 + 5 * 4), 2 * 6 * 5 * 4)
 
 
 def test_a_lap_counts_as_its_launches(monkeypatch):
