@@ -37,11 +37,11 @@ def randomized(model, name="default", seed=7):
     return model
 
 
-def train(model, steps):
+def train(model, steps, lr=1e-2):
     """At a rate that moves the model far, of SpIEL with reselections; returns the losses."""
     is_spiel = isinstance(model.peft_config["default"], SpIELConfig)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(model, 1e-2) if is_spiel else torch.optim.AdamW(trained, 1e-2)
+    optimizer = make_optimizer(model, lr) if is_spiel else torch.optim.AdamW(trained, lr)
     tuner = SpIELTuner(model, optimizer, total_steps=40) if is_spiel else None
     ids, losses = token_ids(batch=3), []
     for _ in range(steps):

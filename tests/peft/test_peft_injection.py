@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from model_states import assert_same, base_state
 from peft import get_peft_model, inject_adapter_in_model
 from s2ft_models import WIDE, config, deltas, randomized
@@ -11,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from s2kernels.coupling import channels_of_heads
-from s2kernels.peft import S2FTConfig, S2FTLinear, report
+from s2kernels.peft import S2FTLinear, report
 from s2kernels.peft.s2ft.layer import S2FTLayer
 from s2kernels.select import random_units
 
@@ -94,107 +93,6 @@ def test_auto_is_additive_where_a_weight_is_shared():
     with pytest.raises(ValueError, match="the weight is shared by 2 modules"):
         get_peft_model(model.unload(), config(mode="inplace", layout="gather"))
     assert_same(base_state(model.base_model.model), original)
-
-
-def one_layer_offloaded():
-    model = tiny_model("llama", torch.float32, **WIDE)
-    cpu_offload(model.model.layers[1].mlp.down_proj, execution_device="cpu")
-    return model
-
-
-def experts_offloaded():
-    model = tiny_model("mixtral", torch.float32, **WIDE)
-    cpu_offload(model.model.layers[1].mlp, execution_device="cpu")
-    return model
-
-
-def partitioned():
-    """As DeepSpeed ZeRO-3 leaves the parameters of a module outside of its forward."""
-    model = tiny_model("llama", torch.float32, **WIDE)
-    for i, value in enumerate(model.parameters()):
-        value.ds_id, value.data = i, torch.empty(0)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("base", "message"),
-    [
-        (one_layer_offloaded, "layers.1.mlp.down_proj cannot be trained: accelerate has offloaded"),
-        (experts_offloaded, "1.mlp.experts.down_proj cannot be trained: accelerate has offloaded"),
-        (partitioned, "partitioned by DeepSpeed ZeRO-3"),
-    ],
-)
-@pytest.mark.parametrize("layout", ("auto", "gather"))
-def test_weights_that_are_elsewhere_are_refused(layout, base, message):
-    model = base()
-    modules = {name: id(module) for name, module in model.named_modules()}
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(model, config(layout=layout))
-    assert {name: id(module) for name, module in model.named_modules()} == modules
-    if base is one_layer_offloaded:  # what is not trained may be elsewhere
-        ids = token_ids()
-        want = model(ids).logits
-        model = get_peft_model(model, config(layout=layout, target_modules=["o_proj"]))
-        assert torch.allclose(model(ids).logits, want, rtol=0, atol=1e-5)
-        assert not torch.allclose(randomized(model)(ids).logits, want, rtol=0, atol=1e-2)
-
-
-def _refusals():
-    return {
-        "more heads than there are": (dict(heads=9), ValueError, "heads: 9 wanted of 8"),
-        "no channels": (dict(channels=0), ValueError, "channels: 0 wanted"),
-        "a share above 1": (dict(channels=1.5), ValueError, "channels: 1.5 wanted"),
-        "a share of nothing": (dict(heads=0.0), ValueError, "heads: 0.0 wanted"),
-        "a bool": (dict(heads=True), TypeError, "heads: a count"),
-        "a target that is not linear": (
-            dict(target_modules=["o_proj", "mlp"]),
-            TypeError,
-            "must name linear layers",
-        ),
-        "a target outside the table": (
-            dict(target_modules=["o_proj", "lm_head"]),
-            ValueError,
-            "lm_head is not in the coupling table",
-        ),
-        "no target": (dict(target_modules=["c_attn"]), ValueError, "not found in the base model"),
-        "heads in three KV groups": (
-            dict(heads=3, seed=1, layout="permute"),
-            ValueError,
-            "more than two partly selected KV groups",
-        ),
-        "blocks that do not fit": (dict(channels=200, layout="block"), ValueError, "channels"),
-    }
-
-
-@pytest.mark.parametrize("case", _refusals())
-def test_a_failed_conversion_leaves_the_model_as_it_was(case):
-    fields, error, message = _refusals()[case]
-    model = tiny_model("llama", **WIDE)
-    model.lm_head.requires_grad_(False)
-    modules = {name: id(module) for name, module in model.named_modules()}
-    flags = {name: value.requires_grad for name, value in model.named_parameters()}
-    original, logits = base_state(model), model(token_ids()).logits
-    with pytest.raises(error, match=message):
-        get_peft_model(model, config(**fields))
-    assert {name: id(module) for name, module in model.named_modules()} == modules
-    assert {name: value.requires_grad for name, value in model.named_parameters()} == flags
-    assert_same(base_state(model), original)
-    assert torch.equal(model(token_ids()).logits, logits)
-    assert not model._forward_pre_hooks and not model._state_dict_pre_hooks
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (dict(mode="fast"), "mode must be one of"),
-        (dict(layout="dense"), "layout must be one of"),
-        (dict(target_modules=".*o_proj", layers_to_transform=[0]), "layers_to_transform does not"),
-        (dict(layers_pattern="layers"), "layers_pattern needs"),
-    ],
-)
-def test_config_refuses(fields, message):
-    with pytest.raises(ValueError, match=message):
-        S2FTConfig(**fields)
 
 
 class Unknown(nn.Module):

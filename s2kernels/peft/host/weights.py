@@ -19,6 +19,7 @@ from itertools import chain
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from s2kernels.capturing import is_capturing
@@ -101,23 +102,29 @@ class WeightKeeper:
         up_to_date = call is not None and call.changes == self.changes
         return up_to_date and get_ident() in self.forwards.plain
 
-    def are_ready(self, adapters: dict[Any, str | None]) -> bool:
+    def are_ready(self, adapters: Mapping[Any, str | None]) -> bool:
         """Whether the forward that this thread is in has written these adapters of layers, or for
         None whether the weight holds W0.
         """
+        return self._hold(adapters) and (self.forwards.here or not any(adapters.values()))
+
+    def _hold(self, adapters: Mapping[Any, str | None]) -> bool:
+        """Whether the weights of these layers hold these adapters, or for None W0."""
         for layer, adapter in adapters.items():
             held = self.held_by_layer.get(layer)
-            if (None if held is None else held.adapter) != adapter:
+            if held is None:
+                if adapter is not None:
+                    return False
+            elif held.adapter != adapter or held.weight is not layer.weight:
                 return False
-            if held is not None and not self.forwards.here:
+            elif held.delta is not layer.deltas[adapter]:
                 return False
         return True
 
     def begin(self) -> None:
         """A forward of the model begins in this thread: write what it needs."""
-        forwards = self.forwards
-        with forwards.lock:
-            is_first, is_mixed = not forwards.here, forwards.rows is not None
+        with self.forwards.lock:
+            is_first, is_mixed = not self.forwards.here, self.forwards.rows is not None
             if is_first:
                 if not self._premises.hold():
                     self.changed()
@@ -126,7 +133,7 @@ class WeightKeeper:
                 elif self.writes is None:
                     self.prepare()
                 self.write()
-            forwards.enter(is_first and not (is_mixed or self.obstacles.sharded))
+            self.forwards.enter(is_first and not (is_mixed or self.obstacles.sharded))
 
     def write(self) -> None:
         """Write what was decided, as it is now; nothing where a backward has written all of it."""
@@ -143,19 +150,19 @@ class WeightKeeper:
                 self.restore()
 
     def ensure_written(self, adapters: dict[Any, str | None]) -> None:
-        """The weights of the layers hold these adapters, as they are now, or for None W0.
-
-        For layers that are used outside of a forward of the model, or after something has restored
-        weights inside of one. The caller holds `forwards.lock`.
+        """The weights of the layers hold these adapters, or for None W0: of layers that are used
+        outside of a forward of the model, or after something has restored weights inside of one.
+        The caller holds `forwards.lock`.
         """
+        in_backward = torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+        if in_backward and self._hold(adapters):
+            return  # a checkpoint that is computed again reads what its forward has read
         if any(adapters.values()):
             self._engage()
         self._take(adapters).write()
 
     def prepare(self) -> None:
-        """Decide what a forward writes until something changes, and arrange the weights for it. A
-        forward does so by itself; torch.compile cannot trace it.
-        """
+        """Decide what a forward writes, and arrange the weights for it; torch.compile cannot."""
         self._notice_changes()
         for layer in self.layers:
             layer.known.look()
@@ -174,19 +181,11 @@ class WeightKeeper:
         W0 is restored.
         """
         holding = self.held_by_layer
-        stale = [  # another adapter is written, or in a weight that is not the layer's any more
-            layer
-            for layer, held in holding.items()
-            if layer in adapters
-            and (held.adapter != adapters[layer] or held.weight is not layer.weight)
-        ]
-        self.restore(stale)
+        self.restore([layer for layer, name in adapters.items() if not self._hold({layer: name})])
         names = {layer: name for layer, name in adapters.items() if name is not None}
         if new := [layer for layer in names if layer not in holding]:
             holding.update([(layer, layer.take(names[layer])) for layer in new])
             self.changed()
-        for layer, name in names.items():
-            holding[layer].delta = layer.deltas[name]
         entries = (layer.entries(holding[layer], holding[layer].delta) for layer in names)
         return Writes(chain.from_iterable(entries), self._writer)
 
