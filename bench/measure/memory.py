@@ -115,10 +115,8 @@ def peaks(actions: Sequence[Callable[[], object]], device: torch.device) -> list
 
     Alive are the bytes that the allocator of `device` handed out since this call began and has not
     got back: temporaries inside an operator count. What was there before does not, and should stay.
-
-    On a CPU these are the reports of torch's allocator to the profiler, without what a library
-    takes by itself. On CUDA they are the caching allocator's blocks in use, which it rounds up to
-    512 bytes; the workspace of cuBLAS is one of them, in the call that first needs it.
+    On a CPU torch's allocator reports them, without what a library takes by itself. On CUDA they
+    are blocks of the caching allocator, in whole 512 bytes, and the workspace of cuBLAS is one.
     """
     if device.type != "cuda":
         return _cpu_peaks(actions)

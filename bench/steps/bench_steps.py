@@ -13,7 +13,7 @@ import torch
 from bench.measure import machine
 from bench.methods import Budget, Unavailable, comparable
 from bench.steps import step
-from bench.steps.cases import SUITES, Case
+from bench.steps.cases import Case, suite
 
 WARM_UP = 2  # steps before the clock: compilation, first allocations, the optimizer's state
 TIMING_LR = 1e-6  # the model stays as it is
@@ -23,7 +23,7 @@ PAIRED_MEMORY = 0.9  # of a GPU's, that a method and its floor may take together
 
 
 def pytest_generate_tests(metafunc):
-    cases = SUITES[metafunc.config.option.suite](machine.default_device().type)
+    cases = suite(metafunc.config.option.suite, machine.default_device().type)
     metafunc.parametrize("case", cases, ids=[case.id for case in cases])
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from bench.methods import METHODS, Options
 from bench.steps.model_shapes import TABLE, Shape
 
+SUITES = ("full", "short", "toy")
 PLAIN = Options()
 CHECKPOINTING = Options(checkpointing=True)
 FULL_DEPTH = Options(full_depth=True)
@@ -178,14 +179,9 @@ def toy() -> list[Case]:
     )
 
 
-def short(device_type: str) -> list[Case]:
-    """The core methods at the first size: what `make bench-compare` measures again."""
-    return full(device_type)[: len(CORE)]
-
-
-def full(device_type: str) -> list[Case]:
-    return gpu() if device_type == "cuda" else cpu()
-
-
-# By the names of `pytest bench --suite`: from "cuda" or "cpu".
-SUITES = {"full": full, "short": short, "toy": lambda device_type: toy()}
+def suite(name: str, device_type: str) -> list[Case]:
+    """What `pytest bench --suite` measures on "cuda" or "cpu", by one of the names SUITES."""
+    if name == "toy":
+        return toy()
+    cases = gpu() if device_type == "cuda" else cpu()
+    return cases[: len(CORE)] if name == "short" else cases  # the core methods at the first size

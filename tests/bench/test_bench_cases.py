@@ -63,6 +63,6 @@ def test_ids_say_what_a_case_is():
 
 @pytest.mark.parametrize("device_type, name", [("cpu", "cpu"), ("cuda", "gpu")])
 def test_the_short_suite_is_the_core_of_the_devices_own(device_type, name):
-    short = cases.short(device_type)
+    short = cases.suite("short", device_type)
     assert set(short) <= set(SUITES[name])
     assert sorted(case.method for case in short) == sorted(cases.CORE)
