@@ -217,7 +217,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.predict", description=__doc__.partition("\n")[0]
     )
-    add, dtypes = parser.add_argument, ("bfloat16", "float16", "float32")
+    add = parser.add_argument
+    dtypes = ("bfloat16", "float16", "float32")
     add("--model", nargs="+", choices=list(TABLE), default=["llama-2-7b"], metavar="MODEL")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     add("--tokens", type=positive, default=4096, help="of a sequence (default 4096)")

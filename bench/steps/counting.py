@@ -123,8 +123,8 @@ def dry_run(device: str) -> Iterator[DryRun]:
 def _kernels(run: DryRun) -> dict[str, Callable[..., Any]]:
     """What stands in the place of the ops of `s2kernels.reference`, by their names."""
     ops = {name: run.op(name) for name in OPS}
-    # A product and what follows it are two kernels, as s2kernels.backend has them by default. The
-    # reference calls two ops for these, but for the last, whose second one is torch's addmm_.
+    # A product and what follows it are two kernels, as s2kernels.backend has them by default. Two
+    # of the reference's own call two ops. The third calls torch's addmm_ for the second of them.
     del ops["linear_plus_slice"], ops["linear_dx_swiglu_bwd"]
     ops["linear_dx_plus_slice"] = lambda dy, weight, part, delta: ops["slice_linear_"](
         ops["linear_dx"](dy, weight), part, delta.t(), None, "in"
