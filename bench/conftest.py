@@ -6,7 +6,6 @@ out, so that an interrupted run goes on where it was stopped.
 """
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -16,27 +15,28 @@ from pytest_benchmark.utils import safe_dumps
 from bench.kernels import laps
 from bench.measure import machine, timing
 from bench.measure.results import Results
+from bench.steps.cases import SUITES
 from bench.steps.compare import overview
 
 DEVICE = machine.default_device()
 FILES = pytest.StashKey[dict[str, Results]]()
-BEGAN = time.perf_counter()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("s2kernels")
     group.addoption("--results", type=Path, help="folder of files that are written step by step")
     group.addoption("--again", action="store_true", help="measure also what these files have")
-    group.addoption("--budget-s", type=float, default=float("inf"), help="begin none later")
     group.addoption(
         "--suite",
-        choices=("full", "short", "toy"),
+        choices=SUITES,
         help="which steps: all of this device, the core methods at one size, or toy models; "
         "default: full, with --benchmark-disable toy",
     )
 
 
 def pytest_configure(config):
+    if config.option.suite is None:
+        config.option.suite = "toy" if config.option.benchmark_disable else "full"
     config.stash[FILES] = {}
     if DEVICE.type == "cpu":
         machine.keep_freed_memory()
@@ -67,11 +67,6 @@ def pytest_collection_modifyitems(config, items):
     for file in dict.fromkeys(filter(None, map(file_of, items))):
         if file.path.stem == "ops":
             file.machine_info["ceilings"] = laps.ceilings(DEVICE)
-
-
-def pytest_runtest_setup(item):
-    if time.perf_counter() - BEGAN > item.config.getoption("--budget-s"):
-        pytest.skip("the budget is spent")
 
 
 @pytest.hookimpl(wrapper=True)

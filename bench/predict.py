@@ -2,24 +2,22 @@
 
     python -m bench.predict [--model llama-2-7b ...] [--tokens 4096] [--gpu H200 A100]
 
-Nothing is measured, and no GPU is needed. The real code of transformers, PEFT and the methods runs
-on models of two depths. `bench.steps.counting` runs it without computing anything and counts what
-it would do. The counts are then continued to the whole depth: a step of n layers is a fixed part
-and n - 1 equal parts, so a straight line through two depths is exact. The bytes alive are continued
+Nothing is measured, and no GPU is needed. `bench.steps.counting` runs the real code of the methods
+without computing anything, on models of two depths. The counts are continued to the whole depth:
+all layers are alike, so a straight line through two depths is exact. The bytes alive are continued
 for each phase of the step, and the peak is the highest of them. (LISA's peak may be a little off:
 it depends on which layers were drawn.)
 
 Time: every operator takes the longer of two times, its FLOPs at the rate of a large matrix product
-and its bytes at the rate of a large copy. Operators run one after another. The prediction knows
-nothing of caches, idle multiprocessors, launches or Python, so with few tokens a step is slower
-than this. It also leaves out what happens only every so many steps: GaLore's SVD, and the gradients
-that SpIEL watches and the entries that it replaces.
+and its bytes at the rate of a large copy. Operators run one after another. A step of few tokens is
+slower: caches, idle multiprocessors, launches and Python are left out. So is what is not done in
+every step: GaLore's SVD, and the gradients that SpIEL watches and the entries that it replaces.
 """
 
 import argparse
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,10 +26,10 @@ from torch import Tensor
 from bench.measure import memory, results
 from bench.methods import METHODS, Budget, Method, Options, Unavailable, comparable
 from bench.methods.spiel import SpIEL
+from bench.steps.cases import Case
 from bench.steps.counting import DryRun, dry_run
 from bench.steps.model_shapes import TABLE, Shape
-
-DTYPES = ("bfloat16", "float16", "float32")
+from bench.steps.step import build
 
 
 @dataclass(frozen=True)
@@ -112,11 +110,12 @@ def predict(
 
     Raises Unavailable as the method does.
     """
+    case = Case((), shape, batch, length, dtype, method, options)
     few = max(2, budget.lisa_layers) if method == "lisa" else 2
-    step = (batch, length, dtype, method, budget, options, device)
     if shape.layers <= few + 1:
-        return counted(shape, *step)
-    low, high = (vars(counted(shape.cut(n, shape.vocab), *step)) for n in (few, few + 1))
+        return counted(case, budget, device)
+    cuts = (replace(case, shape=shape.cut(n, shape.vocab)) for n in (few, few + 1))
+    low, high = (vars(counted(cut, budget, device)) for cut in cuts)
 
     def line(a: Any, b: Any) -> Any:
         if isinstance(a, int):
@@ -128,24 +127,14 @@ def predict(
     return Prediction(**line(low, high))
 
 
-def counted(
-    shape: Shape,
-    batch: int,
-    length: int,
-    dtype: str,
-    name: str,
-    budget: Budget,
-    options: Options,
-    device: str,
-) -> Prediction:
-    """A step as `predict` takes it, run in a model of all the layers of `shape`.
+def counted(case: Case, budget: Budget, device: str) -> Prediction:
+    """A step as `predict` takes it, run in a model of all the layers of the case's shape.
 
     It is the second step: in the first one the states of the optimizer are made.
     """
     with dry_run(device) as run:
-        model = shape.build(length, getattr(torch, dtype), "cpu")
-        method = METHODS[name](model, budget, 1e-3, options)
-        tokens = torch.zeros(batch, length, dtype=torch.int64)
+        method = build(case, budget, torch.device("cpu"), lr=1e-3)
+        tokens = torch.zeros(case.batch, case.length, dtype=torch.int64)
         _mark_layers(method, run)
         if isinstance(method, SpIEL):  # past the steps in which it watches gradients
             method.tuner.resume(method.config.accumulation_steps + 1, {}, {})
@@ -164,11 +153,10 @@ def counted(
         losses.pop().backward()
         run.phase = "optimizer"
         method.update()
-        updates = run.kernels.get(run.phase, Counter())  # none where nothing is trained
-        updating = sum(nbytes * n for (_, nbytes, _), n in updates.items())
+        updating = sum(nbytes * n for (_, nbytes, _), n in run.kernels["optimizer"].items())
         kernels = sum(run.kernels.values(), Counter())
         trained = method.trained_parameters()
-        return Prediction(trained, kernels, kept.saved, kept.unseen, run.peaks, updating)
+        return Prediction(trained, kernels, kept.saved, kept.unseen, dict(run.peaks), updating)
 
 
 def _mark_layers(method: Method, run: DryRun) -> None:
@@ -229,17 +217,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.predict", description=__doc__.partition("\n")[0]
     )
-    models = [name for name, shape in TABLE.items() if shape.hidden >= 1024]
     add = parser.add_argument
+    dtypes = ("bfloat16", "float16", "float32")
     add("--model", nargs="+", choices=list(TABLE), default=["llama-2-7b"], metavar="MODEL")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     add("--tokens", type=positive, default=4096, help="of a sequence (default 4096)")
     add("--sequences", type=positive, default=1, help="of a batch (default 1)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the model (default bfloat16)")
+    add("--dtype", choices=dtypes, default="bfloat16", help="of the model (default bfloat16)")
     add("--rank", type=positive, default=16, help="of LoRA, and as much of the rest (default 16)")
     add("--gpu", nargs="*", choices=list(GPUS), default=list(GPUS), help="whose rates to take")
     add("--ceiling", nargs=2, type=float, metavar=("TFLOPS", "TBS"), help="rates of another one")
-    parser.epilog = f"models: {', '.join(models)}; methods: {', '.join(METHODS)}"
+    parser.epilog = f"models: {', '.join(TABLE)}; methods: {', '.join(METHODS)}"
     return parser.parse_args(argv)
 
 

@@ -49,9 +49,6 @@ def machine_info(device: torch.device) -> dict:
 
     return {
         "machine": platform.machine(),
-        "system": platform.system(),
-        "release": platform.release(),
-        "python_implementation": platform.python_implementation(),
         "python_version": platform.python_version(),
         "cpu": {"brand_raw": get_cpu_info()["brand_raw"], "count": os.cpu_count()},
         "threads": torch.get_num_threads(),

@@ -7,15 +7,14 @@ keeps a big activation alive therefore counts as the big activation. Peaks are t
 import math
 import os
 import weakref
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,12 +33,19 @@ class Kept:
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Unique storages: identity -> bytes."""
-    found = {}
-    for tensor in tensors:
-        for part in dense_parts(tensor):
-            storage = part.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
-    return found
+    return {storage._cdata: storage.nbytes() for storage in _storages(tensors)}
+
+
+def follow(tensors: Iterable[Tensor], alive: dict[int, int]) -> None:
+    """Adds the storages of `tensors` to `alive`, identity -> bytes, until they are freed."""
+    for storage in _storages(tensors):
+        if storage._cdata not in alive:
+            alive[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, alive.pop, storage._cdata)
+
+
+def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
+    return (part.untyped_storage() for tensor in tensors for part in dense_parts(tensor))
 
 
 def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -55,12 +61,8 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
 
 def model_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers and the tensors in plain attributes of `model`'s modules."""
-    yield from model.parameters()
-    yield from model.buffers()
     for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                yield from tensors_in(value)
+        yield from tensors_in(vars(module))
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -77,7 +79,7 @@ def gradients(model: nn.Module) -> Iterator[Tensor]:
 
 
 def states(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return tensors(dict(optimizer.state))
+    return tensors_in(dict(optimizer.state))
 
 
 def kept_by(forward: Callable[[], Tensor], model: nn.Module) -> Kept:
@@ -101,7 +103,7 @@ def kept_by(forward: Callable[[], Tensor], model: nn.Module) -> Kept:
     # Only what the graph of the loss still holds: it dies with the last node that saved it.
     saved = storages(tensor for each in packed if (tensor := each()) is not None)
     ignored = held.keys() | storages([loss]).keys()
-    alive = allocations.alive()
+    alive = allocations.alive
     return Kept(
         saved=sum(size for key, size in saved.items() if key not in held),
         unseen=sum(alive[key] for key in alive.keys() - ignored - saved.keys()),
@@ -113,15 +115,11 @@ def peaks(actions: Sequence[Callable[[], object]], device: torch.device) -> list
 
     Alive are the bytes that the allocator of `device` handed out since this call began and has not
     got back: temporaries inside an operator count. What was there before does not, and should stay.
-
-    On a CPU these are the reports of torch's allocator to the profiler, without what a library
-    takes by itself. On CUDA they are the caching allocator's blocks in use, which it rounds up to
-    512 bytes; the workspace of cuBLAS is one of them, in the call that first needs it.
+    On a CPU torch's allocator reports them, without what a library takes by itself. On CUDA they
+    are blocks of the caching allocator, in whole 512 bytes, and the workspace of cuBLAS is one.
     """
-    return _cuda_peaks(actions, device) if device.type == "cuda" else _cpu_peaks(actions)
-
-
-def _cuda_peaks(actions: Sequence[Callable[[], object]], device: torch.device) -> list[int]:
+    if device.type != "cuda":
+        return _cpu_peaks(actions)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     found = []
@@ -169,33 +167,23 @@ def _peaks_within(
             levels.append((time, levels[-1][1] + size))
         else:  # 0 for a block older than the first report: its size is not known
             levels.append((time, levels[-1][1] - sizes.pop(address, 0)))
-    spans = [(*level, until) for level, (until, _) in pairwise([*levels, (math.inf, 0)])]
+    times = [time for time, _ in levels]
     return [
-        max(alive for since, alive, until in spans if since <= end and until >= start)
+        max(alive for _, alive in levels[bisect_left(times, start) - 1 : bisect_right(times, end)])
         for start, end in windows
     ]
 
 
 class _Allocations(TorchDispatchMode):
-    """Remembers the storage of everything an operator returned, without keeping it alive."""
+    """alive: the storages that operators make and that are not yet freed, identity -> bytes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inputs = storages(tensors((args, kwargs)))
+        given = storages(tensors_in((args, kwargs)))
         result = func(*args, **(kwargs or {}))
-        for tensor in tensors(result):
-            for part in dense_parts(tensor):
-                storage = part.untyped_storage()
-                if storage._cdata not in inputs:
-                    self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        made = (x for x in tensors_in(result) if given.keys().isdisjoint(storages([x])))
+        follow(made, self.alive)
         return result
-
-    def alive(self) -> dict[int, int]:
-        return {key: size for key, (ref, size) in self._seen.items() if not ref.expired()}
-
-
-def tensors(tree) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

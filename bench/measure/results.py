@@ -71,13 +71,7 @@ class Results:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right. A rule below the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    line = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
+    rule = ["-" * width for width in (first, *others)]
+    return "\n".join(line.format(*row).rstrip() for row in (rows[0], rule, *rows[1:]))

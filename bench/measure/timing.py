@@ -32,8 +32,7 @@ class Clock:
 def order(names: Sequence[str], round_: int) -> list[str]:
     """The order of a round: every second round reverses the one before it, then rotates by one.
 
-    Over 2 * len(names) rounds each name takes every place, with two neighbours before it. So none
-    always finds the caches as one other left them.
+    So each name takes every place, and none always finds the caches as one other left them.
     """
     shift = round_ // 2 % len(names)
     rotated = [*names[shift:], *names[:shift]]
@@ -53,8 +52,7 @@ def interleave(
 def laps(parts: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """Runs `parts` one after another, without a pause; the seconds of each.
 
-    On a GPU these are CUDA events: a part ends when the device has done it, and the host does not
-    wait between two parts, as it does not in a training loop.
+    On a GPU a part ends when the device has done it (CUDA events); the host does not wait for it.
     """
     synchronize(device)
     if device.type != "cuda":

@@ -1,11 +1,10 @@
 """A training step of every method beside the frozen floor: pytest bench/steps
 
 Each case is counted on one model, then timed on another. A round is a step of the method and a step
-of the floor on the same batch; rounds with the floor first and last take turns. The ratios of these
-rounds are what counts. The floor beside an identical floor says how far they can be trusted.
+of the floor on the same batch, either one first in turn; the ratios of the rounds are what counts.
+The floor beside an identical floor says how far they can be trusted.
 """
 
-import statistics
 from dataclasses import asdict
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from bench.measure import machine
 from bench.methods import Budget, Unavailable, comparable
 from bench.steps import step
-from bench.steps.cases import SUITES, Case
+from bench.steps.cases import Case, suite
 
 WARM_UP = 2  # steps before the clock: compilation, first allocations, the optimizer's state
 TIMING_LR = 1e-6  # the model stays as it is
@@ -24,19 +23,12 @@ PAIRED_MEMORY = 0.9  # of a GPU's, that a method and its floor may take together
 
 
 def pytest_generate_tests(metafunc):
-    cases = SUITES[suite(metafunc.config)](machine.default_device().type)
+    cases = suite(metafunc.config.option.suite, machine.default_device().type)
     metafunc.parametrize("case", cases, ids=[case.id for case in cases])
 
 
-def suite(config: pytest.Config) -> str:
-    """The toy cases where pytest-benchmark is disabled: that they run is all that is asked."""
-    return config.getoption("--suite") or (
-        "toy" if config.getoption("benchmark_disable") else "full"
-    )
-
-
 def bench_step(benchmark, case: Case, device: torch.device, request):
-    measure(benchmark, case, device, SECONDS[suite(request.config)])
+    measure(benchmark, case, device, SECONDS[request.config.option.suite])
 
 
 def measure(benchmark, case: Case, device: torch.device, seconds: float) -> None:
@@ -71,9 +63,9 @@ def time_rounds(
 ) -> dict:
     """Times `case` in rounds with its floor; what extra_info says of them.
 
-    Where the two do not fit on the GPU together, the floor is timed alone before the method, and
-    its median is the floor of every round. Steps with periodic work are taken between the rounds;
-    the share of a step in that work is added to each.
+    Where the two do not fit on the GPU together, the floor is timed alone first, and its median is
+    that of every round. Steps with periodic work are taken between the rounds, and each round gets
+    its share of that work.
     """
     method_laps: list[list[float]] = []
     floor_seconds: list[float] = []
@@ -113,8 +105,7 @@ def time_rounds(
     step.check_loss(method, next(batches))
     if benchmark.disabled:
         return {}
-    usual = statistics.median(map(sum, method_laps))
-    periodic = step.periodic_seconds(method, usual, batches, device)
+    periodic = step.periodic_seconds(method, method_laps, batches, device)
     return step.times(method_laps, floor_seconds, paired, periodic)
 
 

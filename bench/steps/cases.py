@@ -1,11 +1,13 @@
 """Which steps are measured: cases, and the suites of figures that they belong to."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from bench.methods import METHODS, Options
 from bench.steps.model_shapes import TABLE, Shape
 
+SUITES = ("full", "short", "toy")
 PLAIN = Options()
 CHECKPOINTING = Options(checkpointing=True)
 FULL_DEPTH = Options(full_depth=True)
@@ -13,6 +15,8 @@ FLOOR = "frozen"
 S2FT = ("s2ft_inplace", "s2ft_additive", "s2ft_permuted_inplace", "s2ft_permuted_additive")
 # The most valuable methods. They come first, for where time is short.
 CORE = (FLOOR, "s2ft_inplace", "lora", "lora_fused", "full", *S2FT[1:])
+# Methods that take no share: they cannot choose how much they train.
+FIXED = (FLOOR, "full", "lisa", "loreft")
 # Methods whose backward may stop above the embedding.
 STOPPING = (*S2FT, "s2ft_unfused", "lora", "lora_fused")
 
@@ -81,8 +85,8 @@ def grid(
 ) -> list[Case]:
     """Every combination, sizes (batch, length) outermost."""
     return [
-        Case((suite,), shape, batch, length, dtype, method, choice, share)
-        for batch, length in sizes
+        Case((suite,), shape, *size, dtype, method, choice, None if method in FIXED else share)
+        for size in sizes
         for choice in options
         for share in shares
         for method in methods
@@ -92,15 +96,14 @@ def grid(
 def united(*parts: list[Case]) -> list[Case]:
     """Each case once, in the order of first mention, with the suites of all its mentions."""
     found: dict[str, Case] = {}
-    for case in (case for part in parts for case in part):
-        before = found.get(case.id)
-        suites = case.suites if before is None else (*before.suites, *case.suites)
+    for case in itertools.chain(*parts):
+        suites = (*found.get(case.id, case).suites, *case.suites)
         found[case.id] = replace(case, suites=tuple(dict.fromkeys(suites)))
     return list(found.values())
 
 
-SHARES = (0.001, 0.005, 0.02, 0.1)
-DENSITIES = (0.001, 0.01, 0.1, 0.5)
+SHARED, SHARES = (FLOOR, "s2ft_inplace", "lora"), (0.001, 0.005, 0.02, 0.1)
+SPARSE, DENSITIES = (FLOOR, "full", "spiel"), (0.001, 0.01, 0.1, 0.5)
 # From cuts of one and two layers to the whole model.
 EXTRAPOLATED = (FLOOR, "full", "lora", "s2ft_inplace")
 
@@ -126,12 +129,10 @@ def cpu() -> list[Case]:
         grid("extrapolation", small.cut(1), size, dtype, EXTRAPOLATED),
         grid("extrapolation", small.cut(2), size, dtype, EXTRAPOLATED),
         grid("extrapolation", small, size, dtype, EXTRAPOLATED),
-        grid("share", small, size, dtype, (FLOOR,)),
-        grid("share", small, size, dtype, ("s2ft_inplace", "lora"), shares=SHARES[1:]),
+        grid("share", small, size, dtype, SHARED, shares=SHARES[1:]),
         grid("checkpointing", small, size, dtype, EXTRAPOLATED, [PLAIN, CHECKPOINTING]),
         # Few tokens and narrow layers, so that entries show beside activations.
-        grid("density", small.cut(2), [(1, 16)], dtype, (FLOOR, "full")),
-        grid("density", small.cut(2), [(1, 16)], dtype, ("spiel",), shares=DENSITIES),
+        grid("density", small.cut(2), [(1, 16)], dtype, SPARSE, shares=DENSITIES),
     )
 
 
@@ -160,45 +161,29 @@ def gpu() -> list[Case]:
         grid("tokens", llama13, long, dtype, CORE),
         grid("figure5", llama13, paper, dtype, others),
         grid("checkpointing", llama8, [(4, 2048)], dtype, CORE, [PLAIN, CHECKPOINTING]),
-        grid("share", llama7, [(1, 2048)], dtype, (FLOOR,)),
-        grid("share", llama7, [(1, 2048)], dtype, ("s2ft_inplace", "lora"), shares=SHARES),
+        grid("share", llama7, [(1, 2048)], dtype, SHARED, shares=SHARES),
         grid("extrapolation", llama7.cut(1), [(1, 512)], dtype, cut),
         grid("extrapolation", llama7.cut(2), [(1, 512)], dtype, cut),
         grid("extrapolation", llama7, [(1, 512)], dtype, EXTRAPOLATED),
         grid("options", llama8, [(1, 2048)], dtype, CORE, OPTIONS),
-        grid("density", llama7.cut(2), [(1, 512)], dtype, (FLOOR, "full")),
-        grid("density", llama7.cut(2), [(1, 512)], dtype, ("spiel",), shares=DENSITIES),
+        grid("density", llama7.cut(2), [(1, 512)], dtype, SPARSE, shares=DENSITIES),
     )
 
 
 def toy() -> list[Case]:
-    """Every method and every kind of case, in seconds: to see that all of it runs."""
-    model = TABLE["toy"]
-    size, methods = [(2, 8)], ("s2ft_inplace", "lora")
-    return united(
-        grid("figure5", model, size, "float32", (*CORE, *(m for m in METHODS if m not in CORE))),
-        grid("tokens", model, [(1, 8)], "float32", (FLOOR, *methods)),
-        grid("depth", model, size, "float32", methods, [PLAIN, FULL_DEPTH]),
-        grid("extrapolation", model, size, "float32", (FLOOR, *methods)),
-        grid("extrapolation", model.cut(1), size, "float32", (FLOOR, *methods)),
-        grid("share", model, size, "float32", (FLOOR,)),
-        grid("share", model, size, "float32", methods, shares=(0.01,)),
-        grid("density", model, size, "float32", (FLOOR,)),
-        grid("density", model, size, "float32", ("spiel",), shares=(0.01, 0.1)),
-        grid("checkpointing", model, size, "float32", (FLOOR, *methods), [PLAIN, CHECKPOINTING]),
-    )
+    """The cases of a CPU with a toy model and short sequences: to see, in seconds, that all run."""
+
+    def small(case: Case) -> Case:
+        shape = TABLE["toy"].cut(min(case.shape.layers, TABLE["toy"].layers))
+        # Of two tokens the first alone has a loss, and it attends to itself: q and k have no part.
+        return replace(case, shape=shape, batch=2, length=max(4, case.length // 8))
+
+    return united([small(case) for case in cpu()])
 
 
-def short(device_type: str) -> list[Case]:
-    """The core methods at the first size: what `make bench-compare` measures again."""
-    first, *others = full(device_type)
-    wanted = [replace(first, method=method).id for method in CORE]
-    return [case for case in (first, *others) if case.id in wanted]
-
-
-def full(device_type: str) -> list[Case]:
-    return gpu() if device_type == "cuda" else cpu()
-
-
-# By the names of `pytest bench --suite`: from "cuda" or "cpu".
-SUITES = {"full": full, "short": short, "toy": lambda device_type: toy()}
+def suite(name: str, device_type: str) -> list[Case]:
+    """What `pytest bench --suite` measures on "cuda" or "cpu", by one of the names SUITES."""
+    if name == "toy":
+        return toy()
+    cases = gpu() if device_type == "cuda" else cpu()
+    return cases[: len(CORE)] if name == "short" else cases  # the core methods at the first size

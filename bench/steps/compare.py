@@ -70,9 +70,9 @@ def worse(before: dict, after: dict) -> Iterator[str]:
     old, new = before["ratio_to_floor"], after["ratio_to_floor"]
     if new["q1"] > old["q3"] and new["median"] > old["median"] * (1 + BETWEEN_RUNS):
         yield f"step / floor {old['median']:.3f} -> {new['median']:.3f}"
-    trained = [extra["trained_parameters"] for extra in (before, after)]
-    if trained[0] != trained[1]:
-        yield f"trained parameters {trained[0]:,} -> {trained[1]:,}"
+    trained, trains = before["trained_parameters"], after["trained_parameters"]
+    if trained != trains:
+        yield f"trained parameters {trained:,} -> {trains:,}"
     for part, tolerance in TOLERANCES.items():
         sizes = [(extra.get("bytes") or {}).get(part) for extra in (before, after)]
         if None not in sizes and sizes[1] - sizes[0] > tolerance * sizes[0]:
@@ -88,15 +88,15 @@ def overview(entries: Mapping[str, dict]) -> str:
     rows = [["case", "trained", "step / floor", "quartiles", "step ms", "saved MiB", "peak MiB"]]
     for name, entry in entries.items():
         extra = entry["extra_info"]
-        cells = [extra.get("status", "measured").partition(":")[0], *[""] * 5]
         if "ratio_to_floor" in extra:
             ratio, sizes = extra["ratio_to_floor"], extra.get("bytes") or {}
             spread = f"{ratio['q1']:.3f}..{ratio['q3']:.3f}"
             cells = [f"{extra['trained_parameters']:,}", f"{ratio['median']:.3f}", spread]
             cells.append(f"{entry['stats']['median'] * 1e3:.1f}")
             cells += [f"{(sizes.get(part) or 0) / 2**20:.1f}" for part in ("saved", "peak")]
-        if cells[0] != "measured":  # as ops are
             rows.append([case_of(name), *cells])
+        elif "status" in extra:  # a step that could not run
+            rows.append([case_of(name), extra["status"].partition(":")[0], *[""] * 5])
     return results.table(rows) if rows[1:] else ""
 
 

@@ -5,17 +5,16 @@ of the rotary angles, which is left at its default.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from bench.methods.budget import linears
 
 # A prime: no two rows of a weight are equal, unless it has more than DRAWN of them.
 DRAWN = 2**20 + 7
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Shape:
     """
 
     name: str
-    model_type: str  # a key of CONFIGS
+    model_type: str  # as transformers calls it
     hidden: int
     intermediate: int
     layers: int
@@ -46,15 +45,16 @@ class Shape:
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(N, K), out_features and in_features, of the linears of one layer, in forward order."""
-        return linears(self.cut(1)._without_content(1))
+        return linears(self.cut(1)._without_content())
 
     def parameters(self) -> int:
         """Parameters of the model, tied ones counted once."""
-        return self._without_content(1).num_parameters()
+        return self._without_content().num_parameters()
 
     def config(self, length: int) -> PreTrainedConfig:
         """The configuration of transformers, for sequences of up to `length` tokens."""
-        return CONFIGS[self.model_type](
+        return AutoConfig.for_model(
+            self.model_type,
             vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -73,18 +73,17 @@ class Shape:
 
         The weights depend on seed, dtype and kind of device.
         """
-        model = self._without_content(length, dtype=dtype, attn_implementation="sdpa")
-        model.requires_grad_(False).to_empty(device=device)
+        with torch.device(device), no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                self.config(length), dtype=dtype, attn_implementation="sdpa"
+            )
         model.tie_weights()
-        # Its buffers hold computed values, in fp32 whatever the dtype.
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
-        fill_(model, seed)
+        fill_(model.requires_grad_(False), seed)
         return model.train()
 
-    def _without_content(self, length: int, **options: Any) -> PreTrainedModel:
-        """On the meta device, where the slow initialisation of transformers costs nothing."""
+    def _without_content(self) -> PreTrainedModel:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config(length), **options)
+            return AutoModelForCausalLM.from_config(self.config(1))
 
 
 def fill_(model: PreTrainedModel, seed: int) -> None:
@@ -97,10 +96,11 @@ def fill_(model: PreTrainedModel, seed: int) -> None:
         if name.endswith("norm.weight"):
             parameter.data.fill_(1.0)
             continue
-        drawn, *repeated = parameter.data.view(-1).split(DRAWN)
-        drawn.normal_(0.0, model.config.initializer_range, generator=generator)
-        for part in repeated:
-            part.copy_(drawn[: len(part)])
+        flat = parameter.data.view(-1)
+        drawn = flat[:DRAWN].normal_(0.0, model.config.initializer_range, generator=generator)
+        rest = len(flat) % len(drawn)
+        flat[: len(flat) - rest].view(-1, len(drawn))[1:] = drawn
+        flat[len(flat) - rest :] = drawn[:rest]
 
 
 def whole(name: str, model_type: str, *widths: int, tied: bool = False) -> Shape:

@@ -42,16 +42,17 @@ def laps(method: Method, batch: Tensor, device: torch.device) -> list[float]:
 
 
 def periodic_seconds(
-    method: Method, usual: float, batches: Iterator[Tensor], device: torch.device
+    method: Method, usual: list[list[float]], batches: Iterator[Tensor], device: torch.device
 ) -> float:
-    """Seconds a step that go to the periodic work of `method`. usual: of a step without it."""
+    """Seconds a step that go to the periodic work of `method`. usual: laps of steps without it."""
     if method.period is None:
         return 0.0
     due: list[float] = []
     while len(due) < PERIODIC_STEPS and sum(due) < PERIODIC_SECONDS:
         method.make_due()
         due.append(sum(laps(method, next(batches), device)))
-    return max(0.0, statistics.median(due) - usual) / method.period
+    more = statistics.median(due) - statistics.median(map(sum, usual))
+    return max(0.0, more) / method.period
 
 
 def times(
@@ -117,7 +118,6 @@ def count(case: Case, budget: Budget, device: torch.device) -> dict:
 
     Raises WrongMethod where a trained parameter does not move.
     """
-    batches = random_batches(case, device)
     made: list[Method] = []
     before: dict[str, int] = {}
 
@@ -127,7 +127,7 @@ def count(case: Case, budget: Budget, device: torch.device) -> dict:
         if bool(before) != (case.method != FLOOR):
             raise WrongMethod(f"{case.method} trains {', '.join(before) or 'nothing'}")
 
-    batch = next(batches)
+    batch = next(random_batches(case, device))
     steps = [lambda: made[0].step(batch)] * (1 + STEADY_STEPS)
     _, first, *steady = memory.peaks([construct, *steps], device)
     method = made[0]

@@ -1,8 +1,8 @@
 """Bytes and FLOPs of every op of `s2kernels.reference`, by its arguments, and of torch operators.
 
 They are what any program for the same result has to move and to multiply: every operand is read
-once and every result written once, whatever a cache would make of it. A multiplication and an
-addition are two FLOPs. The sizes are those of the reference: M tokens, weight (N, K), R channels.
+once, every result written once. A multiplication and an addition are two FLOPs. The sizes are those
+of the reference: M tokens, weight (N, K), R channels.
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.measure.memory import dense_parts
 from s2kernels.reference import Index
 from s2kernels.update import Update
 
@@ -25,8 +26,8 @@ class Work:
 
 
 def size(x: Tensor) -> int:
-    """Bytes of x; of an expanded tensor, those that are there."""
-    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+    """Bytes of x, those that are there: of an expanded tensor few, of a sparse one its entries."""
+    return sum(min(part.nbytes, part.untyped_storage().nbytes()) for part in dense_parts(x))
 
 
 # Their parameters are those of the op of the same name in `s2kernels.reference`.
@@ -74,10 +75,9 @@ def swiglu_bwd(dh, gate, up, index=None, out=None) -> Work:
 
 
 def linear_dx_swiglu_bwd(dy, weight, gate, up, index=None, out=None) -> Work:
-    (m, n), k = dy.shape, weight.shape[1]
-    r = 0 if index is None else count(gate, index)
-    moved = _numbers(dy, m * n + n * k + 4 * m * k + m * r)
-    return Work(moved, 2 * m * n * k + m * (12 * k + 5 * r))
+    dense, rest = linear_dx(dy, weight), swiglu_bwd(gate, gate, up, index)
+    # dh, between the two, is neither written nor read.
+    return Work(dense.bytes + rest.bytes - 2 * size(gate), dense.flops + rest.flops)
 
 
 def slice_write(weights, base_slices, deltas, indices, dims) -> Work:
@@ -209,7 +209,7 @@ def moved(func, args, kwargs, tensors: list[Tensor], results: list[Tensor]) -> i
     if op in _IDLE:
         return 0
     if op in _LOOKING_UP:  # the table is read where it is looked at
-        return sum(map(size, tensors[1:])) + 2 * sum(map(size, results))
+        return _sizes(tensors[1:]) + 2 * _sizes(results)
     if op is aten.embedding_dense_backward:  # zeros, and the rows that are there added
         return 2 * size(tensors[0]) + size(tensors[1]) + size(results[0])
     if op is aten.nll_loss_forward:  # a number of every row
@@ -217,17 +217,11 @@ def moved(func, args, kwargs, tensors: list[Tensor], results: list[Tensor]) -> i
     if op is aten.nll_loss_backward:
         return size(results[0]) + size(tensors[2])
     if op in (aten.index_put_, aten.index_add_, aten.index_copy_):  # rows of the values' size
-        return sum(map(size, tensors[1:])) + 2 * size(tensors[-1])
+        return _sizes(tensors[1:]) + 2 * size(tensors[-1])
     if op is aten._fused_adamw_:  # parameter and two averages are read and written
         parameters, gradients, *_ = args
-        return sum(map(size, gradients)) + 6 * sum(map(size, parameters))
-    nbytes = sum({id(x): _nbytes(x) for x in tensors}.values()) + sum(map(_nbytes, results))
+        return _sizes(gradients) + 6 * _sizes(parameters)
+    nbytes = _sizes({id(x): x for x in tensors}.values()) + _sizes(results)
     written = [*tensors[:1]] if op in _OVERWRITING or kwargs.get("beta") == 0 else []
     written += [x for name in ("out", "grad_input") if (x := kwargs.get(name)) is not None]
-    return nbytes - sum(map(size, written))
-
-
-def _nbytes(x: Tensor) -> int:
-    if x.layout is torch.sparse_coo:
-        return size(x._indices()) + size(x._values())
-    return size(x)
+    return nbytes - _sizes(written)

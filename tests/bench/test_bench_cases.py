@@ -44,8 +44,8 @@ def test_equal_depth_is_measured_where_the_first_table_is(name):
 
 
 def test_a_case_of_two_suites_is_there_once():
-    (case,) = (case for case in SUITES["toy"] if case.id == "toy/2x8/float32/s2ft_inplace")
-    assert case.suites == ("figure5", "depth", "extrapolation", "checkpointing")
+    (case,) = (case for case in SUITES["toy"] if case.id == "toy/2x16/float32/s2ft_inplace")
+    assert case.suites == ("figure5", "depth", "tokens", "extrapolation", "checkpointing")
 
 
 def test_ids_say_what_a_case_is():
@@ -63,6 +63,6 @@ def test_ids_say_what_a_case_is():
 
 @pytest.mark.parametrize("device_type, name", [("cpu", "cpu"), ("cuda", "gpu")])
 def test_the_short_suite_is_the_core_of_the_devices_own(device_type, name):
-    short = cases.short(device_type)
+    short = cases.suite("short", device_type)
     assert set(short) <= set(SUITES[name])
     assert sorted(case.method for case in short) == sorted(cases.CORE)

@@ -13,7 +13,7 @@ from bench.methods import METHODS
 from bench.plan import rank
 from bench.plan.command import main
 from bench.plan.times import CLUSTERS, LABORATORY, Cluster, defaults, seconds
-from bench.predict import Ceilings, counted
+from bench.predict import Ceilings, predict
 from bench.steps.model_shapes import Shape
 from s2kernels.peft import S2FTConfig
 
@@ -140,7 +140,7 @@ def test_times_are_those_of_the_same_model(method):
     assert alone.trained_parameters() == found.trained
     slow = Cluster(Ceilings("slow", {"bfloat16": 1e9, "float32": 1e9}, 1e30), 1e6, 1e6)
     times = seconds(SHAPE, method, 4, BATCH, LENGTH, RANK, found, slow)
-    step = counted(SHAPE, BATCH, LENGTH, "bfloat16", name, sizes, alone.options, "cuda")
+    step = predict(SHAPE, BATCH, LENGTH, "bfloat16", name, sizes, alone.options)
     assert times["plain"].computing == pytest.approx(step.flops / 1e9)
     assert times["checkpointed"].computing > times["plain"].computing
     moved = found.plain.gathered + found.plain.scattered

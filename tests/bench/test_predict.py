@@ -13,6 +13,7 @@ from bench.methods import METHODS, Budget, Options, comparable
 from bench.methods.spiel import SpIEL
 from bench.predict import GPUS, counted, main, predict
 from bench.steps import work
+from bench.steps.cases import Case
 from bench.steps.counting import dry_run
 from bench.steps.model_shapes import TABLE, Shape
 from s2kernels import reference
@@ -43,6 +44,12 @@ OPTIONS = [
 ]
 # What S2FT and SpIEL run on a GPU are kernels of their own.
 OF_TORCH = ("frozen", "full", "lora", "lora_fp32", "dora", "lisa")
+
+
+@pytest.fixture(autouse=True)
+def _empty_tensors_are_not_filled(monkeypatch):
+    """As deterministic algorithms have it, which would take the memory of a whole model."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 
 
 @pytest.fixture(params=METHODS)
@@ -112,8 +119,8 @@ def test_attention_is_counted_at_and_below_the_diagonal():
 @pytest.mark.slow
 def test_two_depths_tell_of_all(name):
     shape = replace(GROUPED, layers=6, of_layers=6)
-    step = (3, 37, "float32", name, BUDGET, Options(), "cuda")
-    found, whole = predict(shape, *step), counted(shape, *step)
+    found = predict(shape, 3, 37, "float32", name, BUDGET)
+    whole = counted(Case((), shape, 3, 37, "float32", name), BUDGET, "cuda")
     for quantity in ("trained", "flops", "saved", "unseen"):
         assert getattr(found, quantity) == getattr(whole, quantity), quantity
     # of S2FT's channels some are neighbours, not in every layer as many
