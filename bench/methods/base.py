@@ -59,7 +59,8 @@ class Method(ABC):
         """Makes the trained parameters and sets `requires_grad`; returns what a step runs."""
 
     def make_optimizer(self, lr: float) -> torch.optim.Optimizer | None:
-        return adamw(self.trained(), lr)
+        trained = self.trained()
+        return adamw(trained, lr) if trained else None
 
     def named_trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained at present, by its name in `model`."""
