@@ -18,9 +18,8 @@ class Budget:
     rank: int  # LoRA and DoRA, on all linear layers
     seed: int
     shira_rank: int = 32  # SHiRA trains rank * (N + K) entries of each linear layer
-    galore_rank: int = 128  # this and the next two: the defaults of GaLore's README
+    galore_rank: int = 128  # this and the next: the defaults of GaLore's README
     galore_gap: int = 200  # steps from one SVD to the next
-    galore_scale: float = 0.25
     reft_rank: int = 8  # LoReFT: as its users run it
     reft_positions: int = 7  # the first and the last so many
     lisa_layers: int = 2  # LISA: trained at a time, beside the embedding and the head
