@@ -257,7 +257,7 @@ def adapter_pairs(ours, theirs, grads=None):
 
     With grads, gradients by the identity of the parameter, the first two are these of A and Bt.
     """
-    qkv, o = ours.self_attn.q_proj.stack, ours.self_attn.o_proj.stack
+    qkv, o = ours.self_attn.q_proj, ours.self_attn.o_proj
     stacks = {
         ("q_proj", "k_proj", "v_proj"): qkv,
         ("o_proj",): o,
