@@ -31,17 +31,14 @@ class Method(ABC):
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        budget: Budget,
-        lr: float,
-        options: Options = Options(),  # noqa: B008  (frozen)
+        self, model: PreTrainedModel, budget: Budget, lr: float, options: Options | None = None
     ) -> None:
         """Takes over `model`: freezes it, attaches what is trained, makes the optimizer.
 
         Raises Unavailable where a package or the device lacks what the method or an option needs;
         the model is then as it was.
         """
+        options = options or Options()
         self.check(options)
         options.before(model)
         self.budget, self.options, self.base = budget, options, model
