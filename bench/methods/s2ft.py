@@ -21,10 +21,14 @@ class S2FTInplace(Method):
     """The slice is written into the dense weight: one GEMM each way. The FFN is one Function."""
 
     name = "s2ft_inplace"
-    choices: ClassVar[dict] = {"mode": "inplace", "layout": "gather"}
+    mode: ClassVar[str] = "inplace"
+    layout: ClassVar[str] = "gather"
+    fuse: ClassVar[bool] = True
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
-        config = S2FTConfig(**self.choices, task_type="CAUSAL_LM")
+        config = S2FTConfig(
+            mode=self.mode, layout=self.layout, fuse=self.fuse, task_type="CAUSAL_LM"
+        )
         config.indices = indices_of(model, config, draw(model, self.budget))
         config.target_modules = list(config.indices)
         peft = get_peft_model(model, config)
@@ -37,24 +41,24 @@ class S2FTAdditive(S2FTInplace):
     """The base layer as it is, and the slice's part added to its output."""
 
     name = "s2ft_additive"
-    choices: ClassVar[dict] = {"mode": "additive", "layout": "gather"}
+    mode = "additive"
 
 
 class S2FTPermutedInplace(S2FTInplace):
     name = "s2ft_permuted_inplace"
-    choices: ClassVar[dict] = {"mode": "inplace", "layout": "permute"}
+    layout = "permute"
 
 
-class S2FTPermutedAdditive(S2FTInplace):
+class S2FTPermutedAdditive(S2FTAdditive):
     name = "s2ft_permuted_additive"
-    choices: ClassVar[dict] = {"mode": "additive", "layout": "permute"}
+    layout = "permute"
 
 
 class S2FTUnfused(S2FTInplace):
     """The operators of the model as transformers has them, which the floor runs, too."""
 
     name = "s2ft_unfused"
-    choices: ClassVar[dict] = {"mode": "inplace", "layout": "gather", "fuse": False}
+    fuse = False
 
 
 def draw(model: PreTrainedModel, budget: Budget) -> dict[str, Tensor]:
