@@ -13,10 +13,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRA(Method):
-    """PEFT's LoRA with adapters in the dtype of the model, which is its fastest form.
-
-    alpha is twice the rank; no dropout, as in all methods.
-    """
+    """PEFT's LoRA, without dropout; adapters in the dtype of the model, which is fastest."""
 
     name = "lora"
     targets: ClassVar[tuple[str, ...]] = LINEARS

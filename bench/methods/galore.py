@@ -19,9 +19,8 @@ class GaLore(Method):
 
     Every `galore_gap` steps, the first included, the projections are taken from singular value
     decompositions of the gradients. Embedding, head and norms stay frozen, as under the adapters:
-    with them GaLore would train hundreds of millions of parameters densely. The gradients of all
-    weights are alive together, so they can be accumulated and clipped. galore-torch's variant that
-    updates each weight within the backward, which cannot, needs less memory than this.
+    with them GaLore would train hundreds of millions of parameters densely. All gradients are alive
+    together, to be accumulated and clipped; a variant without that needs less memory.
     """
 
     name = "galore"

@@ -20,9 +20,6 @@ class SpIEL(Method):
     The entries lie in the dense weights. Some are replaced after every `period` steps; to choose
     others, the gradients are watched in the steps before. A step that is made due does all of this
     work at once.
-
-    The schedule is "cosine": "linear" begins by replacing all entries, from which a run as short as
-    the demo does not recover.
     """
 
     name = "spiel"
@@ -41,6 +38,7 @@ class SpIEL(Method):
         self.config = SpIELConfig(
             num_tunable_weights=min(wanted, sum(weight.numel() for weight in linears)),
             selection=self.selection,
+            # "linear" begins by replacing all entries: a run as short as the demo does not recover.
             replacement_schedule="cosine",
             seed=self.budget.seed,
             mode="inplace",
@@ -77,10 +75,7 @@ class SpIEL(Method):
 
 
 class SpIELMA(SpIEL):
-    """SpIEL-MA: SM3 instead of AdamW; its statistics say which entries are to be trained.
-
-    No gradients are watched. A step that is made due replaces entries.
-    """
+    """SpIEL-MA: SM3 instead of AdamW; its statistics say which entries are to be trained."""
 
     name = "spiel_ma"
     selection = "momentum_approximation"
