@@ -13,6 +13,7 @@ does not come back as it was trained.
 """
 
 import argparse
+import copy
 import statistics
 import time
 import warnings
@@ -28,13 +29,15 @@ from transformers.utils import logging as transformers_logging
 from bench.demo import corpus, job
 from bench.demo.checks import check_adapters, check_saved
 from bench.demo.job import ENTRANTS, FLOOR, S2FT, Job
-from bench.demo.training import Run, finetune, pretrain
+from bench.demo.training import finetune, pretrain
 from bench.measure import machine, results, timing
+from bench.methods import METHODS, Method, Options
 from bench.steps.step import held_bytes
 from plots import draw_file
 from plots.tables import demo_rows
 
 OUT = machine.ROOT / "out"
+DEPTH_ROUNDS = 8  # of S2FT without dx below its first trained layer
 LEGEND = """\
 step / floor: median and quartiles of rounds, with the optimizer
 every method computes dx down to the embedding, as the floor does; as run: S2FT without that
@@ -60,40 +63,43 @@ def main(argv: list[str] | None = None) -> int:
         f"fine-tuning on {len(english) / 1e6:.2f} MB of English reference, "
         f"{len(held_out) / 1e6:.2f} MB of it held out"
     )
-    base, losses, seconds = pretrain(chosen, code, job.PRETRAINING * chosen.budget_s, device)
-    chosen = replace(chosen, steps=affordable_steps(chosen, statistics.median(seconds)))
-    extra = {"losses": losses, "parameters": base.num_parameters()}
-    pretraining = benchmark(chosen, "pre-training", seconds, extra)
+    base, pretraining = pretrain(chosen, code, job.PRETRAINING * chosen.budget_s, device)
+    chosen = replace(chosen, steps=affordable_steps(chosen, statistics.median(pretraining)))
 
-    probes = corpus.even_windows(held_out, chosen.held_out_batches * chosen.batch, chosen.length)
-    probes = list(probes.to(device).split(chosen.batch))
     generator = torch.Generator().manual_seed(chosen.seed)
-    batches = [
-        corpus.random_batch(english, chosen.batch, chosen.length, generator).to(device)
-        for _ in range(chosen.steps)
-    ]
-    runs = {entrant.name: Run(entrant, base, chosen) for entrant in ENTRANTS}
-    rounds, curves = finetune(runs, batches, probes, chosen.evaluations, device)
-    times = {name: [each[name] for each in rounds[chosen.untimed :]] for name in runs}
-    entries = {}
-    for name, run in runs.items():
-        extra = {
-            "lr": run.lr,
-            "trained_parameters": run.method.trained_parameters(),
-            "ratio_to_floor": timing.ratio(times[name], times[FLOOR]),
-            "bytes": held_bytes(run.method, probes[0]),
-            "held_out": {"steps": list(curves[name]), "losses": list(curves[name].values())},
-            "losses": [float(loss) for loss in run.losses],
-        }
-        entries[name] = benchmark(chosen, name, times[name], extra)
-    for name, ratio in ratios_as_run(chosen, runs, probes[0], device).items():
-        entries[name]["extra_info"]["ratio_as_run"] = ratio
-    exact = check_saved(chosen, runs, entries)
-    intact = check_adapters(chosen, runs, base, probes[0], args.adapter)
+    windows = partial(corpus.random_batch, length=chosen.length, generator=generator)
+    probes = windows(held_out, job.HELD_OUT_BATCHES * chosen.batch).to(device).split(chosen.batch)
+    batches = windows(english, chosen.steps * chosen.batch).to(device).split(chosen.batch)
+    # dx is computed all the way down, as in the floor. Otherwise a method whose first trained layer
+    # lies further up would be compared at another depth of the backward.
+    deep = Options(full_depth=True)
+    methods = {
+        name: METHODS[method](copy.deepcopy(base), chosen.budget(name), lr * chosen.lr_scale, deep)
+        for name, (method, lr) in ENTRANTS.items()
+    }
+    rounds, losses, curves = finetune(methods, batches, probes, device)
+    times = {name: [each[name] for each in rounds[job.UNTIMED :]] for name in methods}
+    held = {name: held_bytes(method, probes[0]) for name, method in methods.items()}
+    as_run = ratios_as_run(methods, probes[0], device)
+    exact = check_saved(chosen, methods, held)
+    intact = check_adapters(chosen, methods, base, probes[0], args.adapters)
 
+    extra: dict = {"parameters": base.num_parameters()}
+    entries = [benchmark(chosen, "pre-training", pretraining, extra)]
+    for name, method in methods.items():
+        extra = {
+            "trained_parameters": method.trained_parameters(),
+            "ratio_to_floor": timing.ratio(times[name], times[FLOOR]),
+            "bytes": held[name],
+            "held_out": {"steps": list(curves[name]), "losses": list(curves[name].values())},
+            "losses": [float(loss) for loss in losses[name]],
+        }
+        if name in as_run:
+            extra["ratio_as_run"] = as_run[name]
+        entries.append(benchmark(chosen, name, times[name], extra))
     path = args.results / machine.device_name(device) / "demo.json"
-    results.write(path, [pretraining, *entries.values()], machine.machine_info(device))
-    print(f"\n{len(losses)} steps of pre-training, {chosen.steps} steps with each method")
+    results.write(path, entries, machine.machine_info(device))
+    print(f"\n{len(pretraining)} steps of pre-training, {chosen.steps} steps with each method")
     print(f"\n{results.table(demo_rows(results.read(path)))}\n\n{LEGEND}\nresults: {path}")
     for figure in draw_file(path, args.figures):
         print(f"figure: {figure}")
@@ -108,22 +114,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     seconds = f"of the whole demo, about; default {job.CPU.budget_s:.0f}"
     parser.add_argument("--budget-s", type=float, metavar="SECONDS", help=seconds)
     parser.add_argument("--toy", action="store_true", help="seconds, to see that it runs")
-    for name in ("results", "figures"):
+    for name in ("results", "figures", "adapters"):
         default = OUT / name
         parser.add_argument(f"--{name}", type=Path, default=default, help=f"default out/{name}")
-    parser.add_argument("--adapter", type=Path, help="keep the S2FT adapters in this folder")
     args = parser.parse_args(argv)
     if args.budget_s is not None and not args.budget_s > 0:
         parser.error(f"--budget-s must be above 0, got {args.budget_s}")
     return args
 
 
-def affordable_steps(chosen: Job, pretraining_step: float) -> int:
-    """How many rounds of fine-tuning there is time for, from the seconds of a pre-training step.
-
-    A round is estimated as one step of full fine-tuning for each method.
-    """
-    step = pretraining_step * chosen.batch / chosen.pretrain_batch
+def affordable_steps(chosen: Job, pretraining_seconds: float) -> int:
+    """How many rounds there is time for, if every step takes what one of full fine-tuning takes."""
+    step = pretraining_seconds * chosen.batch / chosen.pretrain_batch
     rounds = int(job.FINETUNING * chosen.budget_s / (step * len(ENTRANTS)))
     return min(chosen.steps, max(chosen.least_steps, rounds))
 
@@ -142,17 +144,17 @@ def benchmark(chosen: Job, name: str, seconds: list[float], extra: dict) -> dict
 
 
 def ratios_as_run(
-    chosen: Job, runs: dict[str, Run], batch: Tensor, device: torch.device
+    methods: dict[str, Method], batch: Tensor, device: torch.device
 ) -> dict[str, float]:
-    """Step over floor of S2FT as a user runs it: without dx below its first trained layer."""
-    compared = {name: runs[name] for name in (*S2FT, FLOOR)}
-    for name, run in compared.items():
-        run.set_lr(0.0)  # the models stay as they were trained
-        if name != FLOOR:
-            run.method.full_depth = False
-    actions = {name: partial(run.step, batch) for name, run in compared.items()}
-    rounds = timing.interleave(actions, chosen.depth_rounds, device)
-    rounds = list(tqdm(rounds, total=chosen.depth_rounds, desc="S2FT as run", leave=False))
+    """Step over floor of S2FT as a user runs it: without dx below its first trained layer.
+
+    The learning rates are 0 by now, so the models stay as they were trained.
+    """
+    for name in S2FT:
+        methods[name].full_depth = False
+    actions = {name: partial(methods[name].step, batch) for name in (*S2FT, FLOOR)}
+    rounds = timing.interleave(actions, DEPTH_ROUNDS, device)
+    rounds = list(tqdm(rounds, "S2FT as run", DEPTH_ROUNDS, leave=False))
     return {
         name: statistics.median(times[name] / times[FLOOR] for times in rounds) for name in S2FT
     }

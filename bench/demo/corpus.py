@@ -43,9 +43,3 @@ def random_batch(tokens: Tensor, batch: int, length: int, generator: torch.Gener
     """`batch` windows at random places: int64 (batch, length)."""
     starts = torch.randint(len(tokens) - length + 1, (batch, 1), generator=generator)
     return tokens[starts + torch.arange(length)].long()
-
-
-def even_windows(tokens: Tensor, count: int, length: int) -> Tensor:
-    """`count` windows evenly spread over `tokens`, always the same: int64 (count, length)."""
-    starts = torch.linspace(0, len(tokens) - length, count).long().unsqueeze(1)
-    return tokens[starts + torch.arange(length)].long()

@@ -1,49 +1,20 @@
 """Training loops of the demo: one checkpoint by the clock, then all methods in lockstep."""
 
-import copy
 import math
 import time
-from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from bench.demo import corpus
-from bench.demo.job import Entrant, Job
+from bench.demo.job import EVALUATIONS, FLOOR, Job
 from bench.measure import timing
-from bench.methods import Options
-from bench.methods.base import adamw
-
-
-class Run:
-    """A method at work in the demo: its peak learning rate and the loss of every step.
-
-    dx is computed all the way down, as in the floor. Otherwise a method whose first trained layer
-    lies further up would be compared at another depth of the backward.
-    """
-
-    def __init__(self, entrant: Entrant, base: LlamaForCausalLM, job: Job):
-        self.lr = None if entrant.lr is None else entrant.lr * job.lr_scale
-        model, budget = copy.deepcopy(base), job.budget(entrant)
-        self.method = entrant.method(model, budget, self.lr or 0.0, Options(full_depth=True))
-        self.losses: list[Tensor] = []
-
-    @property
-    def model(self) -> nn.Module:
-        return self.method.model
-
-    def step(self, batch: Tensor) -> None:
-        """What the clock sees: forward, backward and, where something is trained, the optimizer."""
-        self.losses.append(self.method.step(batch))
-
-    def set_lr(self, factor: float) -> None:
-        """The learning rate, as a share of the peak."""
-        if self.method.optimizer is not None:
-            for group in self.method.optimizer.param_groups:
-                group["lr"] = self.lr * factor
+from bench.methods import METHODS, Method
 
 
 def schedule(progress: float, warm_up: float = 0.05) -> float:
@@ -53,91 +24,81 @@ def schedule(progress: float, warm_up: float = 0.05) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - warm_up) / (1 - warm_up)))
 
 
-def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean cross entropy in nats per byte; batch int64 (sequences, length)."""
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
-
-
 @torch.no_grad()
-def held_out_loss(model: nn.Module, batches: Iterable[Tensor]) -> float:
+def held_out_loss(method: Method, batches: Sequence[Tensor]) -> float:
     """Mean loss over batches of one size, nats per byte."""
-    model.eval()
-    losses = [next_token_loss(model, batch) for batch in batches]
-    model.train()
+    method.model.eval()
+    losses = [method.loss(batch) for batch in batches]
+    method.model.train()
     return float(torch.stack(losses).mean())
 
 
 def pretrain(
     job: Job, text: Tensor, seconds: float, device: torch.device
-) -> tuple[LlamaForCausalLM, list[float], list[float]]:
+) -> tuple[LlamaForCausalLM, list[float]]:
     """Trains a new model in fp32 for `seconds` by the clock, on random windows of `text`.
 
-    The matrix products are in job.dtype. Returns the model in job.dtype, and losses and seconds of
-    the steps, two at least.
+    The matrix products are in job.dtype. Returns the model in job.dtype, and the seconds of the
+    steps, two at least.
     """
     torch.manual_seed(job.seed)
     model = LlamaForCausalLM(job.shape.config(job.length)).to(device)
+    method = METHODS["full"](model, job.budget("full"), job.pretrain_lr)
     generator = torch.Generator().manual_seed(job.seed)
-    optimizer = adamw(list(model.parameters()), job.pretrain_lr)
-    losses: list[float] = []
-    marks = [time.perf_counter()]
-    end = marks[0] + seconds
+    times: list[float] = []
     with tqdm(desc=f"pre-training, {seconds:.0f} s", unit="step") as bar:
-        while marks[-1] < end or len(losses) < 2:
-            # The first steps count for the warm-up as if one second had passed.
-            progress = max(seconds - (end - marks[-1]), min(1.0, seconds / 100)) / seconds
-            for group in optimizer.param_groups:
+        while sum(times) < seconds or len(times) < 2:
+            began = time.perf_counter()
+            # Not 0, with which the learning rate would be 0.
+            progress = max(sum(times) / seconds, 0.01)
+            for group in method.optimizer.param_groups:
                 group["lr"] = job.pretrain_lr * schedule(progress)
             tokens = corpus.random_batch(text, job.pretrain_batch, job.length, generator).to(device)
-            optimizer.zero_grad(set_to_none=True)
+            method.zero_grad()
             with torch.autocast(device.type, job.dtype, enabled=job.dtype != torch.float32):
-                loss = next_token_loss(model, tokens)
+                loss = method.loss(tokens)
             loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            marks.append(time.perf_counter())
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+            method.update()
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)  # waits for the device
             bar.update()
-    times = [later - earlier for earlier, later in pairwise(marks)]
-    return model.to(job.dtype), losses, times
+            times.append(time.perf_counter() - began)
+    return model.to(job.dtype), times
 
 
 def finetune(
-    runs: Mapping[str, Run],
-    batches: list[Tensor],
-    held_out: list[Tensor],
-    evaluations: int,
+    methods: Mapping[str, Method],
+    batches: Sequence[Tensor],
+    held_out: Sequence[Tensor],
     device: torch.device,
-) -> tuple[list[dict[str, float]], dict[str, dict[int, float]]]:
+) -> tuple[list[dict[str, float]], dict[str, list[Tensor]], dict[str, dict[int, float]]]:
     """One round a batch: each method takes one step on it.
 
-    Returns the seconds of each round by method, and the held-out loss of each method by the number
-    of steps taken: before the first, after the last, `evaluations` in all after the start.
+    Returns the seconds of each round by method, the loss of each step of each method, and its
+    held-out loss by the number of steps taken: before the first, then `EVALUATIONS` times. In the
+    end all learning rates are 0.
     """
     steps = len(batches)
-    due = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
-    before = held_out_loss(next(iter(runs.values())).model, held_out)
-    curves = {name: {0: before} for name in runs}
-    actions = {
-        name: (lambda run=run: run.step(batches[len(run.losses)])) for name, run in runs.items()
-    }
-    seconds = []
+    due = {round(steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+    before = held_out_loss(methods[FLOOR], held_out)
+    curves = {name: {0: before} for name in methods}
+    losses: dict[str, list[Tensor]] = {name: [] for name in methods}
+    schedulers = [
+        LambdaLR(method.optimizer, lambda done: schedule((done + 1) / steps))
+        for method in methods.values()
+        if method.optimizer is not None
+    ]
 
-    def set_lr(step: int) -> None:
-        for run in runs.values():
-            run.set_lr(schedule((step + 1) / steps))
+    def step(name: str) -> None:
+        losses[name].append(methods[name].step(batches[len(losses[name])]))
 
-    set_lr(0)
-    with tqdm(total=steps, desc=f"fine-tuning, {len(runs)} methods", unit="round") as bar:
-        for step, times in enumerate(timing.interleave(actions, steps, device), start=1):
-            seconds.append(times)
-            if step in due:
-                for name, run in runs.items():
-                    unchanged = run.method.optimizer is None
-                    loss = before if unchanged else held_out_loss(run.model, held_out)
-                    curves[name][step] = loss
-            set_lr(step)
-            losses = " ".join(f"{float(run.losses[-1]):.3f}" for run in runs.values())
-            bar.set_postfix_str(f"losses {losses}", refresh=False)
-            bar.update()
-    return seconds, curves
+    actions = {name: partial(step, name) for name in methods}
+    rounds = []
+    timed = timing.interleave(actions, steps, device)
+    for seconds in tqdm(timed, f"fine-tuning, {len(methods)} methods", steps, unit="round"):
+        rounds.append(seconds)
+        for scheduler in schedulers:
+            scheduler.step()
+        if len(rounds) in due:
+            for name, method in methods.items():
+                curves[name][len(rounds)] = held_out_loss(method, held_out)
+    return rounds, losses, curves

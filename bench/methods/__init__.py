@@ -3,9 +3,8 @@
 from bench.methods.adapters import DoRA, LoRA, LoRAFP32, SHiRA
 from bench.methods.base import Method
 from bench.methods.budget import Budget, comparable
-from bench.methods.dense import Frozen, Full
+from bench.methods.dense import LISA, Frozen, Full
 from bench.methods.galore import GaLore
-from bench.methods.lisa import LISA
 from bench.methods.lora_fused import LoRAFused
 from bench.methods.loreft import LoReFT
 from bench.methods.options import Options, Unavailable

@@ -13,10 +13,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRA(Method):
-    """PEFT's LoRA with adapters in the dtype of the model, which is its fastest form.
-
-    alpha is twice the rank; no dropout, since no other method has any.
-    """
+    """PEFT's LoRA, without dropout; adapters in the dtype of the model, which is fastest."""
 
     name = "lora"
     targets: ClassVar[tuple[str, ...]] = LINEARS
@@ -28,7 +25,6 @@ class LoRA(Method):
         config = LoraConfig(
             r=self.budget.rank,
             lora_alpha=2 * self.budget.rank,
-            lora_dropout=0.0,
             target_modules=list(self.targets),
             task_type="CAUSAL_LM",
             use_dora=self.use_dora,
@@ -70,25 +66,14 @@ class SHiRA(Method):
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
-class Entries(Tensor):
-    """A mask of which only `places` are there: the rows and the columns of its ones."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return args[0].places if func is torch.where else args[0]
-
-
 def random_mask(layer: nn.Linear, r: int, random_seed: int, **others: object) -> Tensor:
-    """PEFT's mask of r (N + K) random entries, drawn where the weight is; PEFT asks where it is 1.
+    """PEFT's mask, bool (N, K), of r (N + K) random entries, drawn where the weight is.
 
     PEFT's own permutes all N K entries on the CPU, which takes minutes for a model of 7B.
     """
     device, (n, k) = layer.weight.device, layer.weight.shape
     generator = torch.Generator(device).manual_seed(random_seed)
-    drawn = torch.empty(0, dtype=torch.int64, device=device)
-    while missing := r * (n + k) - len(drawn):  # as many as were drawn twice
-        more = torch.randint(n * k, (missing,), generator=generator, device=device)
-        drawn = torch.cat([drawn, more]).unique()
-    mask = torch.empty(0).as_subclass(Entries)
-    mask.places = drawn // k, drawn % k
-    return mask
+    mask = torch.zeros(n * k, dtype=torch.bool, device=device)
+    while missing := r * (n + k) - int(mask.sum()):  # as many as were drawn twice
+        mask[torch.randint(n * k, (missing,), generator=generator, device=device)] = True
+    return mask.view(n, k)

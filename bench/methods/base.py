@@ -31,17 +31,14 @@ class Method(ABC):
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        budget: Budget,
-        lr: float,
-        options: Options = Options(),  # noqa: B008  (frozen)
+        self, model: PreTrainedModel, budget: Budget, lr: float, options: Options | None = None
     ) -> None:
         """Takes over `model`: freezes it, attaches what is trained, makes the optimizer.
 
         Raises Unavailable where a package or the device lacks what the method or an option needs;
         the model is then as it was.
         """
+        options = options or Options()
         self.check(options)
         options.before(model)
         self.budget, self.options, self.base = budget, options, model
@@ -59,7 +56,8 @@ class Method(ABC):
         """Makes the trained parameters and sets `requires_grad`; returns what a step runs."""
 
     def make_optimizer(self, lr: float) -> torch.optim.Optimizer | None:
-        return adamw(self.trained(), lr)
+        trained = self.trained()
+        return adamw(trained, lr) if trained else None
 
     def named_trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained at present, by its name in `model`."""

@@ -18,9 +18,8 @@ class Budget:
     rank: int  # LoRA and DoRA, on all linear layers
     seed: int
     shira_rank: int = 32  # SHiRA trains rank * (N + K) entries of each linear layer
-    galore_rank: int = 128  # this and the next two: the defaults of GaLore's README
+    galore_rank: int = 128  # this and the next: the defaults of GaLore's README
     galore_gap: int = 200  # steps from one SVD to the next
-    galore_scale: float = 0.25
     reft_rank: int = 8  # LoReFT: as its users run it
     reft_positions: int = 7  # the first and the last so many
     lisa_layers: int = 2  # LISA: trained at a time, beside the embedding and the head
@@ -42,12 +41,11 @@ def linears(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 def comparable(
     config: PreTrainedConfig, *, rank: int = 16, share: float | None = None, seed: int = 0
 ) -> Budget:
-    """Sizes with which each method trains about as many parameters as LoRA of `rank`.
+    """Sizes with which each method trains about as much as LoRA of `rank` on all linear layers.
 
-    LoRA is on all linear layers. With `share` each method trains this share of all parameters
-    instead. Full fine-tuning, LISA and LoReFT cannot choose how much they train: theirs are the
-    sizes that their users take. One half of S2FT's parameters is in o_proj, in whole heads, the
-    other in down_proj.
+    With `share` it is this share of all parameters. Full fine-tuning, LISA and LoReFT cannot
+    choose: theirs are the sizes that their users take. One half of S2FT's parameters is in o_proj,
+    in whole heads, the other in down_proj.
 
     Raises ValueError for a rank below 1 and a share outside of (0, 1).
     """

@@ -1,6 +1,5 @@
 """GaLore (arXiv 2403.03507), by galore-torch: AdamW on gradients projected to a low rank."""
 
-import functools
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -20,9 +19,8 @@ class GaLore(Method):
 
     Every `galore_gap` steps, the first included, the projections are taken from singular value
     decompositions of the gradients. Embedding, head and norms stay frozen, as under the adapters:
-    with them GaLore would train hundreds of millions of parameters densely. The gradients of all
-    weights are alive together, so they can be accumulated and clipped; galore-torch's variant that
-    updates each weight within the backward, which cannot, needs less memory than this.
+    with them GaLore would train hundreds of millions of parameters densely. All gradients are alive
+    together, to be accumulated and clipped; a variant without that needs less memory.
     """
 
     name = "galore"
@@ -43,7 +41,7 @@ class GaLore(Method):
             "params": self.trained(),
             "rank": self.budget.galore_rank,
             "update_proj_gap": self.budget.galore_gap,
-            "scale": self.budget.galore_scale,
+            "scale": 0.25,  # that of GaLore's README
             "proj_type": "std",
         }
         return _adamw()([group], lr=lr, betas=(0.9, 0.95), no_deprecation_warning=True)
@@ -54,25 +52,20 @@ class GaLore(Method):
 
     def state_tensors(self) -> Iterator[Tensor]:
         yield from super().state_tensors()
-        yield from memory.tensors_in([projector.ortho_matrix for projector in self._projectors()])
+        for state in self.optimizer.state.values():
+            yield from memory.tensors_in(vars(state["projector"]))
 
     def make_due(self) -> None:
-        for projector in self._projectors():
-            projector.ortho_matrix = None
+        for state in self.optimizer.state.values():
+            state["projector"].ortho_matrix = None
 
     def is_due(self) -> bool:
-        states = [state for state in self.optimizer.state.values() if "projector" in state]
-        return not states or any(
-            state["projector"].ortho_matrix is None or state["step"] % self.period == 0
-            for state in states
-        )
-
-    def _projectors(self) -> Iterator:
-        states = self.optimizer.state.values()
-        return (state["projector"] for state in states if "projector" in state)
+        state = next(iter(self.optimizer.state.values()), None)  # the others are as far as this one
+        if state is None or state["projector"].ortho_matrix is None:
+            return True
+        return state["step"] % self.period == 0
 
 
-@functools.cache
 def _adamw() -> type[torch.optim.Optimizer]:
     """AdamW of galore_torch, without what the package imports beside it.
 

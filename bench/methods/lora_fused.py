@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
-from s2kernels import backend
+from s2kernels import backend, reference
+from s2kernels.autograd.joined import add_dx
 from s2kernels.autograd.mlp import room_for_gradients
 
 SCALE = 2.0  # alpha / r, as in the rows of PEFT's LoRA
@@ -41,23 +42,35 @@ class LoRAFused(Method):
         rank = self.budget.rank
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            first = Stack([attention.q_proj, attention.k_proj, attention.v_proj], rank)
+            q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
             attention.k_proj, attention.v_proj = Waiting(), Waiting()
-            attention.q_proj = First(first, attention.k_proj, attention.v_proj)
-            attention.o_proj = First(Stack([attention.o_proj], rank))
+            attention.q_proj = Stack([q, k, v], rank, (attention.k_proj, attention.v_proj))
+            attention.o_proj = Stack([attention.o_proj], rank)
             layer.mlp = MLP(Stack([mlp.gate_proj, mlp.up_proj], rank), Stack([mlp.down_proj], rank))
         return model
 
 
+class Waiting(nn.Module):
+    """In the place of k_proj and v_proj, which every attention calls right after q_proj."""
+
+    y: Tensor | None = None  # computed by the stack
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.y = self.y, None
+        return y
+
+
 class Stack(nn.Module):
-    """Linear layers that read the same x, as one.
+    """Linear layers that read the same x, as one, in the place of the first of them.
 
     weight  (N, K) and bias (N,) or None, frozen; N counts the outputs of all layers, `sizes` each
     A       (layers * r, K); Bt (r, N): trained, in the dtype of weight
+    others  in the places of the other layers, which are handed their outputs
     """
 
-    def __init__(self, linears: list[nn.Linear], rank: int) -> None:
+    def __init__(self, linears: list[nn.Linear], rank: int, others: tuple[Waiting, ...] = ()):
         super().__init__()
+        self._others = others  # a tuple: modules would be in two places
         self.sizes = [linear.out_features for linear in linears]
         for name in ("weight", "bias"):
             parts = [getattr(linear, name) for linear in linears]
@@ -71,26 +84,8 @@ class Stack(nn.Module):
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         return self.weight, self.bias, self.A, self.Bt
 
-
-class Waiting(nn.Module):
-    """In the place of k_proj and v_proj, which every attention calls right after q_proj."""
-
-    y: Tensor | None = None  # computed by the first layer of the stack
-
     def forward(self, x: Tensor) -> Tensor:
-        y, self.y = self.y, None
-        return y
-
-
-class First(nn.Module):
-    """In the place of the first layer of a stack: computes all, and hands the others theirs."""
-
-    def __init__(self, stack: Stack, *others: Waiting) -> None:
-        super().__init__()
-        self.stack, self._others = stack, others  # a tuple: modules would be in two places
-
-    def forward(self, x: Tensor) -> Tensor:
-        ys = StackFunction.apply(x.flatten(0, -2), *self.stack.tensors(), self.stack.sizes)
+        ys = StackFunction.apply(x.flatten(0, -2), *self.tensors(), self.sizes)
         y, *others = (each.unflatten(0, x.shape[:-1]) for each in ys)
         for module, other in zip(self._others, others, strict=True):
             module.y = other
@@ -122,8 +117,10 @@ class StackFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        dx, dA, dBt = _stack_backward(dys, *ctx.saved_tensors, ctx.needs_input_grad[0])
-        return dx, None, None, dA, dBt, None
+        x, xa, weight, A, Bt = ctx.saved_tensors
+        dxa, dBt = _adapter_gradients(dys, xa, Bt)
+        dx = _dx(dys, weight, dxa, A) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dxa.t() @ x, dBt, None
 
 
 class MLPFunction(torch.autograd.Function):
@@ -131,15 +128,18 @@ class MLPFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, Bt, down_weight, down_bias, down_A, down_Bt):
-        joined = backend.prefers_joined(weight)
-        outputs = _products(x, weight, bias, [len(weight) // (1 if joined else 2)] * (2 - joined))
-        gate, up = outputs[0].chunk(2, 1) if joined else outputs
+        if backend.prefers_joined(weight):
+            gate_up = F.linear(x, weight, bias)
+            gate, up = gate_up.chunk(2, 1)
+        else:
+            gate_up = None
+            gate, up = _products(x, weight, bias, [len(weight) // 2] * 2)
         xa = _add_adapters([gate, up], x, A, Bt)
         h = backend.select(x).swiglu(gate, up)
         y = F.linear(h, down_weight, down_bias)
         ha = _add_adapters([y], h, down_A, down_Bt)
-        made = x, outputs[0], None if joined else up, xa, ha
-        ctx.save_for_backward(*made, weight, A, Bt, down_weight, down_A, down_Bt)
+        made = (gate, up) if gate_up is None else (gate_up, None)
+        ctx.save_for_backward(x, *made, xa, ha, weight, A, Bt, down_weight, down_A, down_Bt)
         return y
 
     @staticmethod
@@ -149,9 +149,8 @@ class MLPFunction(torch.autograd.Function):
         gate_up = gate if up is None else None
         if up is None:
             gate, up = gate_up.chunk(2, 1)
-        dha = _scaled_product(dy, down_Bt.t())
-        down_dBt = ha.t() @ dy
-        dh = (dy @ down_weight).addmm_(dha, down_A)
+        dha, down_dBt = _adapter_gradients((dy,), ha, down_Bt)
+        dh = _dx((dy,), down_weight, dha, down_A)
         everything = slice(0, gate.shape[1])
         compiled = torch.compiler.is_compiling()  # which plans the memory itself
         d_gate_up, *out = (None,) if compiled else room_for_gradients(gate_up, gate, up)
@@ -159,10 +158,10 @@ class MLPFunction(torch.autograd.Function):
         del dh
         down_dA = dha.t() @ h
         del h
-        dx, dA, dBt = _stack_backward(
-            (dgate, dup), x, xa, weight, A, Bt, ctx.needs_input_grad[0], d_gate_up
-        )
-        return dx, None, None, dA, dBt, None, None, down_dA, down_dBt
+        dxa, dBt = _adapter_gradients((dgate, dup), xa, Bt)
+        wide = (dgate, dup) if d_gate_up is None else (d_gate_up,)
+        dx = _dx(wide, weight, dxa, A) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dxa.t() @ x, dBt, None, None, down_dA, down_dBt
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None, widths: list[int]) -> list[Tensor]:
@@ -171,47 +170,33 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None, widths: list[int])
     return [F.linear(x, w, b) for w, b in zip(weight.split(widths), biases, strict=True)]
 
 
-def _scaled_product(a: Tensor, b: Tensor) -> Tensor:
-    """SCALE * a @ b, by one product."""
-    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=SCALE)
-
-
 def _add_adapters(ys: list[Tensor], x: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
     """Adds xa Bt to the outputs of a stack, in place; returns xa (M, layers * r)."""
-    xa = _scaled_product(x, A.t())
+    xa = x.new_empty(len(x), len(A)).addmm_(x, A.t(), beta=0, alpha=SCALE)
     widths = [y.shape[1] for y in ys]
     for y, xa_part, bt in zip(ys, xa.split(len(Bt), 1), Bt.split(widths, 1), strict=True):
         y.addmm_(xa_part, bt)
     return xa
 
 
-def _stack_backward(
-    dys: tuple[Tensor, ...],
-    x: Tensor,
-    xa: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    needs_dx: bool,
-    whole: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dx (None where it is not needed), dA and dBt of a stack.
-
-    whole: the tensor (M, N) that dys lie side by side in, if they do: dx is one product then.
-    """
+def _adapter_gradients(dys: tuple[Tensor, ...], xa: Tensor, Bt: Tensor) -> tuple[Tensor, Tensor]:
+    """dxa and dBt of a stack."""
     widths = [dy.shape[1] for dy in dys]
     dxa, dBt = torch.empty_like(xa), torch.empty_like(Bt)
     parts = zip(
-        *(dys, weight.split(widths), Bt.split(widths, 1), dBt.split(widths, 1)),
+        *(dys, Bt.split(widths, 1), dBt.split(widths, 1)),
         *(xa.split(len(Bt), 1), dxa.split(len(Bt), 1)),
         strict=True,
     )
-    dx = None if whole is None or not needs_dx else whole @ weight
-    for dy, w, bt, dbt, xa_part, dxa_part in parts:
+    for dy, bt, dbt, xa_part, dxa_part in parts:
         dxa_part.addmm_(dy, bt.t(), beta=0, alpha=SCALE)
         dbt.addmm_(xa_part.t(), dy, beta=0)
-        if needs_dx and whole is None:
-            dx = dy @ w if dx is None else dx.addmm_(dy, w)
-    if needs_dx:
-        dx.addmm_(dxa, A)
-    return dx, dxa.t() @ x, dBt
+    return dxa, dBt
+
+
+def _dx(dys: tuple[Tensor, ...], weight: Tensor, dxa: Tensor, A: Tensor) -> Tensor:
+    """dx of a stack. dys may lie side by side in one tensor, which makes their products one."""
+    dx = None
+    for dy, w in zip(dys, weight.split([dy.shape[1] for dy in dys]), strict=True):
+        dx = add_dx(reference, dx, dy, w)
+    return dx.addmm_(dxa, A)

@@ -24,15 +24,10 @@ class LoReFT(Method):
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
         torch.manual_seed(self.budget.seed)
+        sizes = model.config.hidden_size, self.budget.reft_rank, self.budget.reft_positions
         dtype = torch.promote_types(model.dtype, torch.float32)
         for layer in model.model.layers:
-            layer.loreft = Edit(
-                model.config.hidden_size,
-                self.budget.reft_rank,
-                self.budget.reft_positions,
-                device=model.device,
-                dtype=dtype,
-            )
+            layer.loreft = Edit(*sizes, device=model.device, dtype=dtype)
             layer.register_forward_hook(lambda layer, args, h: layer.loreft(h))
         return model
 

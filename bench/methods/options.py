@@ -13,24 +13,20 @@ class Unavailable(RuntimeError):
     """A method or an option that cannot run here; the message says why."""
 
 
-# "sdpa" is torch's own choice of a backend. "cudnn" takes cuDNN first, by `s2kernels.use_fast_ops`.
-ATTENTION = ("sdpa", "cudnn")
-
-
 @dataclass(frozen=True)
 class Options:
-    """Raises ValueError for an attention that is not in ATTENTION."""
+    """Raises ValueError for another attention than "sdpa" and "cudnn"."""
 
     # of whole blocks, the non-reentrant kind; transformers then asks for dx down to the embedding
     checkpointing: bool = False
     liger: bool = False  # all that `s2kernels.use_fast_ops` takes from liger-kernel
-    attention: str = "sdpa"
+    attention: str = "sdpa"  # torch's choice of a backend; "cudnn": cuDNN first, by `use_fast_ops`
     compile: bool = False  # torch.compile of the model's forward, and so of its backward
     full_depth: bool = False  # dx down to the embedding's output, as the frozen floor computes it
 
     def __post_init__(self) -> None:
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention must be one of {ATTENTION}, got {self.attention!r}")
+        if self.attention not in ("sdpa", "cudnn"):
+            raise ValueError(f"attention must be one of 'sdpa', 'cudnn', got {self.attention!r}")
 
     def before(self, model: PreTrainedModel) -> None:
         """What is changed in the model before a method attaches to it.

@@ -8,19 +8,17 @@ from typing import ClassVar
 
 import torch
 from peft import get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.methods.base import Method
 from bench.methods.budget import Budget
-from s2kernels.peft import S2FTConfig
+from s2kernels.coupling import structures
+from s2kernels.peft import S2FTConfig, indices_of
 
 
 class S2FTInplace(Method):
-    """The slice is written into the dense weight: forward and dx are one dense GEMM each.
-
-    The FFN is one Function, as it is by default.
-    """
+    """The slice is written into the dense weight: one GEMM each way. The FFN is one Function."""
 
     name = "s2ft_inplace"
     mode: ClassVar[str] = "inplace"
@@ -28,15 +26,11 @@ class S2FTInplace(Method):
     fuse: ClassVar[bool] = True
 
     def attach(self, model: PreTrainedModel) -> nn.Module:
-        indices = draw(model, self.budget)
         config = S2FTConfig(
-            target_modules=list(indices),
-            indices=indices,
-            mode=self.mode,
-            layout=self.layout,
-            fuse=self.fuse,
-            task_type="CAUSAL_LM",
+            mode=self.mode, layout=self.layout, fuse=self.fuse, task_type="CAUSAL_LM"
         )
+        config.indices = indices_of(model, config, draw(model, self.budget))
+        config.target_modules = list(config.indices)
         peft = get_peft_model(model, config)
         if self.options.compile:  # else its first forward permutes, which must not be traced
             peft.base_model.keeper.prepare()
@@ -67,31 +61,20 @@ class S2FTUnfused(S2FTInplace):
     fuse = False
 
 
-def draw(model: PreTrainedModel, budget: Budget) -> dict[str, list[int]]:
-    """The trained channels of each o_proj and down_proj, in the order of the checkpoint.
+def draw(model: PreTrainedModel, budget: Budget) -> dict[str, Tensor]:
+    """The trained heads of each attention block and channels of each FFN: ascending, int32.
 
     Heads come in whole KV groups, but for the last group, which every layout can have. FFN channels
     are drawn one by one.
     """
     generator = torch.Generator().manual_seed(budget.seed)
-    config, indices = model.config, {}
-    groups = torch.arange(config.num_attention_heads).view(config.num_key_value_heads, -1)
-    for name, module in model.named_modules():
-        if name.endswith(".self_attn") and budget.heads:
-            order = torch.randperm(len(groups), generator=generator)
-            heads = groups[order].flatten()[: budget.heads].sort().values
-            channels = torch.arange(module.o_proj.in_features).view(config.num_attention_heads, -1)
-            indices[f"{name}.o_proj"] = channels[heads].flatten().tolist()
-        elif name.endswith(".mlp"):
-            channels = torch.randperm(module.down_proj.in_features, generator=generator)
-            indices[f"{name}.down_proj"] = channels[: budget.channels].sort().values.tolist()
-    return indices
-
-
-def in_slices(model: nn.Module) -> dict[str, int]:
-    """R of every trained in-slice, by the name of its parameter."""
-    return {
-        name: parameter.shape[1]
-        for name, parameter in model.named_parameters()
-        if "s2ft_delta" in name
-    }
+    drawn = {}
+    for name, structure in structures(model).items():
+        if structure.kind == "attention":
+            groups = torch.arange(structure.num_heads).view(structure.num_kv_heads, -1)
+            count = budget.heads
+        else:
+            groups, count = torch.arange(structure.num_channels).unsqueeze(1), budget.channels
+        order = torch.randperm(len(groups), generator=generator)
+        drawn[name] = groups[order].flatten()[:count].sort().values.to(torch.int32)
+    return drawn
