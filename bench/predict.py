@@ -24,38 +24,14 @@ import torch
 from torch import Tensor
 
 from bench.measure import memory, results
-from bench.methods import METHODS, Budget, Method, Options, Unavailable, comparable
+from bench.methods import METHODS, Budget, Method, Unavailable, comparable
 from bench.methods.spiel import SpIEL
-from bench.steps.cases import Case
+from bench.steps.cases import FLOOR, Case
 from bench.steps.counting import DryRun, dry_run
 from bench.steps.model_shapes import TABLE, Shape
 from bench.steps.step import build
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """FLOP/s of a large matrix product by dtype, and bytes/s read and written by a large copy.
-
-    A dtype that is not in flops has the rate of bfloat16.
-    """
-
-    name: str
-    flops: dict[str, float]
-    bytes: float
-
-    def rate(self, dtype: str) -> float:
-        return self.flops.get(dtype, self.flops["bfloat16"])
-
-    def seconds(self, flops: int, nbytes: int, dtype: str) -> float:
-        return max(flops / self.rate(dtype), nbytes / self.bytes)
-
-
-# H200 in bf16: measured on one, for an 8192³ product of random numbers and for a copy. Its
-# fp32 and the A100 (80 GB) are the peaks of the data sheets, which real kernels do not reach.
-GPUS = {
-    "H200": Ceilings("H200", {"bfloat16": 790e12, "float32": 67e12}, 4.3e12),
-    "A100": Ceilings("A100", {"bfloat16": 312e12, "float32": 19.5e12}, 2.04e12),
-}
+from bench.steps.work import GPUS, Ceilings
+from s2kernels.cli.options import COUNT
 
 
 @dataclass(frozen=True)
@@ -93,25 +69,16 @@ class Prediction:
         return sum(ceilings.seconds(*kernel) * times for kernel, times in self.kernels.items())
 
 
-def predict(
-    shape: Shape,
-    batch: int,
-    length: int,
-    dtype: str,
-    method: str,
-    budget: Budget,
-    options: Options = Options(),  # noqa: B008  (frozen)
-    device: str = "cuda",
-) -> Prediction:
-    """A step of `method` on a batch (batch, length) of a model of `shape` in `dtype`.
+def predict(case: Case, budget: Budget, device: str = "cuda") -> Prediction:
+    """A step of `case` on a batch, in a model of the whole depth.
 
     device: "cuda" for the kernels that run on a GPU, "cpu" for plain torch, with which what is
     saved is to the byte what a step on a CPU saves.
 
     Raises Unavailable as the method does.
     """
-    case = Case((), shape, batch, length, dtype, method, options)
-    few = max(2, budget.lisa_layers) if method == "lisa" else 2
+    shape = case.shape
+    few = max(2, budget.lisa_layers) if case.method == "lisa" else 2
     if shape.layers <= few + 1:
         return counted(case, budget, device)
     cuts = (replace(case, shape=shape.cut(n, shape.vocab)) for n in (few, few + 1))
@@ -193,13 +160,13 @@ def main(argv: list[str] | None = None) -> int:
 def _rows(shape: Shape, ceilings: list[Ceilings], args: argparse.Namespace) -> list[list[str]]:
     """The names of the columns, then a row for each method that can run here."""
     budget = comparable(shape.config(args.tokens), rank=args.rank)
-    step = (args.sequences, args.tokens, args.dtype)
-    floor = predict(shape, *step, "frozen", budget)
+    case = Case((), shape, args.sequences, args.tokens, args.dtype, FLOOR)
+    floor = predict(case, budget)
     rows = [["method", "trained M", "TFLOP", "moved GB", "saved GiB", "peak GiB"]]
     rows[0] += [cell for each in ceilings for cell in (f"{each.name} ms", "x")]
     for name in args.methods:
         try:
-            found = predict(shape, *step, name, budget)
+            found = predict(replace(case, method=name), budget)
         except Unavailable as reason:
             print(f"{name}: {reason}", file=sys.stderr)
             continue
@@ -221,21 +188,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     dtypes = ("bfloat16", "float16", "float32")
     add("--model", nargs="+", choices=list(TABLE), default=["llama-2-7b"], metavar="MODEL")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    add("--tokens", type=positive, default=4096, help="of a sequence (default 4096)")
-    add("--sequences", type=positive, default=1, help="of a batch (default 1)")
+    add("--tokens", type=COUNT, default=4096, help="of a sequence (default 4096)")
+    add("--sequences", type=COUNT, default=1, help="of a batch (default 1)")
     add("--dtype", choices=dtypes, default="bfloat16", help="of the model (default bfloat16)")
-    add("--rank", type=positive, default=16, help="of LoRA, and as much of the rest (default 16)")
+    add("--rank", type=COUNT, default=16, help="of LoRA, and as much of the rest (default 16)")
     add("--gpu", nargs="*", choices=list(GPUS), default=list(GPUS), help="whose rates to take")
     add("--ceiling", nargs=2, type=float, metavar=("TFLOPS", "TBS"), help="rates of another one")
     parser.epilog = f"models: {', '.join(TABLE)}; methods: {', '.join(METHODS)}"
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":

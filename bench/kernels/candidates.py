@@ -139,11 +139,6 @@ def candidates(problem: Problem, toy: bool) -> list[Launch]:
     return [{}, *tried]
 
 
-def programs(launches: list[Launch]) -> int:
-    """How many of them are compiled for themselves: SPLITS is an argument at run time."""
-    return len({tuple((k, v) for k, v in each.items() if k != "SPLITS") for each in launches})
-
-
 def _dense(problem: Problem, toy: bool) -> list[Launch]:
     shared = TARGETS["sm_90"].shared_bytes  # for the stages and a tile on its way out; sm_100's too
     launches = []

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from bench.kernels.chips import TARGETS, occupancy
 from bench.measure import results
-from bench.steps.work import OPS, Work
+from bench.steps.work import GPUS, OPS, Work
 from s2kernels.files import replacing
 
 Job = tuple[str, str, torch.dtype, str]  # a key of ops.CASES, one of SIZES, dtype, target
@@ -49,8 +49,7 @@ SAMPLE = [
     ("slice_grad-in-64", "7b", torch.bfloat16, "sm_80"),
     ("swiglu", "7b", torch.bfloat16, "gfx942"),
 ]
-# Of an H200: an 8192³ GEMM of cuBLAS on random bf16 data, and a copy within the device's memory.
-CEILINGS = {"flops_per_second": 790e12, "bytes_per_second": 4.3e12}
+H200 = GPUS["H200"]
 # Of 16 bytes by one thread.
 _WIDE_STORE = r"\bst\.global\.(?:\w+\.)*(?:v4\.\w32|v2\.\w64)|\bglobal_store_dwordx4"
 
@@ -183,8 +182,8 @@ def floor(row: dict, work: Work) -> dict:
     needed = {"bytes": work.bytes, "flops": work.flops}
     if (row["target"], row["dtype"]) != ("sm_90", "bfloat16"):
         return needed
-    by_bytes = work.bytes / CEILINGS["bytes_per_second"]
-    by_flops = work.flops / CEILINGS["flops_per_second"] if row["dot"] else 0.0
+    by_bytes = work.bytes / H200.bytes
+    by_flops = work.flops / H200.rate(row["dtype"]) if row["dot"] else 0.0
     floor_us = round(max(by_bytes, by_flops) * 1e6, 2)
     return needed | {"floor_us": floor_us, "floor_by": "flops" if by_flops > by_bytes else "bytes"}
 
@@ -238,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     document = {
         "triton": version("triton"),
         "sizes": dict(zip("mnk", SIZES["7b"], strict=True)),
-        "ceilings": CEILINGS,
+        "ceilings": vars(H200),
         "kernels": collected(rows_of, jobs(), workers=2),
     }
     with replacing(args.output.parent) as folder:

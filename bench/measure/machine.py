@@ -8,11 +8,11 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import torch
 from cpuinfo import get_cpu_info
+from torch.utils.collect_env import get_nvidia_driver_version, run
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "transformers", "peft")
@@ -53,7 +53,7 @@ def machine_info(device: torch.device) -> dict:
         "cpu": {"brand_raw": get_cpu_info()["brand_raw"], "count": os.cpu_count()},
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
-        "driver": _driver() if gpu else None,
+        "driver": get_nvidia_driver_version(run) if gpu else None,
         **{package: version_of(package) for package in PACKAGES},
     }
 
@@ -101,12 +101,3 @@ def out_of_memory(error: Exception) -> bool:
     """Whether `error` says that the memory of the device is too small."""
     told = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
     return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def _driver() -> str | None:
-    """Of the first GPU; None without nvidia-smi."""
-    command = ["nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -38,13 +38,12 @@ def read(path: Path) -> dict:
 class Results:
     """The entries of one file by their fullname. The file is written after each new entry.
 
-    source: a hash of the code that the entries depend on; by default `machine.source_hash()`. A
-    file of another machine, of other packages or of another version is begun again. An entry of
+    A file of another machine, of other packages or of another version is begun again. An entry of
     other code stays in the file until the same case is measured again.
     """
 
-    def __init__(self, path: Path, device: torch.device, source: str | None = None) -> None:
-        self.path, self.source = path, source or machine.source_hash()
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path, self.source = path, machine.source_hash()
         self.machine_info = machine.machine_info(device)
         self.entries: dict[str, dict] = {}
         if path.is_file():
@@ -62,10 +61,9 @@ class Results:
         entry = self.entries.get(fullname)
         return entry is not None and entry["extra_info"].get("source") == self.source
 
-    def add(self, *entries: dict) -> None:
-        for entry in entries:
-            entry["extra_info"]["source"] = self.source
-            self.entries[entry["fullname"]] = entry
+    def add(self, entry: dict) -> None:
+        entry["extra_info"]["source"] = self.source
+        self.entries[entry["fullname"]] = entry
         write(self.path, list(self.entries.values()), self.machine_info)
 
 

@@ -23,8 +23,9 @@ from transformers.utils import logging
 from bench.measure import machine, results
 from bench.plan.rank import METHODS, Step, count
 from bench.plan.times import CLUSTERS, Cluster, seconds
-from bench.predict import Ceilings, positive
 from bench.steps.model_shapes import TABLE
+from bench.steps.work import Ceilings
+from s2kernels.cli.options import COUNT
 
 # The committed table: each size on as many GPUs as its users have.
 CASES = {
@@ -130,21 +131,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", nargs="+", choices=list(TABLE), default=list(CASES), metavar="MODEL")
-    add("--gpus", type=positive, help="2 or more (default: those of the committed table, else 8)")
+    add("--gpus", type=COUNT, help="2 or more (default: those of the committed table, else 8)")
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    add("--rank", type=positive, nargs="+", default=[16, 64], help="of LoRA (default 16 and 64)")
-    add("--layers", type=positive, help="only so many layers of the model")
+    add("--rank", type=COUNT, nargs="+", default=[16, 64], help="of LoRA (default 16 and 64)")
+    add("--layers", type=COUNT, help="only so many layers of the model")
     add("--whole", action="store_true", help="run every layer: minutes for 70B, else seconds")
-    add("--tokens", type=positive, default=4096, help="of a sequence (default 4096)")
-    add("--sequences", type=positive, default=1, help="of a rank's batch (default 1)")
+    add("--tokens", type=COUNT, default=4096, help="of a sequence (default 4096)")
+    add("--sequences", type=COUNT, default=1, help="of a rank's batch (default 1)")
     add("--gpu", choices=list(CLUSTERS), default="H200", help="whose rates to take (default H200)")
     add("--ceiling", nargs=2, type=float, metavar=("TFLOPS", "TBS"), help="rates of another GPU")
     add("--nvlink", type=float, metavar="GBS", help="GB/s that a GPU receives within its node")
     add("--network", type=float, metavar="GBS", help="GB/s that a GPU receives from other nodes")
-    add("--node", type=positive, default=8, help="GPUs of a node (default 8)")
+    add("--node", type=COUNT, default=8, help="GPUs of a node (default 8)")
     add("--json", action="store_true", help="print JSON")
     add("--results", type=Path, metavar="DIR", help=f"also write DIR/{FILE}")
-    add("--jobs", type=positive, default=1, help="processes that count side by side (default 1)")
+    add("--jobs", type=COUNT, default=1, help="processes that count side by side (default 1)")
     parser.epilog = f"models: {', '.join(TABLE)}; by default {', '.join(CASES)}"
     args = parser.parse_args(argv)
     if args.gpus == 1:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 
 from bench.methods import Budget, Options, comparable
 from bench.plan.rank import Rank, Step
-from bench.predict import GPUS, Ceilings, predict
+from bench.predict import predict
+from bench.steps.cases import Case
 from bench.steps.model_shapes import Shape
+from bench.steps.work import GPUS, Ceilings
 from s2kernels.peft import S2FTConfig
 from s2kernels.select import budget
 
@@ -88,7 +90,7 @@ def seconds(
     def of(checkpointing: bool, step: Step) -> Seconds:
         options = Options(checkpointing=checkpointing)
         name = LABORATORY[method]
-        alone = predict(shape, batch, length, "bfloat16", name, sizes, options)
+        alone = predict(Case((), shape, batch, length, "bfloat16", name, options), sizes)
         computing = alone.seconds(cluster.ceilings) - alone.updating / bandwidth + updating
         exchanged = step.gathered + step.scattered
         return Seconds(computing, cluster.exchanging(exchanged, gpus))

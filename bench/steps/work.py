@@ -1,4 +1,5 @@
-"""Bytes and FLOPs of every op of `s2kernels.reference`, by its arguments, and of torch operators.
+"""Bytes and FLOPs of every op of `s2kernels.reference`, by its arguments, and of torch operators,
+and the most of both that a GPU can do in a second.
 
 They are what any program for the same result has to move and to multiply: every operand is read
 once, every result written once. A multiplication and an addition are two FLOPs. The sizes are those
@@ -23,6 +24,32 @@ SECTOR = 32  # bytes that a GPU reads or writes at least, of a weight with scatt
 class Work:
     bytes: int
     flops: int
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """FLOP/s of a large matrix product by dtype, and bytes/s read and written by a large copy.
+
+    A dtype that is not in flops has the rate of bfloat16.
+    """
+
+    name: str
+    flops: dict[str, float]
+    bytes: float
+
+    def rate(self, dtype: str) -> float:
+        return self.flops.get(dtype, self.flops["bfloat16"])
+
+    def seconds(self, flops: int, nbytes: int, dtype: str) -> float:
+        return max(flops / self.rate(dtype), nbytes / self.bytes)
+
+
+# H200 in bf16: measured on one, for an 8192³ product of random numbers and for a copy. Its
+# fp32 and the A100 (80 GB) are the peaks of the data sheets, which real kernels do not reach.
+GPUS = {
+    "H200": Ceilings("H200", {"bfloat16": 790e12, "float32": 67e12}, 4.3e12),
+    "A100": Ceilings("A100", {"bfloat16": 312e12, "float32": 19.5e12}, 2.04e12),
+}
 
 
 def size(x: Tensor) -> int:

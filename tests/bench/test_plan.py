@@ -13,8 +13,10 @@ from bench.methods import METHODS
 from bench.plan import rank
 from bench.plan.command import main
 from bench.plan.times import CLUSTERS, LABORATORY, Cluster, defaults, seconds
-from bench.predict import Ceilings, predict
+from bench.predict import predict
+from bench.steps.cases import Case
 from bench.steps.model_shapes import Shape
+from bench.steps.work import Ceilings
 from s2kernels.peft import S2FTConfig
 
 # 97 tokens and 6 heads of 16 for 48 channels: shards have padding, and one rank more than another.
@@ -140,7 +142,7 @@ def test_times_are_those_of_the_same_model(method):
     assert alone.trained_parameters() == found.trained
     slow = Cluster(Ceilings("slow", {"bfloat16": 1e9, "float32": 1e9}, 1e30), 1e6, 1e6)
     times = seconds(SHAPE, method, 4, BATCH, LENGTH, RANK, found, slow)
-    step = predict(SHAPE, BATCH, LENGTH, "bfloat16", name, sizes, alone.options)
+    step = predict(Case((), SHAPE, BATCH, LENGTH, "bfloat16", name, alone.options), sizes)
     assert times["plain"].computing == pytest.approx(step.flops / 1e9)
     assert times["checkpointed"].computing > times["plain"].computing
     moved = found.plain.gathered + found.plain.scattered

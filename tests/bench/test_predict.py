@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.measure import memory
 from bench.methods import METHODS, Budget, Options, comparable
 from bench.methods.spiel import SpIEL
-from bench.predict import GPUS, counted, main, predict
+from bench.predict import counted, main, predict
 from bench.steps import work
 from bench.steps.cases import Case
 from bench.steps.counting import dry_run
@@ -76,7 +76,7 @@ def tokens(shape, batch, length):
 
 def expected(shape, batch, length, dtype, name, options=OPTIONS[0], device="cpu"):
     dtype = str(dtype).removeprefix("torch.")
-    return predict(shape, batch, length, dtype, name, BUDGET, options, device)
+    return predict(Case((), shape, batch, length, dtype, name, options), BUDGET, device)
 
 
 @pytest.mark.slow
@@ -119,14 +119,14 @@ def test_attention_is_counted_at_and_below_the_diagonal():
 @pytest.mark.slow
 def test_two_depths_tell_of_all(name):
     shape = replace(GROUPED, layers=6, of_layers=6)
-    found = predict(shape, 3, 37, "float32", name, BUDGET)
+    found = predict(Case((), shape, 3, 37, "float32", name), BUDGET)
     whole = counted(Case((), shape, 3, 37, "float32", name), BUDGET, "cuda")
     for quantity in ("trained", "flops", "saved", "unseen"):
         assert getattr(found, quantity) == getattr(whole, quantity), quantity
     # of S2FT's channels some are neighbours, not in every layer as many
     rel = 0.01 if name.startswith("s2ft") else 1e-9
     assert found.bytes == pytest.approx(whole.bytes, rel=rel)
-    for gpu in GPUS.values():
+    for gpu in work.GPUS.values():
         assert found.seconds(gpu) == pytest.approx(whole.seconds(gpu), rel=rel)
     # LISA's depends on which layers were drawn
     assert found.peak == pytest.approx(whole.peak, rel=0.01 if name == "lisa" else 0)
@@ -145,7 +145,7 @@ def test_the_peak_is_near_what_the_allocator_reports(name, checkpointing):
     _, _, *peaks = memory.peaks(
         [construct, *[lambda: made[0].step(batch)] * 3], torch.device("cpu")
     )
-    found = predict(shape, 3, 37, "float32", name, budget, options, "cpu")
+    found = predict(Case((), shape, 3, 37, "float32", name, options), budget, "cpu")
     assert max(peaks) == pytest.approx(found.peak, rel=0.01)
 
 
@@ -190,7 +190,7 @@ def test_every_op_of_the_reference_has_its_work():
 def test_nothing_is_computed_and_no_memory_touched():
     shape = TABLE["llama-3-70b"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = predict(shape, 1, 4096, "bfloat16", "full", comparable(shape.config(4096)))
+    found = predict(Case((), shape, 1, 4096, "bfloat16", "full"), comparable(shape.config(4096)))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
     assert found.peak > 4 * 2 * shape.parameters()
     assert grown * 2**10 < 2 * shape.parameters() / 500
@@ -216,9 +216,10 @@ def test_the_command_prints_a_row_for_every_method(capsys):
     assert [line[0] for line in lines] == list(METHODS)
     budget = comparable(TABLE["toy"].config(32), rank=4)
     floor, lora = (
-        predict(TABLE["toy"], 1, 32, "bfloat16", name, budget) for name in ("frozen", "lora")
+        predict(Case((), TABLE["toy"], 1, 32, "bfloat16", name), budget)
+        for name in ("frozen", "lora")
     )
-    seconds, of_floor = (each.seconds(GPUS["H200"]) for each in (lora, floor))
+    seconds, of_floor = (each.seconds(work.GPUS["H200"]) for each in (lora, floor))
     assert lines[list(METHODS).index("lora")][1:8] == [
         *(f"{lora.trained / 1e6:.2f}", f"{lora.flops / 1e12:.2f}", f"{lora.bytes / 1e9:.1f}"),
         *(f"{lora.saved / 2**30:.2f}", f"{lora.peak / 2**30:.2f}"),
@@ -227,7 +228,7 @@ def test_the_command_prints_a_row_for_every_method(capsys):
 
 
 def test_a_product_is_bound_by_its_flops_and_a_copy_by_its_bytes():
-    h200 = GPUS["H200"]
+    h200 = work.GPUS["H200"]
     assert h200.seconds(790 * 10**12, 1, "bfloat16") == pytest.approx(1)
     assert h200.seconds(1, 43 * 10**11, "int64") == pytest.approx(1)
     assert h200.seconds(67 * 10**12, 1, "float32") == pytest.approx(1)

@@ -237,12 +237,6 @@ def test_what_s2ft_trains_comes_first():
     assert {(22016, 4096), (8192, 4096)} <= set(candidates.weight_sizes("linear_dx"))
 
 
-def test_numbers_of_splits_are_one_program():
-    problem = Problem("slice_grad", (4096, 128), 4096, torch.bfloat16)
-    tried = candidates.candidates(problem, toy=False)
-    assert (len(tried), candidates.programs(tried)) == (1 + 4 * 8, 1 + 4)
-
-
 class Gpu:
     """CUDA's clock and graphs, on which a launch takes 3 units and a call from Python 100 more."""
 
