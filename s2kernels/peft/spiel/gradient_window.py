@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2kernels import backend
+from s2kernels.peft.spiel.layer import SpIELLinear
 from s2kernels.plan import TilePlan, tile_plan
 
 NUM_PROBES = 64
@@ -25,13 +26,13 @@ class GradientWindow:
         steps    how many steps these are
 
     agreed: whether the candidates are those of all processes, where there are several.
-    shape: (N, K) of the weight; index: (k,) the entries that are trained. Some of these, at
-    `probed`, spread over all so that not all lie in outputs without a gradient, are watched as
-    `probes`: see `close_step`.
+    Some of the entries that are trained, at `probed`, spread over all so that not all lie in
+    outputs without a gradient, are watched as `probes`: see `close_step`.
     """
 
-    def __init__(self, shape: tuple[int, int], index: Tensor) -> None:
-        self.shape, self.num = shape, len(index)
+    def __init__(self, layer: SpIELLinear, adapter: str) -> None:
+        index = layer.spiel_index[adapter]
+        self.layer, self.adapter, self.num = layer, adapter, len(index)
         self.agreed = False
         num_probes = min(NUM_PROBES, self.num)
         self.probed = torch.arange(num_probes, device=index.device) * self.num // num_probes
@@ -45,6 +46,11 @@ class GradientWindow:
         self.probe_grad: Tensor | None = None
         self._plans: tuple[TilePlan, TilePlan] | None = None
 
+    @property
+    def delta(self) -> Tensor:
+        """What is trained in the layer, (k,), with the gradient that the optimizer has got."""
+        return self.layer.spiel_delta[self.adapter]
+
     def observe(self, dy: Tensor, x: Tensor) -> None:
         """Called in backward with dy (M, N) and x (M, K)."""
         ops = backend.select(dy)
@@ -55,7 +61,8 @@ class GradientWindow:
                 return
             self.candidates = candidates
         if self._plans is None:
-            self._plans = tile_plan(self.candidates, self.shape), tile_plan(self.probes, self.shape)
+            shape = self.layer.shape
+            self._plans = tile_plan(self.candidates, shape), tile_plan(self.probes, shape)
         plan, probe_plan = self._plans
         self.grad = ops.sparse_grad(dy, x, self.candidates, plan, self.grad)
         self.probe_grad = ops.sparse_grad(dy, x, self.probes, probe_plan, self.probe_grad)
@@ -79,11 +86,7 @@ class GradientWindow:
         self.grad = self.probe_grad = None
 
 
-# and the delta of that layer, with the gradient that the optimizer has got
-Watched = tuple[GradientWindow, Tensor]
-
-
-def close_step(watched: Sequence[Watched], group: object) -> None:
+def close_step(watches: Sequence[GradientWindow], group: object) -> None:
     """Count the step that has ended in these layers.
 
     group: the processes of DDP, whose mean gradients are then counted; None for a single process.
@@ -95,22 +98,23 @@ def close_step(watched: Sequence[Watched], group: object) -> None:
     Raises ValueError where the gradients are gone.
     """
     if group is not None:
-        _average(watched, group)
-    seen = torch.zeros((), dtype=torch.float64, device=watched[0][1].device)
+        _average(watches, group)
+    seen = torch.zeros((), dtype=torch.float64, device=watches[0].delta.device)
     got, finite = torch.zeros_like(seen), torch.ones_like(seen, dtype=torch.bool)
-    for watch, delta in watched:
-        for grad in (watch.grad, delta.grad):
+    for watch in watches:
+        optimized = watch.delta.grad
+        for grad in (watch.grad, optimized):
             if grad is not None:
                 finite &= grad.isfinite().all().to(finite.device)
         if watch.probe_grad is None:
             continue
-        if delta.grad is None:
+        if optimized is None:
             raise ValueError(
                 "there is no gradient: tuner.step() goes after optimizer.step() and before "
                 "zero_grad()"
             )
         seen += watch.probe_grad.abs().sum(dtype=torch.float64).to(seen.device)
-        got += delta.grad[watch.probed].abs().sum(dtype=torch.float64).to(got.device)
+        got += optimized[watch.probed].abs().sum(dtype=torch.float64).to(got.device)
     if bool(finite) and 0 < float(seen) < float("inf") and float(got) == 0:
         raise ValueError(
             "the gradients are all 0, and those of the backward were not: tuner.step() goes after "
@@ -118,20 +122,21 @@ def close_step(watched: Sequence[Watched], group: object) -> None:
         )
     ratio = torch.ones_like(seen) if float(seen) == 0 else got / seen
     scale = ratio if bool(finite & ratio.isfinite()) else None
-    for watch, _ in watched:
+    for watch in watches:
         watch.count(scale)
 
 
-def agree(watched: Sequence[Watched], group: object) -> None:
+def agree(watches: Sequence[GradientWindow], group: object) -> None:
     """Give all processes of `group` the same candidates, after the first step that names any.
 
     Every process has named its own from what it has seen. Those of largest summed gradient are
     taken, a process that has not named one counting as 0. The sums begin anew: no process knows the
     gradients of what others have named.
     """
-    for watch, delta in watched:
-        positions = torch.full((watch.num,), -1, dtype=torch.int64, device=delta.device)
-        values = torch.zeros(watch.num, dtype=torch.float64, device=delta.device)
+    for watch in watches:
+        device = watch.delta.device
+        positions = torch.full((watch.num,), -1, dtype=torch.int64, device=device)
+        values = torch.zeros(watch.num, dtype=torch.float64, device=device)
         if watch.candidates is not None and watch.grad is not None:
             positions.copy_(watch.candidates)
             values.copy_(watch.grad)
@@ -141,7 +146,7 @@ def agree(watched: Sequence[Watched], group: object) -> None:
         sums = values.new_zeros(len(union))
         # one process after the other: the same order of additions everywhere
         for theirs, grads in zip(all_positions, all_values, strict=True):
-            if len(union) and theirs[0] >= 0:
+            if theirs[0] >= 0:
                 sums[torch.searchsorted(union, theirs)] += grads
         best = sums.abs().sort(descending=True, stable=True).indices[: watch.num]
         agreed = union[best.sort().values].to(watch.probes.dtype)
@@ -149,19 +154,15 @@ def agree(watched: Sequence[Watched], group: object) -> None:
         watch.restart(agreed if watch.agreed else None)
 
 
-def _average(watched: Sequence[Watched], group: object) -> None:
+def _average(watches: Sequence[GradientWindow], group: object) -> None:
     """Replace the gradients of the running step by their means over the processes."""
     parts = []
-    for watch, delta in watched:
-        if watch.candidates is None:
-            continue
+    for watch in watches:
         if watch.grad is None or watch.probe_grad is None:  # this process did not use the layer
-            dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
-            watch.grad = torch.zeros(watch.num, dtype=dtype, device=delta.device)
+            dtype = torch.promote_types(watch.delta.dtype, torch.float32)
+            watch.grad = torch.zeros(watch.num, dtype=dtype, device=watch.delta.device)
             watch.probe_grad = watch.grad.new_zeros(len(watch.probes))
         parts += [watch.grad, watch.probe_grad]
-    if not parts:
-        return
     flat = torch.cat(parts)
     dist.all_reduce(flat, group=group)  # type: ignore[arg-type]
     flat /= dist.get_world_size(group)  # type: ignore[arg-type]

@@ -97,9 +97,8 @@ class SpIELTuner:
 
         Raises ValueError where they are gone, or were set to 0.
         """
-        pairs = list(zip(self.watches, self.deltas, strict=False))
-        naming = [pair for pair in pairs if self.group is not None and not pair[0].agreed]
-        counting = [pair for pair in pairs if self.group is None or pair[0].agreed]
+        naming = [each for each in self.watches if self.group is not None and not each.agreed]
+        counting = [each for each in self.watches if self.group is None or each.agreed]
         if counting:
             close_step(counting, self.group)
         if naming:
@@ -107,12 +106,14 @@ class SpIELTuner:
         self.steps += 1
         if self.schedule.reselects(self.steps):
             self._reselect()
-            self._close_window()
+            self.close()
         self._watch()
 
     def close(self) -> None:
         """Stop watching the gradients; the model stays as it is."""
-        self._close_window()
+        self.watches = []
+        for layer in self.layers:
+            layer.observers.pop(self.adapter_name, None)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes up between two steps, as accelerate's
@@ -120,20 +121,15 @@ class SpIELTuner:
         open window, by name, the steps that this has counted, and NAME.candidates, NAME.total and
         NAME.squares. The entries are in the adapter, their states in that of the optimizer.
         """
-        pairs = list(zip(self.layers, self.watches, strict=False))
-        window = {layer.name: w.steps for layer, w in pairs if w.candidates is not None}
+        named = [watch for watch in self.watches if watch.candidates is not None]
         tensors = {
-            f"{layer.name}.{field}": value
-            for layer, watch in pairs
+            f"{watch.layer.name}.{field}": value
+            for watch in named
             for field in WINDOW_FIELDS
             if (value := getattr(watch, field)) is not None
         }
-        return {
-            "steps": self.steps,
-            "selection": self.selection,
-            "window": window,
-            "tensors": tensors,
-        }
+        window = {watch.layer.name: watch.steps for watch in named}
+        return dict(steps=self.steps, selection=self.selection, window=window, tensors=tensors)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. The adapter must have been loaded before.
@@ -160,20 +156,16 @@ class SpIELTuner:
 
     def resume(self, steps: int, window: dict[str, int], tensors: dict[str, Tensor]) -> None:
         """Go on after so many steps; window and tensors as in `state_dict`."""
-        self._close_window()
+        self.close()
         self.steps = steps
         self._watch()
-        for layer, watch in zip(self.layers, self.watches, strict=False):
-            if layer.name in window:
-                found = {
-                    field: tensors[f"{layer.name}.{field}"].to(layer.weight.device)
-                    for field in WINDOW_FIELDS
-                    if f"{layer.name}.{field}" in tensors
-                }
-                watch.restart(found["candidates"])
-                watch.total, watch.squares = found.get("total"), found.get("squares")
-                watch.steps = window[layer.name]
-                watch.agreed = True
+        for watch in self.watches:
+            name = watch.layer.name
+            if name in window:
+                for field in WINDOW_FIELDS:
+                    if (value := tensors.get(f"{name}.{field}")) is not None:
+                        setattr(watch, field, value.to(watch.delta.device))
+                watch.steps, watch.agreed = window[name], True
 
     def _watch(self) -> None:
         """Open a window where the next step needs one."""
@@ -181,14 +173,9 @@ class SpIELTuner:
             return
         if self.schedule.watches(self.steps + 1):
             for layer in self.layers:
-                watch = GradientWindow(layer.shape, self.index_of(layer))
+                watch = GradientWindow(layer, self.adapter_name)
                 layer.observers[self.adapter_name] = watch.observe
                 self.watches.append(watch)
-
-    def _close_window(self) -> None:
-        self.watches = []
-        for layer in self.layers:
-            layer.observers.pop(self.adapter_name, None)
 
     def index_of(self, layer: SpIELLinear) -> Tensor:
         """The entries of a layer that are trained at present, (k,)."""
