@@ -158,6 +158,7 @@ class SpIELLinear(AdapterLinear):
         weight = None if is_quantized(self.get_base_layer()) else self.weight
         if not torch.compiler.is_compiling():
             self.note(premises, name)
+            premises.same_tensor(self.get_base_layer(), "bias")
         changes, held = self.keeper.changes, holding(self.keeper, written)
         return EntriesCall(changes, premises, written, name, mode, weight, self.bias, held)
 
