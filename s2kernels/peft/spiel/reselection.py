@@ -13,8 +13,13 @@ from s2kernels.optim import SM3, AgedAdamW, Support
 from s2kernels.peft.host.sharding import is_gathered
 from s2kernels.peft.spiel.gradient_window import GradientWindow, agree, close_step
 from s2kernels.peft.spiel.layer import SpIELLinear
-from s2kernels.peft.spiel.optimizer_state import bare_optimizer, move_states
-from s2kernels.peft.spiel.replace import best_free, replacement, smallest
+from s2kernels.peft.spiel.replace import (
+    bare_optimizer,
+    best_free,
+    move_states,
+    replacement,
+    smallest,
+)
 
 # what a window keeps of a layer from one step to the next
 WINDOW_FIELDS = ("candidates", "total", "squares")
