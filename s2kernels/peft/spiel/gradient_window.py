@@ -8,7 +8,7 @@ from torch import Tensor
 
 from s2kernels import backend
 from s2kernels.peft.spiel.layer import SpIELLinear
-from s2kernels.plan import TilePlan, tile_plan
+from s2kernels.plan import TilePlan, largest, tile_plan
 
 NUM_PROBES = 64
 
@@ -77,11 +77,9 @@ class GradientWindow:
         """Count the step that has ended, its gradients times scale, (); None leaves it out."""
         if self.grad is not None and scale is not None:
             grad = self.grad * scale.to(self.grad.device, self.grad.dtype)
-            if self.total is None or self.squares is None:
-                self.total, self.squares = grad, grad.square()
-            else:
-                self.total += grad
-                self.squares += grad.square()
+            self.total = grad if self.total is None else self.total + grad
+            squares = grad.square()
+            self.squares = squares if self.squares is None else self.squares + squares
             self.steps += 1
         self.grad = self.probe_grad = None
 
@@ -148,10 +146,9 @@ def agree(watches: Sequence[GradientWindow], group: object) -> None:
         for theirs, grads in zip(all_positions, all_values, strict=True):
             if theirs[0] >= 0:
                 sums[torch.searchsorted(union, theirs)] += grads
-        best = sums.abs().sort(descending=True, stable=True).indices[: watch.num]
-        agreed = union[best.sort().values].to(watch.probes.dtype)
+        _, agreed = largest(sums.abs(), union, watch.num)
         watch.agreed = len(agreed) > 0  # else no process has named any: the next step may
-        watch.restart(agreed if watch.agreed else None)
+        watch.restart(agreed.to(watch.probes.dtype) if watch.agreed else None)
 
 
 def _average(watches: Sequence[GradientWindow], group: object) -> None:
