@@ -32,11 +32,14 @@ class SpIELModel(AdapterModel):
     def _new_keeper(self, model: nn.Module) -> WeightKeeper:
         return WeightKeeper(model, sparse_writer)
 
-    _saved: dict[str, Any] | None
-    _counts: dict[str, int]
+    # how many entries each target trains, while an adapter is added; None until that is decided
+    _counts: dict[str, int] | None
 
     def _prepare_adding(self, model: nn.Module, config: Any, saved: dict[str, Any] | None) -> None:
-        self._saved, self._counts = saved, {}
+        self._counts = None
+        if saved is not None:  # which decides what the targets are
+            found = ((name.rpartition("."), value) for name, value in saved.items())
+            self._counts = {name: len(v) for (name, _, part), v in found if part == "spiel_index"}
 
     def _attach(self) -> None:
         super()._attach()
@@ -50,11 +53,9 @@ class SpIELModel(AdapterModel):
     def _detach(self) -> None:
         super()._detach()
         model = self.keeper.model
-        ignored = getattr(model, _DDP_IGNORES, [])
+        ignored = vars(model).pop(_DDP_IGNORES, [])
         if left := [name for name in ignored if ".spiel_" not in name]:
             setattr(model, _DDP_IGNORES, left)
-        elif ignored:
-            delattr(model, _DDP_IGNORES)
 
     def _create_and_replace(
         self,
@@ -71,31 +72,21 @@ class SpIELModel(AdapterModel):
         base = self._base_of(target, current_key)
         check_is_linear(current_key, base)
         shape = base.out_features, base.in_features
-        with with_values():
-            count = self._count(config, current_key)
-            index = random_entries(config.seed, current_key, shape, count)
-        dtype = None if config.delta_dtype is None else getattr(torch, config.delta_dtype)
-        if isinstance(target, SpIELLinear):
-            target.update_layer(adapter_name, index, config.mode, dtype)
-            return
-        layer = SpIELLinear(base, self.keeper, current_key)
-        layer.update_layer(adapter_name, index, config.mode, dtype)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _count(self, config: SpIELConfig, name: str) -> int:
-        """How many entries the adapter trains of the target: as many as a state_dict says, if that
-        decides what the targets are.
-        """
-        if self._saved is not None:
-            index = self._saved.get(f"{name}.spiel_index")
-            if index is None:
-                raise ValueError(f"the state_dict has no {name}.spiel_index")
-            return len(index)
-        if not self._counts:  # before PEFT has replaced anything, and after it shortened the names
+        if self._counts is None:  # PEFT has shortened the names, and replaced nothing yet
             self._counts = budgets(self.keeper.model, config)
-        return self._counts[name]
+        if current_key not in self._counts:
+            raise ValueError(f"the state_dict has no {current_key}.spiel_index")
+        with with_values():
+            index = random_entries(config.seed, current_key, shape, self._counts[current_key])
+        dtype = None if config.delta_dtype is None else getattr(torch, config.delta_dtype)
+        layer = target
+        if not isinstance(layer, SpIELLinear):
+            layer = SpIELLinear(base, self.keeper, current_key)
+        layer.update_layer(adapter_name, index, config.mode, dtype)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The deltas have the dtype that the configuration says."""
@@ -153,14 +144,16 @@ def num_parameters(model: nn.Module) -> int:
     """Of the base model without its adapters, shared ones once; those of a quantized layer as many
     as it stands for.
     """
-    counts: dict[int, int] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            packed = key == "weight" and isinstance(module, nn.Linear) and is_quantized(module)
-            size = module.out_features * module.in_features if packed else parameter.numel()  # type: ignore[operator]
-            if not any(added in f"{name}.{key}" for added in ("spiel_", ".modules_to_save.")):
-                counts[id(parameter)] = int(size)  # type: ignore[call-overload]
-    return sum(counts.values())
+    packed = {
+        module.weight: module.out_features * module.in_features
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and is_quantized(module)
+    }
+    return sum(
+        packed.get(parameter) or parameter.numel()
+        for name, parameter in model.named_parameters()
+        if "spiel_" not in name and ".modules_to_save." not in name
+    )
 
 
 def random_entries(seed: int, name: str, shape: tuple[int, int], num: int) -> Tensor:
