@@ -67,12 +67,6 @@ class GradientWindow:
         self.grad = ops.sparse_grad(dy, x, self.candidates, plan, self.grad)
         self.probe_grad = ops.sparse_grad(dy, x, self.probes, probe_plan, self.probe_grad)
 
-    def restart(self, candidates: Tensor | None) -> None:
-        """Watch these from now on; what was seen until now is dropped."""
-        self.candidates, self._plans = candidates, None
-        self.total = self.squares = self.grad = self.probe_grad = None
-        self.steps = 0
-
     def count(self, scale: Tensor | None) -> None:
         """Count the step that has ended, its gradients times scale, (); None leaves it out."""
         if self.grad is not None and scale is not None:
@@ -84,7 +78,7 @@ class GradientWindow:
         self.grad = self.probe_grad = None
 
 
-def close_step(watches: Sequence[GradientWindow], group: object) -> None:
+def close_step(watches: Sequence[GradientWindow], group: dist.ProcessGroup | None) -> None:
     """Count the step that has ended in these layers.
 
     group: the processes of DDP, whose mean gradients are then counted; None for a single process.
@@ -124,12 +118,12 @@ def close_step(watches: Sequence[GradientWindow], group: object) -> None:
         watch.count(scale)
 
 
-def agree(watches: Sequence[GradientWindow], group: object) -> None:
+def agree(watches: Sequence[GradientWindow], group: dist.ProcessGroup) -> None:
     """Give all processes of `group` the same candidates, after the first step that names any.
 
     Every process has named its own from what it has seen. Those of largest summed gradient are
-    taken, a process that has not named one counting as 0. The sums begin anew: no process knows the
-    gradients of what others have named.
+    taken, a process that has not named one counting as 0. The step does not count: no process knows
+    the gradients of what others have named.
     """
     for watch in watches:
         device = watch.delta.device
@@ -148,10 +142,11 @@ def agree(watches: Sequence[GradientWindow], group: object) -> None:
                 sums[torch.searchsorted(union, theirs)] += grads
         _, agreed = largest(sums.abs(), union, watch.num)
         watch.agreed = len(agreed) > 0  # else no process has named any: the next step may
-        watch.restart(agreed.to(watch.probes.dtype) if watch.agreed else None)
+        watch.candidates = agreed.to(watch.probes.dtype) if watch.agreed else None
+        watch.grad = watch.probe_grad = watch._plans = None
 
 
-def _average(watches: Sequence[GradientWindow], group: object) -> None:
+def _average(watches: Sequence[GradientWindow], group: dist.ProcessGroup) -> None:
     """Replace the gradients of the running step by their means over the processes."""
     parts = []
     for watch in watches:
@@ -161,13 +156,13 @@ def _average(watches: Sequence[GradientWindow], group: object) -> None:
             watch.probe_grad = watch.grad.new_zeros(len(watch.probes))
         parts += [watch.grad, watch.probe_grad]
     flat = torch.cat(parts)
-    dist.all_reduce(flat, group=group)  # type: ignore[arg-type]
-    flat /= dist.get_world_size(group)  # type: ignore[arg-type]
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
     for part, mean in zip(parts, flat.split([len(part) for part in parts]), strict=True):
         part.copy_(mean)
 
 
-def _gathered(values: Tensor, group: object) -> list[Tensor]:
-    found = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]  # type: ignore[arg-type]
-    dist.all_gather(found, values, group=group)  # type: ignore[arg-type]
+def _gathered(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    found = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, values, group=group)
     return found

@@ -113,9 +113,9 @@ class SpIELTuner:
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes up between two steps, as accelerate's
-        `register_for_checkpointing` wants it: the steps done, the selection, for each layer with an
-        open window, by name, the steps that this has counted, and NAME.candidates, NAME.total and
-        NAME.squares. The entries are in the adapter, their states in that of the optimizer.
+        `register_for_checkpointing` wants it: the steps done, the selection and, by the names of
+        layers, what `GradientWindow` has counted: "window", the steps, and "tensors", such as
+        NAME.total. The entries are in the adapter, their states in that of the optimizer.
         """
         named = [watch for watch in self.watches if watch.candidates is not None]
         tensors = {
@@ -172,9 +172,8 @@ class SpIELTuner:
 
     def _watch(self) -> None:
         """Open a window where the next step needs one."""
-        if self.watches or self.selection != "accumulated_gradient":
-            return
-        if self.schedule.watches(self.steps + 1):
+        by_gradient = self.selection == "accumulated_gradient"
+        if by_gradient and not self.watches and self.schedule.watches(self.steps + 1):
             for layer in self.layers:
                 watch = GradientWindow(layer, self.adapter_name)
                 layer.observers[self.adapter_name] = watch.observe
@@ -182,17 +181,17 @@ class SpIELTuner:
 
     def _reselect(self) -> None:
         self.layers[0].keeper.restore(self.layers)
-        for i, layer in enumerate(self.layers):
-            num = self.schedule.count(self.steps, len(layer.spiel_index[self.adapter_name]))
-            if self.selection == "accumulated_gradient":
-                self._grow_by_gradient(layer, self.watches[i], num)
-            else:
-                self._grow_by_momentum(layer, num)
+        for watch in self.watches:
+            self._grow_by_gradient(watch)
+        if self.selection == "momentum_approximation":
+            for layer in self.layers:
+                self._grow_by_momentum(layer)
 
-    def _grow_by_gradient(self, layer: SpIELLinear, watch: GradientWindow, num: int) -> None:
+    def _grow_by_gradient(self, watch: GradientWindow) -> None:
+        layer, delta, index = watch.layer, watch.delta, watch.layer.spiel_index[self.adapter_name]
+        num = self.schedule.count(self.steps, len(index))
         if num == 0 or watch.candidates is None or watch.total is None or watch.squares is None:
             return  # the layer has seen no gradient
-        delta, index = layer.spiel_delta[self.adapter_name], layer.spiel_index[self.adapter_name]
         dropped = smallest(delta, num)
         chosen = best_free(watch.candidates, watch.total.abs(), index[~dropped], num)
         replaced = replacement(index, dropped, chosen)
@@ -201,10 +200,11 @@ class SpIELTuner:
         move_states(self.optimizer, delta, replaced, (mean, mean_square, watch.steps))
         layer.replace(self.adapter_name, replaced)
 
-    def _grow_by_momentum(self, layer: SpIELLinear, num: int) -> None:
+    def _grow_by_momentum(self, layer: SpIELLinear) -> None:
         delta, index = layer.spiel_delta[self.adapter_name], layer.spiel_index[self.adapter_name]
         state = self.optimizer.state.get(delta, {})
-        num = min(num, layer.in_features * layer.out_features - len(index))
+        free = layer.in_features * layer.out_features - len(index)
+        num = min(self.schedule.count(self.steps, len(index)), free)
         if num == 0 or not state:
             return
         if "row" not in state:
