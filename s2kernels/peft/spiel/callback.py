@@ -35,9 +35,10 @@ class SpIELCallback(TrainerCallback):
     that is not the folder of that step in the Trainer's output_dir.
     """
 
+    tuner: SpIELTuner  # of the training that was last begun
+
     def __init__(self, adapter_name: str = "default", resume_from: str | Path | None = None):
         self.adapter_name, self.resume_from = adapter_name, resume_from
-        self.tuner: SpIELTuner | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,20 +64,18 @@ class SpIELCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.tuner is not None:
-            self.tuner.step()
+        self.tuner.step()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.tuner is not None and state.is_world_process_zero:
+        if state.is_world_process_zero:
             save_tuner(_checkpoint(args, state), self.tuner)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.tuner is not None:
-            self.tuner.close()
+        self.tuner.close()
 
 
 def save_tuner(folder: str | Path, tuner: SpIELTuner) -> None:

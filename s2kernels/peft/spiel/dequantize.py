@@ -25,9 +25,8 @@ def panels_of(layer: nn.Module) -> Panels:
     """The dense weight that a quantized layer stands for now, bit for bit that of PEFT's
     `dequantize_module_weight`, as panels of rows. A weight that is assigned later is another one.
 
-    bitsandbytes' 4-bit types (with double quantization, too) and int8, torchao's int8, float8 and
-    intx are made dense a panel at a time. What else there is makes a single panel, whatever its
-    size, so that additive mode makes the whole dense weight in every forward and again in every
+    bitsandbytes' 4-bit types and int8, torchao's int8, float8 and intx are made dense a panel at a
+    time. All else is a single panel, the whole dense weight in every forward and again in every
     backward: other types of torchao, and 4-bit weights of which a row is not a whole number of
     blocks, since not all of bitsandbytes' kernels agree on where blocks lie then.
 

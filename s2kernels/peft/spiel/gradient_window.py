@@ -16,18 +16,15 @@ NUM_PROBES = 64
 class GradientWindow:
     """What is seen of one layer while a window is open.
 
-    The first backward names `candidates`, the k entries of largest gradient; one that tells no
-    entries apart, as all are 0, or has gradients that are not finite, leaves that to the next. From
-    then on the candidates' gradients, summed over the micro-batches of a step, are those that the
-    optimizer would get:
-
-        total    (k,) sum over steps of the candidates' gradients, fp32 or fp64
-        squares  (k,) sum over steps of their squares
-        steps    how many steps these are
-
-    agreed: whether the candidates are those of all processes, where there are several.
-    Some of the entries that are trained, at `probed`, spread over all so that not all lie in
-    outputs without a gradient, are watched as `probes`: see `close_step`.
+    candidates  the k entries of largest gradient in the first backward, or in the next one where
+                all are 0 or some are not finite
+    total       (k,) sum over steps of the gradients that the optimizer would get for them, which
+                are summed over the micro-batches of a step; fp32 or fp64
+    squares     (k,) sum over steps of their squares
+    steps       how many steps these are
+    agreed      whether the candidates are those of all processes, where there are several
+    probes      some of the entries that are trained, at `probed` in the index: see `close_step`.
+                They are spread, so that not all lie in outputs without a gradient
     """
 
     def __init__(self, layer: SpIELLinear, adapter: str) -> None:

@@ -38,8 +38,9 @@ class SpIELModel(AdapterModel):
     def _prepare_adding(self, model: nn.Module, config: Any, saved: dict[str, Any] | None) -> None:
         self._counts = None
         if saved is not None:  # which decides what the targets are
-            found = ((name.rpartition("."), value) for name, value in saved.items())
-            self._counts = {name: len(v) for (name, _, part), v in found if part == "spiel_index"}
+            end = ".spiel_index"
+            found = {name: index for name, index in saved.items() if name.endswith(end)}
+            self._counts = {name.removesuffix(end): len(index) for name, index in found.items()}
 
     def _attach(self) -> None:
         super()._attach()
@@ -104,10 +105,8 @@ def budgets(model: nn.Module, config: SpIELConfig) -> dict[str, int]:
     """How many entries each target trains, by its plain name.
 
     The budget, which is noted in config.num_tunable_weights, is split in proportion to the targets'
-    entries and rounded down, but to 1 at least.
-
-    Raises TypeError for a target that is not a linear layer; ValueError for a budget above what the
-    targets have.
+    entries and rounded down, but to 1 at least. Raises TypeError for a target that is not a linear
+    layer; ValueError for a budget above what the targets have.
     """
     layers = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     inside = tuple(f"{name}." for name in layers)

@@ -100,9 +100,9 @@ def move_states(
 
     seeds: mean gradient and mean squared gradient of the grown entries, (r,) each, and the number
     of steps they are means over. Adam's averages of a grown entry are set to what its bias
-    correction, which divides by 1 - beta^age, turns into these means. With AgedAdamW age is that
-    number of steps. With torch's Adam and AdamW it is the step count that all entries share: the
-    means are right there, too, and weigh as much as the whole history of an old entry.
+    correction, which divides by 1 - beta^age, turns into these means. Age is that number of steps
+    with AgedAdamW; with torch's Adam and AdamW the step count that all entries share, so that the
+    means weigh as much as the whole history of an old entry.
 
     Raises TypeError for a state that is not known, before anything is moved.
     """
