@@ -71,10 +71,9 @@ class SpIELModel(AdapterModel):
         config: SpIELConfig = peft_config
         current_key = plain_name(current_key)
         base = self._base_of(target, current_key)
-        check_is_linear(current_key, base)
         shape = base.out_features, base.in_features
         if self._counts is None:  # PEFT has shortened the names, and replaced nothing yet
-            self._counts = budgets(self.keeper.model, config)
+            self._counts = self._budgets(config)
         if current_key not in self._counts:
             raise ValueError(f"the state_dict has no {current_key}.spiel_index")
         with with_values():
@@ -89,6 +88,43 @@ class SpIELModel(AdapterModel):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _base_of(self, target: nn.Module, name: str) -> Any:
+        """Raises TypeError, too, for a target that is no linear layer."""
+        base = super()._base_of(target, name)
+        if type(base) is not nn.Linear and not (isinstance(base, nn.Linear) and is_quantized(base)):
+            raise TypeError(
+                f"target_modules must name torch.nn.Linear layers, or those that bitsandbytes or "
+                f"torchao has quantized; {name} is a {type(base).__name__}"
+            )
+        return base
+
+    def _budgets(self, config: SpIELConfig) -> dict[str, int]:
+        """How many entries each target trains, by its plain name.
+
+        The budget, which is noted in config.num_tunable_weights, is split in proportion to the
+        targets' entries and rounded down, but to 1 at least. Raises ValueError for one above what
+        the targets have, and as `_base_of` does.
+        """
+        modules = dict(self.keeper.model.named_modules())
+        layers = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
+        inside = tuple(f"{name}." for name in layers)
+        sizes: dict[str, int] = {}
+        for raw, module in modules.items():
+            name = plain_name(raw)
+            if name and not raw.startswith(inside) and check_target_module_exists(config, name):
+                base = self._base_of(module, name)
+                sizes[name] = base.out_features * base.in_features
+        total = sum(sizes.values())
+        if config.num_tunable_weights is None:
+            config.num_tunable_weights = int(config.density * num_parameters(self.keeper.model))
+        num = config.num_tunable_weights
+        if num > total:
+            raise ValueError(
+                f"the budget must not exceed the {total} entries of the targets, got {num} "
+                f"(density={config.density})"
+            )
+        return {name: max(1, num * size // total) for name, size in sizes.items()}
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The deltas have the dtype that the configuration says."""
 
@@ -99,44 +135,6 @@ class SpIELModel(AdapterModel):
                 "adapter_names, an adapter for each row of a batch, does not go with SpIEL"
             )
         yield
-
-
-def budgets(model: nn.Module, config: SpIELConfig) -> dict[str, int]:
-    """How many entries each target trains, by its plain name.
-
-    The budget, which is noted in config.num_tunable_weights, is split in proportion to the targets'
-    entries and rounded down, but to 1 at least. Raises TypeError for a target that is not a linear
-    layer; ValueError for a budget above what the targets have.
-    """
-    layers = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    inside = tuple(f"{name}." for name in layers)
-    sizes: dict[str, int] = {}
-    for raw, module in model.named_modules():
-        name = plain_name(raw)
-        if not name or raw.startswith(inside) or not check_target_module_exists(config, name):
-            continue
-        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        check_is_linear(name, base)
-        sizes[name] = base.out_features * base.in_features
-    total = sum(sizes.values())
-    if config.num_tunable_weights is None:
-        config.num_tunable_weights = int(config.density * num_parameters(model))
-    num = config.num_tunable_weights
-    if sizes and num > total:
-        raise ValueError(
-            f"the budget must not exceed the {total} entries of the targets, got {num} "
-            f"(density={config.density})"
-        )
-    return {name: max(1, num * size // total) for name, size in sizes.items()}
-
-
-def check_is_linear(name: str, base: nn.Module) -> None:
-    """Raises TypeError for a target that is no linear layer."""
-    if type(base) is not nn.Linear and not (isinstance(base, nn.Linear) and is_quantized(base)):
-        raise TypeError(
-            f"target_modules must name torch.nn.Linear layers, or those that bitsandbytes or "
-            f"torchao has quantized; {name} is a {type(base).__name__}"
-        )
 
 
 def num_parameters(model: nn.Module) -> int:
