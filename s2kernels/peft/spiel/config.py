@@ -1,7 +1,7 @@
 """What a user of SpIEL chooses, as PEFT configurations are written."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from s2kernels.autograd.checks import MODES, check_choice
 from s2kernels.peft.host.config import AdapterConfig, MethodType
@@ -11,9 +11,10 @@ from s2kernels.peft.spiel.schedule import DECAYS, Schedule
 SELECTIONS = ("accumulated_gradient", "momentum_approximation")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 PEFT_TYPE = MethodType("SPIEL")
+T = TypeVar("T")
 
 
-def _option(default: Any, text: str) -> Any:
+def _option(default: T, text: str) -> T:
     """A field with its help text, where PEFT's configurations have it."""
     return field(default=default, metadata={"help": text})
 
