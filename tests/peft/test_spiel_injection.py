@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from spiel_models import IDS, config, deltas, layers, randomized, train, wrapped
 from tiny_models import tiny_model
 from torch import nn
@@ -31,6 +31,17 @@ def test_the_budget_is_split_in_proportion_and_drawn_at_random():
         assert layer.spiel_delta["default"].shape == (want,)
     assert {layer.name for layer in layers(model)} == set(sizes)
     assert model.get_nb_trainable_parameters()[0] == sum(len(delta) for delta in deltas(model))
+
+
+def test_a_state_dict_decides_how_many_entries_each_target_trains():
+    model = tiny_model("llama")
+    o_proj = "model.layers.1.self_attn.o_proj"
+    state = {f"{o_proj}.spiel_index": torch.arange(7, dtype=torch.int32)}
+    model = inject_adapter_in_model(config(), model, state_dict=state)
+    assert {layer.name: len(layer.spiel_delta["default"]) for layer in layers(model)} == {o_proj: 7}
+    state = {f"{o_proj}.spiel_delta": torch.zeros(7)}
+    with pytest.raises(ValueError, match=f"the state_dict has no {o_proj}.spiel_index"):
+        inject_adapter_in_model(config(), tiny_model("llama"), state_dict=state)
 
 
 def test_density_is_of_the_base_model_for_a_second_adapter_too():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from s2kernels.peft.spiel.replace import best_free, contains, replacement, smallest
+from s2kernels.peft.spiel.replace import best_free, replacement, smallest
 from s2kernels.peft.spiel.schedule import Schedule
 
 
@@ -95,10 +95,3 @@ def test_ties_go_to_the_front():
     candidates = torch.tensor([2, 4, 6, 8], dtype=torch.int32)
     staying = torch.tensor([4], dtype=torch.int32)
     assert best_free(candidates, torch.ones(4), staying, 2).tolist() == [2, 6]
-
-
-def test_contains():
-    positions = torch.tensor([1, 5, 9], dtype=torch.int32)
-    wanted = torch.tensor([0, 1, 4, 5, 9, 11], dtype=torch.int32)
-    assert contains(positions, wanted).tolist() == [False, True, False, True, True, False]
-    assert contains(positions[:0], wanted).tolist() == [False] * 6

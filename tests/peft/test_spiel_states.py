@@ -71,6 +71,20 @@ def test_another_weight_in_the_place_of_one_with_entries(mode, then):
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+@EVERY_MODE
+def test_another_bias_in_the_place_of_one_is_added_from_then_on(mode):
+    linear = nn.Linear(7, 5)
+    model = randomized(
+        get_peft_model(
+            nn.Sequential(linear), config(num_tunable_weights=9, target_modules=["0"], mode=mode)
+        )
+    )
+    x = torch.randn(3, 7)
+    want = model(x).detach() + 1
+    linear.bias = nn.Parameter(linear.bias.detach() + 1, requires_grad=False)
+    torch.testing.assert_close(model(x).detach(), want)
+
+
 def test_a_weight_that_comes_to_be_shared_is_left_alone():
     model = randomized(wrapped(mode="auto"))
     model(IDS)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from s2kernels.optim import SM3, AgedAdamW
 from s2kernels.peft import SpIELTuner, make_optimizer, support_of
-from s2kernels.peft.spiel.checkpoint import load_tuner, save_tuner
+from s2kernels.peft.spiel.callback import load_tuner, save_tuner
 
 
 def test_tuner_step_wants_the_gradients():

@@ -1,6 +1,7 @@
 """What a user of SpIEL chooses, as PEFT configurations are written."""
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from s2kernels.autograd.checks import MODES, check_choice
 from s2kernels.peft.host.config import AdapterConfig, MethodType
@@ -10,6 +11,12 @@ from s2kernels.peft.spiel.schedule import DECAYS, Schedule
 SELECTIONS = ("accumulated_gradient", "momentum_approximation")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 PEFT_TYPE = MethodType("SPIEL")
+T = TypeVar("T")
+
+
+def _option(default: T, text: str) -> T:
+    """A field with its help text, where PEFT's configurations have it."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -25,73 +32,51 @@ class SpIELConfig(AdapterConfig):
     in `get_peft_model`, which then leaves the model as it was.
     """
 
-    target_modules: list[str] | set[str] | str | None = field(
-        default="all-linear",
-        metadata={
-            "help": "Names of the linear layers to train, a regular expression, or 'all-linear', "
-            "which leaves out the output head."
-        },
+    target_modules: list[str] | set[str] | str | None = _option(
+        "all-linear",
+        "Names of the linear layers to train, a regular expression, or 'all-linear', "
+        "which leaves out the output head.",
     )
-    density: float = field(
-        default=0.01,
-        metadata={
-            "help": "Entries trained, as a share of all parameters of the model, targets or not."
-        },
+    density: float = _option(
+        0.01, "Entries trained, as a share of all parameters of the model, targets or not."
     )
-    num_tunable_weights: int | None = field(
-        default=None,
-        metadata={
-            "help": "Entries trained, in the place of density; a layer's part is rounded down, but "
-            "to 1 at least. What is saved with an adapter has what density comes to."
-        },
+    num_tunable_weights: int | None = _option(
+        None,
+        "Entries trained, in the place of density; a layer's part is rounded down, but "
+        "to 1 at least. What is saved with an adapter has what density comes to.",
     )
-    selection: str = field(
-        default="accumulated_gradient",
-        metadata={
-            "help": "What grows: entries of large 'accumulated_gradient' (SpIEL-AG), or of large "
-            "'momentum_approximation' (SpIEL-MA), a product of the optimizer SM3's statistics."
-        },
+    selection: str = _option(
+        "accumulated_gradient",
+        "What grows: entries of large 'accumulated_gradient' (SpIEL-AG), or of large "
+        "'momentum_approximation' (SpIEL-MA), a product of the optimizer SM3's statistics.",
     )
-    reselection_steps: int = field(
-        default=20, metadata={"help": "Optimizer steps from one reselection to the next."}
+    reselection_steps: int = _option(20, "Optimizer steps from one reselection to the next.")
+    accumulation_steps: int = _option(
+        5,
+        "Steps for which gradients are watched before a reselection. The first one "
+        "comes after so many.",
     )
-    accumulation_steps: int = field(
-        default=5,
-        metadata={
-            "help": "Steps for which gradients are watched before a reselection. The first one "
-            "comes after so many."
-        },
+    initial_replacement_rate: float = _option(
+        0.2, "Share of the entries that a reselection replaces, at the start."
     )
-    initial_replacement_rate: float = field(
-        default=0.2,
-        metadata={"help": "Share of the entries that a reselection replaces, at the start."},
+    final_replacement_rate: float = _option(0.0, "That share at the end of the training.")
+    replacement_schedule: str = _option(
+        "linear",
+        "How it goes from one to the other: 'linear', where the first reselection "
+        "replaces all entries, as these were drawn at random, or 'cosine', where it does not. "
+        "In trainings of 60 steps 'cosine' learnt more.",
     )
-    final_replacement_rate: float = field(
-        default=0.0, metadata={"help": "That share at the end of the training."}
+    delta_dtype: str | None = _option(
+        None,
+        "Dtype of the trained deltas, such as 'bfloat16'. Default: float32, or float64 "
+        "where the base is float64.",
     )
-    replacement_schedule: str = field(
-        default="linear",
-        metadata={
-            "help": "How it goes from one to the other: 'linear', where the first reselection "
-            "replaces all entries, as these were drawn at random, or 'cosine', where it does not. "
-            "In trainings of 60 steps 'cosine' learnt more."
-        },
-    )
-    delta_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dtype of the trained deltas, such as 'bfloat16'. Default: float32, or float64 "
-            "where the base is float64."
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the random entries at the start."})
-    mode: str = field(
-        default="auto",
-        metadata={
-            "help": "'inplace': the entries are written into the dense weight. 'additive': into "
-            "copies of its panels, made for each GEMM; the base may be quantized. 'auto': inplace "
-            "where it is legal, else additive."
-        },
+    seed: int = _option(0, "Seed of the random entries at the start.")
+    mode: str = _option(
+        "auto",
+        "'inplace': the entries are written into the dense weight. 'additive': into "
+        "copies of its panels, made for each GEMM; the base may be quantized. 'auto': inplace "
+        "where it is legal, else additive.",
     )
 
     def __post_init__(self) -> None:

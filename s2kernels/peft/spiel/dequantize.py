@@ -25,9 +25,8 @@ def panels_of(layer: nn.Module) -> Panels:
     """The dense weight that a quantized layer stands for now, bit for bit that of PEFT's
     `dequantize_module_weight`, as panels of rows. A weight that is assigned later is another one.
 
-    bitsandbytes' 4-bit types (with double quantization, too) and int8, torchao's int8, float8 and
-    intx are made dense a panel at a time. What else there is makes a single panel, whatever its
-    size, so that additive mode makes the whole dense weight in every forward and again in every
+    bitsandbytes' 4-bit types and int8, torchao's int8, float8 and intx are made dense a panel at a
+    time. All else is a single panel, the whole dense weight in every forward and again in every
     backward: other types of torchao, and 4-bit weights of which a row is not a whole number of
     blocks, since not all of bitsandbytes' kernels agree on where blocks lie then.
 
@@ -38,10 +37,9 @@ def panels_of(layer: nn.Module) -> Panels:
     (N, K), weight = (linear.out_features, linear.in_features), linear.weight
     if type(weight).__name__ == "Params4bit":
         state = _quantized(weight.quant_state)
-        if K % state.blocksize:
-            return Panels((N, K), partial(_whole_of_4bit, weight.data, state), step=N)
         packed = weight.data.reshape(-1).view(torch.uint8)  # two entries a byte
-        return Panels((N, K), partial(_rows_of_4bit, packed, state, K))
+        rows = partial(_rows_of_4bit, packed, state, K)
+        return Panels((N, K), rows, step=N if K % state.blocksize else 1)
     if type(weight).__name__ == "Int8Params":
         # a first forward moves them from the weight to the layer
         scales = _quantized(linear.state.SCB if weight.SCB is None else weight.SCB)
@@ -88,26 +86,19 @@ def _quantized(state: Any) -> Any:
     return state
 
 
-def _whole_of_4bit(packed: Tensor, state: Any, start: int, stop: int) -> Tensor:
-    from bitsandbytes import functional
-
-    return functional.dequantize_4bit(packed, state)
-
-
 def _rows_of_4bit(packed: Tensor, state: Any, K: int, start: int, stop: int) -> Tensor:
     from bitsandbytes import functional
 
+    first, last = start * K // state.blocksize, -(-stop * K // state.blocksize)
     part = functional.QuantState(
-        absmax=_scales(
-            functional, state, start * K // state.blocksize, stop * K // state.blocksize
-        ),
+        absmax=_scales(functional, state, first, last),
         shape=torch.Size((stop - start, K)),
         code=state.code,
         blocksize=state.blocksize,
         quant_type=state.quant_type,
         dtype=state.dtype,
     )
-    return functional.dequantize_4bit(packed[start * K // 2 : stop * K // 2], part)
+    return functional.dequantize_4bit(packed[start * K // 2 : -(-stop * K // 2)], part)
 
 
 def _scales(functional: Any, state: Any, first: int, last: int) -> Tensor:

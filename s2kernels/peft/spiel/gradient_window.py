@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2kernels import backend
-from s2kernels.plan import TilePlan, tile_plan
+from s2kernels.peft.spiel.layer import SpIELLinear
+from s2kernels.plan import TilePlan, largest, tile_plan
 
 NUM_PROBES = 64
 
@@ -15,23 +16,20 @@ NUM_PROBES = 64
 class GradientWindow:
     """What is seen of one layer while a window is open.
 
-    The first backward names `candidates`, the k entries of largest gradient; one that tells no
-    entries apart, as all are 0, or has gradients that are not finite, leaves that to the next. From
-    then on the candidates' gradients, summed over the micro-batches of a step, are those that the
-    optimizer would get:
-
-        total    (k,) sum over steps of the candidates' gradients, fp32 or fp64
-        squares  (k,) sum over steps of their squares
-        steps    how many steps these are
-
-    agreed: whether the candidates are those of all processes, where there are several.
-    shape: (N, K) of the weight; index: (k,) the entries that are trained. Some of these, at
-    `probed`, spread over all so that not all lie in outputs without a gradient, are watched as
-    `probes`: see `close_step`.
+    candidates  the k entries of largest gradient in the first backward, or in the next one where
+                all are 0 or some are not finite
+    total       (k,) sum over steps of the gradients that the optimizer would get for them, which
+                are summed over the micro-batches of a step; fp32 or fp64
+    squares     (k,) sum over steps of their squares
+    steps       how many steps these are
+    agreed      whether the candidates are those of all processes, where there are several
+    probes      some of the entries that are trained, at `probed` in the index: see `close_step`.
+                They are spread, so that not all lie in outputs without a gradient
     """
 
-    def __init__(self, shape: tuple[int, int], index: Tensor) -> None:
-        self.shape, self.num = shape, len(index)
+    def __init__(self, layer: SpIELLinear, adapter: str) -> None:
+        index = layer.spiel_index[adapter]
+        self.layer, self.adapter, self.num = layer, adapter, len(index)
         self.agreed = False
         num_probes = min(NUM_PROBES, self.num)
         self.probed = torch.arange(num_probes, device=index.device) * self.num // num_probes
@@ -45,6 +43,11 @@ class GradientWindow:
         self.probe_grad: Tensor | None = None
         self._plans: tuple[TilePlan, TilePlan] | None = None
 
+    @property
+    def delta(self) -> Tensor:
+        """What is trained in the layer, (k,), with the gradient that the optimizer has got."""
+        return self.layer.spiel_delta[self.adapter]
+
     def observe(self, dy: Tensor, x: Tensor) -> None:
         """Called in backward with dy (M, N) and x (M, K)."""
         ops = backend.select(dy)
@@ -55,35 +58,24 @@ class GradientWindow:
                 return
             self.candidates = candidates
         if self._plans is None:
-            self._plans = tile_plan(self.candidates, self.shape), tile_plan(self.probes, self.shape)
+            shape = self.layer.shape
+            self._plans = tile_plan(self.candidates, shape), tile_plan(self.probes, shape)
         plan, probe_plan = self._plans
         self.grad = ops.sparse_grad(dy, x, self.candidates, plan, self.grad)
         self.probe_grad = ops.sparse_grad(dy, x, self.probes, probe_plan, self.probe_grad)
-
-    def restart(self, candidates: Tensor | None) -> None:
-        """Watch these from now on; what was seen until now is dropped."""
-        self.candidates, self._plans = candidates, None
-        self.total = self.squares = self.grad = self.probe_grad = None
-        self.steps = 0
 
     def count(self, scale: Tensor | None) -> None:
         """Count the step that has ended, its gradients times scale, (); None leaves it out."""
         if self.grad is not None and scale is not None:
             grad = self.grad * scale.to(self.grad.device, self.grad.dtype)
-            if self.total is None or self.squares is None:
-                self.total, self.squares = grad, grad.square()
-            else:
-                self.total += grad
-                self.squares += grad.square()
+            self.total = grad if self.total is None else self.total + grad
+            squares = grad.square()
+            self.squares = squares if self.squares is None else self.squares + squares
             self.steps += 1
         self.grad = self.probe_grad = None
 
 
-# and the delta of that layer, with the gradient that the optimizer has got
-Watched = tuple[GradientWindow, Tensor]
-
-
-def close_step(watched: Sequence[Watched], group: object) -> None:
+def close_step(watches: Sequence[GradientWindow], group: dist.ProcessGroup | None) -> None:
     """Count the step that has ended in these layers.
 
     group: the processes of DDP, whose mean gradients are then counted; None for a single process.
@@ -95,22 +87,23 @@ def close_step(watched: Sequence[Watched], group: object) -> None:
     Raises ValueError where the gradients are gone.
     """
     if group is not None:
-        _average(watched, group)
-    seen = torch.zeros((), dtype=torch.float64, device=watched[0][1].device)
+        _average(watches, group)
+    seen = torch.zeros((), dtype=torch.float64, device=watches[0].delta.device)
     got, finite = torch.zeros_like(seen), torch.ones_like(seen, dtype=torch.bool)
-    for watch, delta in watched:
-        for grad in (watch.grad, delta.grad):
+    for watch in watches:
+        optimized = watch.delta.grad
+        for grad in (watch.grad, optimized):
             if grad is not None:
                 finite &= grad.isfinite().all().to(finite.device)
         if watch.probe_grad is None:
             continue
-        if delta.grad is None:
+        if optimized is None:
             raise ValueError(
                 "there is no gradient: tuner.step() goes after optimizer.step() and before "
                 "zero_grad()"
             )
         seen += watch.probe_grad.abs().sum(dtype=torch.float64).to(seen.device)
-        got += delta.grad[watch.probed].abs().sum(dtype=torch.float64).to(got.device)
+        got += optimized[watch.probed].abs().sum(dtype=torch.float64).to(got.device)
     if bool(finite) and 0 < float(seen) < float("inf") and float(got) == 0:
         raise ValueError(
             "the gradients are all 0, and those of the backward were not: tuner.step() goes after "
@@ -118,20 +111,21 @@ def close_step(watched: Sequence[Watched], group: object) -> None:
         )
     ratio = torch.ones_like(seen) if float(seen) == 0 else got / seen
     scale = ratio if bool(finite & ratio.isfinite()) else None
-    for watch, _ in watched:
+    for watch in watches:
         watch.count(scale)
 
 
-def agree(watched: Sequence[Watched], group: object) -> None:
+def agree(watches: Sequence[GradientWindow], group: dist.ProcessGroup) -> None:
     """Give all processes of `group` the same candidates, after the first step that names any.
 
     Every process has named its own from what it has seen. Those of largest summed gradient are
-    taken, a process that has not named one counting as 0. The sums begin anew: no process knows the
-    gradients of what others have named.
+    taken, a process that has not named one counting as 0. The step does not count: no process knows
+    the gradients of what others have named.
     """
-    for watch, delta in watched:
-        positions = torch.full((watch.num,), -1, dtype=torch.int64, device=delta.device)
-        values = torch.zeros(watch.num, dtype=torch.float64, device=delta.device)
+    for watch in watches:
+        device = watch.delta.device
+        positions = torch.full((watch.num,), -1, dtype=torch.int64, device=device)
+        values = torch.zeros(watch.num, dtype=torch.float64, device=device)
         if watch.candidates is not None and watch.grad is not None:
             positions.copy_(watch.candidates)
             values.copy_(watch.grad)
@@ -141,35 +135,31 @@ def agree(watched: Sequence[Watched], group: object) -> None:
         sums = values.new_zeros(len(union))
         # one process after the other: the same order of additions everywhere
         for theirs, grads in zip(all_positions, all_values, strict=True):
-            if len(union) and theirs[0] >= 0:
+            if theirs[0] >= 0:
                 sums[torch.searchsorted(union, theirs)] += grads
-        best = sums.abs().sort(descending=True, stable=True).indices[: watch.num]
-        agreed = union[best.sort().values].to(watch.probes.dtype)
+        _, agreed = largest(sums.abs(), union, watch.num)
         watch.agreed = len(agreed) > 0  # else no process has named any: the next step may
-        watch.restart(agreed if watch.agreed else None)
+        watch.candidates = agreed.to(watch.probes.dtype) if watch.agreed else None
+        watch.grad = watch.probe_grad = watch._plans = None
 
 
-def _average(watched: Sequence[Watched], group: object) -> None:
+def _average(watches: Sequence[GradientWindow], group: dist.ProcessGroup) -> None:
     """Replace the gradients of the running step by their means over the processes."""
     parts = []
-    for watch, delta in watched:
-        if watch.candidates is None:
-            continue
+    for watch in watches:
         if watch.grad is None or watch.probe_grad is None:  # this process did not use the layer
-            dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
-            watch.grad = torch.zeros(watch.num, dtype=dtype, device=delta.device)
+            dtype = torch.promote_types(watch.delta.dtype, torch.float32)
+            watch.grad = torch.zeros(watch.num, dtype=dtype, device=watch.delta.device)
             watch.probe_grad = watch.grad.new_zeros(len(watch.probes))
         parts += [watch.grad, watch.probe_grad]
-    if not parts:
-        return
     flat = torch.cat(parts)
-    dist.all_reduce(flat, group=group)  # type: ignore[arg-type]
-    flat /= dist.get_world_size(group)  # type: ignore[arg-type]
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
     for part, mean in zip(parts, flat.split([len(part) for part in parts]), strict=True):
         part.copy_(mean)
 
 
-def _gathered(values: Tensor, group: object) -> list[Tensor]:
-    found = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]  # type: ignore[arg-type]
-    dist.all_gather(found, values, group=group)  # type: ignore[arg-type]
+def _gathered(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    found = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, values, group=group)
     return found

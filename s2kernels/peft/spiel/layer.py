@@ -67,12 +67,11 @@ class SpIELLinear(AdapterLinear):
     adapter_layer_names = ("spiel_delta",)
     other_param_names = ("spiel_index", "spiel_fingerprint", "modes", "observers", "_plans")
 
-    def __init__(self, base_layer: nn.Module, keeper: WeightKeeper, name: str) -> None:
+    def __init__(self, base_layer: Any, keeper: WeightKeeper, name: str) -> None:
         super().__init__(keeper, name)
         self.base_layer = base_layer
-        linear_layer: Any = base_layer
-        self.in_features: int = linear_layer.in_features
-        self.out_features: int = linear_layer.out_features
+        self.in_features: int = base_layer.in_features
+        self.out_features: int = base_layer.out_features
         self.observers: dict[str, Observer] = {}
         self._plans: dict[str, TilePlan] = {}
 
@@ -153,17 +152,15 @@ class SpIELLinear(AdapterLinear):
         return True
 
     def prepare(self) -> EntriesCall:
-        written, premises = self.written_adapter(), Premises()
+        written, premises = {self: self.written_adapter()}, Premises()
         name = next(iter(self.active()), None)
+        mode = "additive" if written[self] is None else "inplace"
         weight = None if is_quantized(self.get_base_layer()) else self.weight
         if not torch.compiler.is_compiling():
             self.note(premises, name)
-        return EntriesCall(
-            *(self.keeper.changes, premises, {self: written}, name),
-            *("additive" if written is None else "inplace", weight),
-            self.bias if name is not None else None,
-            holding(self.keeper, {self: written}) if name is not None else None,
-        )
+            premises.same_tensor(self.get_base_layer(), "bias")
+        changes, held = self.keeper.changes, holding(self.keeper, written)
+        return EntriesCall(changes, premises, written, name, mode, weight, self.bias, held)
 
     def compute(self, x: Tensor, call: EntriesCall, *args, **kwargs) -> Tensor:
         name = call.adapter
@@ -172,19 +169,17 @@ class SpIELLinear(AdapterLinear):
                 y = self.base_layer(x, *args, **kwargs)
             keep_w0_for_backward_of(y, self)
             return y
-        delta, index = self.spiel_delta[name], self.spiel_index[name]
-        if name not in self._plans and torch.is_grad_enabled() and delta.requires_grad:
-            with with_values():
-                self._plans[name] = tile_plan(index, self.shape)
-        plan = self._plans.get(name)
-        if not has_values(x):
-            index, plan = beside(index, x), plan and _plan_beside(plan, x)
+        delta, index, plan = self.spiel_delta[name], self.spiel_index[name], self._plans.get(name)
+        if not has_values(x):  # and there is no backward
+            index, plan = beside(index, x), None
+        elif plan is None and torch.is_grad_enabled() and delta.requires_grad:
+            plan = self._plans[name] = tile_plan(index, self.shape)
         weight: Weight | None = call.weight
         if weight is None:
             weight = panels_of(self.get_base_layer())
+        observe = self.observers.get(name)
         return linear(
-            *(x, weight, delta, index, call.bias, call.mode, plan, call.holding),
-            observe=self.observers.get(name),
+            x, weight, delta, index, call.bias, call.mode, plan, call.holding, observe=observe
         )
 
     @torch.no_grad()
@@ -209,8 +204,3 @@ class SpIELLinear(AdapterLinear):
 
     def extra_repr(self) -> str:
         return f"entries={ {name: len(index) for name, index in self.spiel_index.items()} }"
-
-
-def _plan_beside(plan: TilePlan, x: Tensor) -> TilePlan:
-    tensors = (plan.tiles, plan.offsets, plan.order, plan.places)
-    return TilePlan(plan.shape, *(beside(each, x) for each in tensors))

@@ -32,11 +32,15 @@ class SpIELModel(AdapterModel):
     def _new_keeper(self, model: nn.Module) -> WeightKeeper:
         return WeightKeeper(model, sparse_writer)
 
-    _saved: dict[str, Any] | None
-    _counts: dict[str, int]
+    # how many entries each target trains, while an adapter is added; None until that is decided
+    _counts: dict[str, int] | None
 
     def _prepare_adding(self, model: nn.Module, config: Any, saved: dict[str, Any] | None) -> None:
-        self._saved, self._counts = saved, {}
+        self._counts = None
+        if saved is not None:  # which decides what the targets are
+            end = ".spiel_index"
+            found = {name: index for name, index in saved.items() if name.endswith(end)}
+            self._counts = {name.removesuffix(end): len(index) for name, index in found.items()}
 
     def _attach(self) -> None:
         super()._attach()
@@ -50,11 +54,9 @@ class SpIELModel(AdapterModel):
     def _detach(self) -> None:
         super()._detach()
         model = self.keeper.model
-        ignored = getattr(model, _DDP_IGNORES, [])
+        ignored = vars(model).pop(_DDP_IGNORES, [])
         if left := [name for name in ignored if ".spiel_" not in name]:
             setattr(model, _DDP_IGNORES, left)
-        elif ignored:
-            delattr(model, _DDP_IGNORES)
 
     def _create_and_replace(
         self,
@@ -69,33 +71,59 @@ class SpIELModel(AdapterModel):
         config: SpIELConfig = peft_config
         current_key = plain_name(current_key)
         base = self._base_of(target, current_key)
-        check_is_linear(current_key, base)
         shape = base.out_features, base.in_features
+        if self._counts is None:  # PEFT has shortened the names, and replaced nothing yet
+            self._counts = self._budgets(config)
+        if current_key not in self._counts:
+            raise ValueError(f"the state_dict has no {current_key}.spiel_index")
         with with_values():
-            count = self._count(config, current_key)
-            index = random_entries(config.seed, current_key, shape, count)
+            index = random_entries(config.seed, current_key, shape, self._counts[current_key])
         dtype = None if config.delta_dtype is None else getattr(torch, config.delta_dtype)
-        if isinstance(target, SpIELLinear):
-            target.update_layer(adapter_name, index, config.mode, dtype)
-            return
-        layer = SpIELLinear(base, self.keeper, current_key)
+        layer = target
+        if not isinstance(layer, SpIELLinear):
+            layer = SpIELLinear(base, self.keeper, current_key)
         layer.update_layer(adapter_name, index, config.mode, dtype)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
 
-    def _count(self, config: SpIELConfig, name: str) -> int:
-        """How many entries the adapter trains of the target: as many as a state_dict says, if that
-        decides what the targets are.
+    def _base_of(self, target: nn.Module, name: str) -> Any:
+        """Raises TypeError, too, for a target that is no linear layer."""
+        base = super()._base_of(target, name)
+        if type(base) is not nn.Linear and not (isinstance(base, nn.Linear) and is_quantized(base)):
+            raise TypeError(
+                f"target_modules must name torch.nn.Linear layers, or those that bitsandbytes or "
+                f"torchao has quantized; {name} is a {type(base).__name__}"
+            )
+        return base
+
+    def _budgets(self, config: SpIELConfig) -> dict[str, int]:
+        """How many entries each target trains, by its plain name.
+
+        The budget, which is noted in config.num_tunable_weights, is split in proportion to the
+        targets' entries and rounded down, but to 1 at least. Raises ValueError for one above what
+        the targets have, and as `_base_of` does.
         """
-        if self._saved is not None:
-            index = self._saved.get(f"{name}.spiel_index")
-            if index is None:
-                raise ValueError(f"the state_dict has no {name}.spiel_index")
-            return len(index)
-        if not self._counts:  # before PEFT has replaced anything, and after it shortened the names
-            self._counts = budgets(self.keeper.model, config)
-        return self._counts[name]
+        modules = dict(self.keeper.model.named_modules())
+        layers = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
+        inside = tuple(f"{name}." for name in layers)
+        sizes: dict[str, int] = {}
+        for raw, module in modules.items():
+            name = plain_name(raw)
+            if name and not raw.startswith(inside) and check_target_module_exists(config, name):
+                base = self._base_of(module, name)
+                sizes[name] = base.out_features * base.in_features
+        total = sum(sizes.values())
+        if config.num_tunable_weights is None:
+            config.num_tunable_weights = int(config.density * num_parameters(self.keeper.model))
+        num = config.num_tunable_weights
+        if num > total:
+            raise ValueError(
+                f"the budget must not exceed the {total} entries of the targets, got {num} "
+                f"(density={config.density})"
+            )
+        return {name: max(1, num * size // total) for name, size in sizes.items()}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The deltas have the dtype that the configuration says."""
@@ -109,58 +137,20 @@ class SpIELModel(AdapterModel):
         yield
 
 
-def budgets(model: nn.Module, config: SpIELConfig) -> dict[str, int]:
-    """How many entries each target trains, by its plain name.
-
-    The budget, which is noted in config.num_tunable_weights, is split in proportion to the targets'
-    entries and rounded down, but to 1 at least.
-
-    Raises TypeError for a target that is not a linear layer; ValueError for a budget above what the
-    targets have.
-    """
-    layers = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    inside = tuple(f"{name}." for name in layers)
-    sizes: dict[str, int] = {}
-    for raw, module in model.named_modules():
-        name = plain_name(raw)
-        if not name or raw.startswith(inside) or not check_target_module_exists(config, name):
-            continue
-        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        check_is_linear(name, base)
-        sizes[name] = base.out_features * base.in_features
-    total = sum(sizes.values())
-    if config.num_tunable_weights is None:
-        config.num_tunable_weights = int(config.density * num_parameters(model))
-    num = config.num_tunable_weights
-    if sizes and num > total:
-        raise ValueError(
-            f"the budget must not exceed the {total} entries of the targets, got {num} "
-            f"(density={config.density})"
-        )
-    return {name: max(1, num * size // total) for name, size in sizes.items()}
-
-
-def check_is_linear(name: str, base: nn.Module) -> None:
-    """Raises TypeError for a target that is no linear layer."""
-    if type(base) is not nn.Linear and not (isinstance(base, nn.Linear) and is_quantized(base)):
-        raise TypeError(
-            f"target_modules must name torch.nn.Linear layers, or those that bitsandbytes or "
-            f"torchao has quantized; {name} is a {type(base).__name__}"
-        )
-
-
 def num_parameters(model: nn.Module) -> int:
     """Of the base model without its adapters, shared ones once; those of a quantized layer as many
     as it stands for.
     """
-    counts: dict[int, int] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            packed = key == "weight" and isinstance(module, nn.Linear) and is_quantized(module)
-            size = module.out_features * module.in_features if packed else parameter.numel()  # type: ignore[operator]
-            if not any(added in f"{name}.{key}" for added in ("spiel_", ".modules_to_save.")):
-                counts[id(parameter)] = int(size)  # type: ignore[call-overload]
-    return sum(counts.values())
+    packed = {
+        module.weight: module.out_features * module.in_features
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and is_quantized(module)
+    }
+    return sum(
+        packed.get(parameter) or parameter.numel()
+        for name, parameter in model.named_parameters()
+        if "spiel_" not in name and ".modules_to_save." not in name
+    )
 
 
 def random_entries(seed: int, name: str, shape: tuple[int, int], num: int) -> Tensor:

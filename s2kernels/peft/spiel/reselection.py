@@ -11,11 +11,15 @@ from torch.optim import Optimizer
 from s2kernels import backend
 from s2kernels.optim import SM3, AgedAdamW, Support
 from s2kernels.peft.host.sharding import is_gathered
-from s2kernels.peft.spiel.config import SpIELConfig
 from s2kernels.peft.spiel.gradient_window import GradientWindow, agree, close_step
 from s2kernels.peft.spiel.layer import SpIELLinear
-from s2kernels.peft.spiel.optimizer_state import bare_optimizer, move_states
-from s2kernels.peft.spiel.replace import best_free, replacement, smallest
+from s2kernels.peft.spiel.replace import (
+    bare_optimizer,
+    best_free,
+    move_states,
+    replacement,
+    smallest,
+)
 
 # what a window keeps of a layer from one step to the next
 WINDOW_FIELDS = ("candidates", "total", "squares")
@@ -55,7 +59,7 @@ class SpIELTuner:
     ) -> None:
         self.adapter_name = adapter_name
         self.layers = layers_of(model, adapter_name)
-        config = _config_of(model, adapter_name)
+        config = self.layers[0].keeper.configs[adapter_name]
         self.selection = config.selection
         self.schedule = config.schedule(total_steps)
         self.optimizer: Optimizer = bare_optimizer(optimizer, self.selection)
@@ -64,12 +68,9 @@ class SpIELTuner:
                 "the model is sharded by FSDP, and entries cannot be replaced then: train without "
                 "SpIELTuner, or on replicas (DistributedDataParallel)"
             )
-        known = {id(p) for held in self.optimizer.param_groups for p in held["params"]}
-        if missing := [
-            layer.name
-            for layer, delta in zip(self.layers, self.deltas, strict=True)
-            if id(delta) not in known
-        ]:
+        known = {p for held in self.optimizer.param_groups for p in held["params"]}
+        deltas = {layer.name: layer.spiel_delta[adapter_name] for layer in self.layers}
+        if missing := [name for name, delta in deltas.items() if delta not in known]:
             raise ValueError(
                 f"optimizer must hold the deltas of all layers, got one without {len(missing)} of "
                 f"them, such as that of {missing[0]}"
@@ -86,20 +87,14 @@ class SpIELTuner:
         self.watches: list[GradientWindow] = []
         self._watch()
 
-    @property
-    def deltas(self) -> list[Tensor]:
-        """The trained parameter of each layer."""
-        return [layer.spiel_delta[self.adapter_name] for layer in self.layers]
-
     @torch.no_grad()
     def step(self) -> None:
         """To be called after every optimizer.step(), while the gradients are still there.
 
         Raises ValueError where they are gone, or were set to 0.
         """
-        pairs = list(zip(self.watches, self.deltas, strict=False))
-        naming = [pair for pair in pairs if self.group is not None and not pair[0].agreed]
-        counting = [pair for pair in pairs if self.group is None or pair[0].agreed]
+        naming = [each for each in self.watches if self.group is not None and not each.agreed]
+        counting = [each for each in self.watches if self.group is None or each.agreed]
         if counting:
             close_step(counting, self.group)
         if naming:
@@ -107,33 +102,30 @@ class SpIELTuner:
         self.steps += 1
         if self.schedule.reselects(self.steps):
             self._reselect()
-            self._close_window()
+            self.close()
         self._watch()
 
     def close(self) -> None:
         """Stop watching the gradients; the model stays as it is."""
-        self._close_window()
+        self.watches = []
+        for layer in self.layers:
+            layer.observers.pop(self.adapter_name, None)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes up between two steps, as accelerate's
-        `register_for_checkpointing` wants it: the steps done, the selection, for each layer with an
-        open window, by name, the steps that this has counted, and NAME.candidates, NAME.total and
-        NAME.squares. The entries are in the adapter, their states in that of the optimizer.
+        `register_for_checkpointing` wants it: the steps done, the selection and, by the names of
+        layers, what `GradientWindow` has counted: "window", the steps, and "tensors", such as
+        NAME.total. The entries are in the adapter, their states in that of the optimizer.
         """
-        pairs = list(zip(self.layers, self.watches, strict=False))
-        window = {layer.name: w.steps for layer, w in pairs if w.candidates is not None}
+        named = [watch for watch in self.watches if watch.candidates is not None]
         tensors = {
-            f"{layer.name}.{field}": value
-            for layer, watch in pairs
+            f"{watch.layer.name}.{field}": value
+            for watch in named
             for field in WINDOW_FIELDS
             if (value := getattr(watch, field)) is not None
         }
-        return {
-            "steps": self.steps,
-            "selection": self.selection,
-            "window": window,
-            "tensors": tensors,
-        }
+        window = {watch.layer.name: watch.steps for watch in named}
+        return dict(steps=self.steps, selection=self.selection, window=window, tensors=tensors)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. The adapter must have been loaded before.
@@ -141,12 +133,19 @@ class SpIELTuner:
         Raises ValueError, before anything changes, for a state that is not complete, or that of
         another model or selection.
         """
-        steps, selection, window, tensors = _parts(state)
-        if selection != self.selection:
+        fields = (("steps", int), ("selection", str), ("window", dict), ("tensors", dict))
+        for name, kind in fields:
+            if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+                raise ValueError(f"the state is not that of a SpIELTuner: it has no {name}")
+        window, tensors = state["window"], state["tensors"]
+        if not all(isinstance(steps, int) for steps in window.values()):
+            raise ValueError(f"the state's window must count steps, got {window!r:.100}")
+        if state["selection"] != self.selection:
             raise ValueError(
-                f"the state is of selection={selection!r}, the tuner's is {self.selection!r}"
+                f"the state is of selection={state['selection']!r}, the tuner's is "
+                f"{self.selection!r}"
             )
-        sizes = {layer.name: len(self.index_of(layer)) for layer in self.layers}
+        sizes = {layer.name: len(layer.spiel_index[self.adapter_name]) for layer in self.layers}
         for key, value in tensors.items():
             name, _, field = key.rpartition(".")
             if field not in WINDOW_FIELDS or len(value) != sizes.get(name):
@@ -156,57 +155,43 @@ class SpIELTuner:
                 )
         if lost := sorted(name for name in window if f"{name}.candidates" not in tensors):
             raise ValueError(f"the state has no {lost[0]}.candidates")
-        self.resume(steps, window, tensors)
+        self.resume(state["steps"], window, tensors)
 
     def resume(self, steps: int, window: dict[str, int], tensors: dict[str, Tensor]) -> None:
         """Go on after so many steps; window and tensors as in `state_dict`."""
-        self._close_window()
+        self.close()
         self.steps = steps
         self._watch()
-        for layer, watch in zip(self.layers, self.watches, strict=False):
-            if layer.name in window:
-                found = {
-                    field: tensors[f"{layer.name}.{field}"].to(layer.weight.device)
-                    for field in WINDOW_FIELDS
-                    if f"{layer.name}.{field}" in tensors
-                }
-                watch.restart(found["candidates"])
-                watch.total, watch.squares = found.get("total"), found.get("squares")
-                watch.steps = window[layer.name]
-                watch.agreed = True
+        for watch in self.watches:
+            name = watch.layer.name
+            if name in window:
+                for field in WINDOW_FIELDS:
+                    if (value := tensors.get(f"{name}.{field}")) is not None:
+                        setattr(watch, field, value.to(watch.delta.device))
+                watch.steps, watch.agreed = window[name], True
 
     def _watch(self) -> None:
         """Open a window where the next step needs one."""
-        if self.watches or self.selection != "accumulated_gradient":
-            return
-        if self.schedule.watches(self.steps + 1):
+        by_gradient = self.selection == "accumulated_gradient"
+        if by_gradient and not self.watches and self.schedule.watches(self.steps + 1):
             for layer in self.layers:
-                watch = GradientWindow(layer.shape, self.index_of(layer))
+                watch = GradientWindow(layer, self.adapter_name)
                 layer.observers[self.adapter_name] = watch.observe
                 self.watches.append(watch)
 
-    def _close_window(self) -> None:
-        self.watches = []
-        for layer in self.layers:
-            layer.observers.pop(self.adapter_name, None)
-
-    def index_of(self, layer: SpIELLinear) -> Tensor:
-        """The entries of a layer that are trained at present, (k,)."""
-        return layer.spiel_index[self.adapter_name]
-
     def _reselect(self) -> None:
         self.layers[0].keeper.restore(self.layers)
-        for i, layer in enumerate(self.layers):
-            num = self.schedule.count(self.steps, len(self.index_of(layer)))
-            if self.selection == "accumulated_gradient":
-                self._grow_by_gradient(layer, self.watches[i], num)
-            else:
-                self._grow_by_momentum(layer, num)
+        for watch in self.watches:
+            self._grow_by_gradient(watch)
+        if self.selection == "momentum_approximation":
+            for layer in self.layers:
+                self._grow_by_momentum(layer)
 
-    def _grow_by_gradient(self, layer: SpIELLinear, watch: GradientWindow, num: int) -> None:
+    def _grow_by_gradient(self, watch: GradientWindow) -> None:
+        layer, delta, index = watch.layer, watch.delta, watch.layer.spiel_index[self.adapter_name]
+        num = self.schedule.count(self.steps, len(index))
         if num == 0 or watch.candidates is None or watch.total is None or watch.squares is None:
             return  # the layer has seen no gradient
-        delta, index = layer.spiel_delta[self.adapter_name], self.index_of(layer)
         dropped = smallest(delta, num)
         chosen = best_free(watch.candidates, watch.total.abs(), index[~dropped], num)
         replaced = replacement(index, dropped, chosen)
@@ -215,10 +200,11 @@ class SpIELTuner:
         move_states(self.optimizer, delta, replaced, (mean, mean_square, watch.steps))
         layer.replace(self.adapter_name, replaced)
 
-    def _grow_by_momentum(self, layer: SpIELLinear, num: int) -> None:
-        delta, index = layer.spiel_delta[self.adapter_name], self.index_of(layer)
+    def _grow_by_momentum(self, layer: SpIELLinear) -> None:
+        delta, index = layer.spiel_delta[self.adapter_name], layer.spiel_index[self.adapter_name]
         state = self.optimizer.state.get(delta, {})
-        num = min(num, layer.in_features * layer.out_features - len(index))
+        free = layer.in_features * layer.out_features - len(index)
+        num = min(self.schedule.count(self.steps, len(index)), free)
         if num == 0 or not state:
             return
         if "row" not in state:
@@ -232,17 +218,6 @@ class SpIELTuner:
         layer.replace(self.adapter_name, replaced)
 
 
-def _parts(state: Any) -> tuple[int, str, dict[str, int], dict[str, Tensor]]:
-    """Of a tuner's state_dict; ValueError for what is none."""
-    fields = (("steps", int), ("selection", str), ("window", dict), ("tensors", dict))
-    for name, kind in fields:
-        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
-            raise ValueError(f"the state is not that of a SpIELTuner: it has no {name}")
-    if not all(isinstance(steps, int) for steps in state["window"].values()):
-        raise ValueError(f"the state's window must count steps, got {state['window']!r:.100}")
-    return state["steps"], state["selection"], state["window"], state["tensors"]
-
-
 def make_optimizer(
     model: nn.Module, lr: float, adapter_name: str = "default", **options: Any
 ) -> Optimizer:
@@ -252,7 +227,8 @@ def make_optimizer(
     are theirs. For a Trainer: `Trainer(..., optimizers=(make_optimizer(model, lr), None))`.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    if _config_of(model, adapter_name).selection == "accumulated_gradient":
+    config = layers_of(model, adapter_name)[0].keeper.configs[adapter_name]
+    if config.selection == "accumulated_gradient":
         return AgedAdamW(params, lr=lr, **options)
     return SM3(params, lr=lr, supports=support_of(model), **options)
 
@@ -266,25 +242,23 @@ def support_of(model: nn.Module) -> Callable[[Tensor], Support | None]:
 
 
 class _Supports:
-    """The deltas of some layers, found by identity: a copy has others, and finds them anew."""
+    """The deltas of some layers as they are in the first step: FSDP2 and a copy have others."""
 
     def __init__(self, layers: list[SpIELLinear]) -> None:
         self.layers = layers
-        # id of a delta -> the delta, which keeps the id its own, its layer, the adapter's name
-        self._owners: dict[int, tuple[Tensor, SpIELLinear, str]] = {}
+        self._owners: dict[Tensor, tuple[SpIELLinear, str]] = {}
 
     def __getstate__(self) -> dict:
         return {"layers": self.layers, "_owners": {}}
 
     def __call__(self, parameter: Tensor) -> Support | None:
         if not self._owners:
-            found = [
-                (p, layer, name) for layer in self.layers for name, p in layer.spiel_delta.items()
-            ]
-            self._owners = {id(owner[0]): owner for owner in found}
-        if id(parameter) not in self._owners:
+            self._owners = {
+                p: (layer, name) for layer in self.layers for name, p in layer.spiel_delta.items()
+            }
+        if parameter not in self._owners:
             return None
-        _, layer, name = self._owners[id(parameter)]
+        layer, name = self._owners[parameter]
         return layer.shape, layer.spiel_index[name]
 
 
@@ -293,14 +267,8 @@ def layers_of(model: nn.Module, adapter_name: str) -> list[SpIELLinear]:
 
     Raises ValueError where there is none.
     """
-    layers = [module for module in model.modules() if isinstance(module, SpIELLinear)]
-    layers = [layer for layer in layers if adapter_name in layer.modes]
+    found = (module for module in model.modules() if isinstance(module, SpIELLinear))
+    layers = [layer for layer in found if adapter_name in layer.modes]
     if not layers:
         raise ValueError(f"the model has no SpIEL adapter named {adapter_name!r}")
     return layers
-
-
-def _config_of(model: nn.Module, adapter_name: str) -> SpIELConfig:
-    layers_of(model, adapter_name)
-    owner: Any = next(module for module in model.modules() if hasattr(module, "peft_config"))
-    return owner.peft_config[adapter_name]
