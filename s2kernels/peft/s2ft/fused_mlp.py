@@ -8,12 +8,15 @@ With anything else, and under torch.compile, which fuses as well, it is the forw
 On a GPU the weights of gate and up are laid one after the other: the pair is one GEMM.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from s2kernels import backend
+from s2kernels.autograd.checks import is_autocast
 from s2kernels.autograd.first_order import apply
 from s2kernels.autograd.joined import joined
 from s2kernels.autograd.mlp import S2MLPFunction, operands
@@ -23,14 +26,6 @@ from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.s2ft.arranged_weights import arrangement_of
-from s2kernels.peft.s2ft.fusion_checks import (
-    are_alike,
-    is_silu,
-    linear_behind,
-    note_bare_linear,
-    sole_active_adapter,
-    weights_match_input,
-)
 from s2kernels.peft.s2ft.linear import S2FTLinear, holding_for
 
 
@@ -44,19 +39,15 @@ class Gated(NamedTuple):
 
 _LLAMA = Gated(("gate_proj", "up_proj"), "down_proj", "act_fn")
 _PHI3 = Gated(("gate_up_proj",), "down_proj", "activation_fn")
-# The forwards that do: their class, and the model type that defines it.
-_CLASSES = {
-    ("LlamaMLP", "llama"): _LLAMA,
-    ("MistralMLP", "mistral"): _LLAMA,
-    ("Qwen2MLP", "qwen2"): _LLAMA,
-    ("Qwen3MLP", "qwen3"): _LLAMA,
-    ("Qwen3MoeMLP", "qwen3_moe"): _LLAMA,
-    ("Phi3MLP", "phi3"): _PHI3,
-}
-# A class that inherits one of them computes the same; one that overrides it is not here.
+# The forwards that do. A class that inherits one computes the same; one that overrides it is not
+# here.
 GATED = {
-    (f"transformers.models.{model}.modeling_{model}", f"{name}.forward"): gated
-    for (name, model), gated in _CLASSES.items()
+    ("transformers.models.llama.modeling_llama", "LlamaMLP.forward"): _LLAMA,
+    ("transformers.models.mistral.modeling_mistral", "MistralMLP.forward"): _LLAMA,
+    ("transformers.models.qwen2.modeling_qwen2", "Qwen2MLP.forward"): _LLAMA,
+    ("transformers.models.qwen3.modeling_qwen3", "Qwen3MLP.forward"): _LLAMA,
+    ("transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeMLP.forward"): _LLAMA,
+    ("transformers.models.phi3.modeling_phi3", "Phi3MLP.forward"): _PHI3,
 }
 
 
@@ -85,7 +76,7 @@ def fuse_mlp(keeper: WeightKeeper, structure: Structure) -> None:
         return
     module.forward = FusedMLP(module, gated, keeper)
     linears = [linear_behind(each) for each in modules[:-1]]
-    if len(linears) == 2 and linears[0] is not None and linears[1] is not None:
+    if len(linears) == 2 and all(type(linear) is nn.Linear for linear in linears):
         arrangement_of(keeper).pairs.append((linears[0], linears[1]))
 
 
@@ -150,14 +141,25 @@ class FusedMLP:
         for layer in layers:
             self.keeper.notice_call(layer)
             layer.known.look()
-        found = self._operands(modules, layers)
+        linears = [linear_behind(each) for each in modules]
+        activation = getattr(self.module, self.gated.activation)
         premises = Premises()
         premises.unwatched()
         for name in (*names, self.gated.activation):
             premises.same_child(self.module, name)
-            note_bare_linear(premises, getattr(self.module, name))
+        for layer in layers:
+            premises.same_child(layer, "base_layer")
+        for each in (*modules, *linears, activation):
+            premises.bare(each)
         if not premises.hold():  # there are hooks: each call looks whether they still are
             return MLPCall(-1, premises, {})
+        is_plain = is_silu(activation) and all(type(linear) is nn.Linear for linear in linears)
+        found = self._operands(modules, layers, linears) if is_plain else None
+        for linear in linears if is_plain else ():  # only now: they may have been joined
+            for name in ("weight", "bias"):
+                premises.same_tensor(linear, name)
+            premises.as_trainable(linear.weight)
+            premises.unmoved(linear.weight)
         written, given = found or ({}, None)
         for layer in written:
             layer.note(premises, written[layer])
@@ -165,17 +167,14 @@ class FusedMLP:
         return MLPCall(self.keeper.changes, premises, written, given)
 
     def _operands(
-        self, modules: list[nn.Module], layers: list[S2FTLinear]
+        self, modules: list[nn.Module], layers: list[S2FTLinear], linears: list[nn.Linear]
     ) -> tuple[dict[S2FTLinear, str | None], tuple] | None:
         """What is to be written for one Function, and its operands; None where it would not compute
         what the modules do.
         """
-        linears = [linear for linear in map(linear_behind, modules) if linear is not None]
         adapter = sole_active_adapter(layers)
-        if adapter is None or len(linears) < len(modules):
-            return None
         weights: list[Tensor] = [linear.weight for linear in linears]
-        if not are_alike(weights) or not is_silu(getattr(self.module, self.gated.activation)):
+        if adapter is None or not are_alike(weights):
             return None
         trained = [layer for layer in layers if adapter in layer.active()]
         if len(modules) == 2 and modules[0] in trained:
@@ -207,3 +206,47 @@ class FusedMLP:
 def _are_the_same(indices: list[Tensor]) -> bool:
     with with_values():
         return all(torch.equal(indices[0], each) for each in indices[1:])
+
+
+def sole_active_adapter(layers: Sequence[S2FTLinear]) -> str | None:
+    """The only adapter that is active in any of the layers, if it is to be fused."""
+    if any(layer.disable_adapters or layer.merged for layer in layers):
+        return None
+    names = {name for layer in layers for name in layer.active()}
+    if len(names) != 1:
+        return None
+    (name,) = names
+    return name if all(layer.fuse.get(name, True) for layer in layers) else None
+
+
+def linear_behind(module: Any) -> Any:
+    """What multiplies in a call of the module: that itself, or what our layer is for."""
+    return module.base_layer if isinstance(module, S2FTLinear) else module
+
+
+def is_silu(activation: nn.Module) -> bool:
+    """Whether a call computes silu; transformers has a class of its own for it."""
+    kind = type(activation)
+    names = kind.__module__, kind.__name__
+    return kind is nn.SiLU or names == ("transformers.activations", "SiLUActivation")
+
+
+def are_alike(weights: Sequence[Tensor]) -> bool:
+    """Whether all weights are plain, frozen, of one dtype and on one device.
+
+    A parameter under FakeTensorMode stands for a plain one.
+    """
+    first = weights[0]
+    return all(
+        type(weight) in (nn.Parameter, FakeTensor)
+        and not weight.requires_grad
+        and weight.is_floating_point()
+        and weight.dtype == first.dtype
+        and weight.device == first.device
+        for weight in weights
+    )
+
+
+def weights_match_input(weight: Tensor, x: Tensor) -> bool:
+    """Whether torch.nn.Linear would multiply x with the weight as they are."""
+    return (x.dtype == weight.dtype or is_autocast(x)) and x.device == weight.device
