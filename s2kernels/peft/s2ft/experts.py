@@ -20,7 +20,6 @@ from s2kernels.architectures import Member
 from s2kernels.autograd.experts import Routing, expert_delta, expert_linear, experts_forward
 from s2kernels.coupling import Structure
 from s2kernels.peft.host.holding import Holding, holding, keep_w0_for_backward_of
-from s2kernels.peft.host.kept_buffers import beside, has_values, keep
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
@@ -46,34 +45,26 @@ class ExpertCall(NamedTuple):
 class S2FTExpertTensor(S2FTLayer):
     """A parameter (E, N, K) of `experts`, of which R channels of each expert are trained."""
 
-    other_param_names = (*S2FTLayer.other_param_names, "rows")
-
     def __init__(
         self, experts: nn.Module, keeper: WeightKeeper, structure: Structure, member: Member
     ) -> None:
         name = f"{structure.name}.{member.suffix}"
-        super().__init__(keeper, name, member.dim, structure.name, member)
+        super().__init__(keeper, name, (structure, member))
         # not registered here: it is a module of S2FTExperts, under one name alone
         self._experts = (experts,)
         self._leaf = member.suffix
         num_experts, self.out_features, self.in_features = self.weight.shape
         self.num_experts = (num_experts,)
-        # for dim="out": the positions of all experts in one matrix (E * N, K), int32 (E * R,)
-        self.rows: dict[str, Tensor] = {}
 
-    def update_layer(
-        self, adapter_name: str, index: Tensor, mode: str, layout: str, fuse: bool = True
-    ) -> None:
-        """See `S2FTLayer.update_layer`. Raises ValueError for parameters of which no slice can be
-        trained in any mode.
-        """
+    def check_mode(self, mode: str) -> None:
+        """Raises ValueError, too, for a parameter of which no slice can be trained in any mode."""
         if not self.weight.is_floating_point():
             raise ValueError(
                 f"{self.name} must be floating to be trained, it is {self.weight.dtype}"
             )
         if reason := self.obstacle():
             raise ValueError(f"{self.name} cannot be trained: {reason}")
-        super().update_layer(adapter_name, index, mode, layout, fuse)
+        super().check_mode(mode)
 
     def get_base_layer(self) -> nn.Module:
         return self._experts[0]
@@ -91,30 +82,26 @@ class S2FTExpertTensor(S2FTLayer):
         super().note(premises, adapter)
         premises.same_tensor(self.get_base_layer(), self._leaf)
 
-    @torch.inference_mode(False)
-    def place(self, adapter: str) -> None:
-        super().place(adapter)
-        if self.dim == "in":
-            return
-        where = self.positions[adapter]
-        if isinstance(where, slice):
-            run = torch.arange(where.start, where.stop, dtype=torch.int32, device="cpu")
-            where = beside(run, self.weight).expand(*self.num_experts, -1)
-        first = torch.arange(len(where), dtype=torch.int32, device=where.device)
-        self.rows[adapter] = (where + first.unsqueeze(1) * self.out_features).flatten()
-
     def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
         weight, base, where = held.weight.data, held.base, held.where
         if delta is not None:
             delta = delta.detach()
-        if self.dim == "out" or isinstance(where, slice):  # all experts at once
-            place = self.rows[held.adapter] if self.dim == "out" else where
-            size = base.shape[2]
-            flat = None if delta is None else delta.view(-1, size)
-            return [(weight.view(-1, self.in_features), base.view(-1, size), flat, place, self.dim)]
+        if self.dim == "in" and isinstance(where, Tensor):
+            return [
+                (weight[e], base[e], None if delta is None else delta[e], where[e], self.dim)
+                for e in range(len(weight))
+            ]
+        # all experts at once, in one matrix (E * N, K)
+        if self.dim == "out":
+            if isinstance(where, slice):
+                where = torch.arange(where.start, where.stop, device=weight.device)
+            first = torch.arange(len(weight), device=weight.device) * self.out_features
+            where = (first.unsqueeze(1) + where).int().flatten()
         return [
-            (weight[e], base[e], None if delta is None else delta[e], where[e], self.dim)
-            for e in range(len(weight))
+            (
+                *(weight.view(-1, self.in_features), base.view(-1, base.shape[2])),
+                *(None if delta is None else delta.view(-1, base.shape[2]), where, self.dim),
+            )
         ]
 
     def take_base_slice(self, where: Index) -> Tensor:
@@ -179,13 +166,6 @@ class S2FTExpertTensor(S2FTLayer):
         if not self.keeper.are_ready({self: written}):
             with self.keeper.forwards.lock:
                 self.keeper.ensure_written({self: written})
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        self.rows = {
-            name: keep(rows, fn) if has_values(rows) else rows for name, rows in self.rows.items()
-        }
-        return self
 
 
 class S2FTExperts(nn.Module, BaseTunerLayer):

@@ -9,14 +9,8 @@ from s2kernels import backend
 from s2kernels.adapter import Slice, check_fingerprint, fingerprint
 from s2kernels.architectures import Member
 from s2kernels.autograd.experts import check_positions
-from s2kernels.peft.host.kept_buffers import (
-    KeptBuffers,
-    beside,
-    has_values,
-    home_of,
-    keep,
-    with_values,
-)
+from s2kernels.coupling import Structure
+from s2kernels.peft.host.kept_buffers import KeptBuffers, beside, home_of, with_values
 from s2kernels.peft.host.layer import AdapterLayer
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
@@ -42,7 +36,8 @@ class S2FTLayer(AdapterLayer):
 
     All but s2ft_dim have an axis of experts in front where the weight is (E, N, K).
 
-    `structure` and `member` say where the weight sits in the coupling table, None if nowhere.
+    found: where the weight sits in the coupling table, see `s2kernels.coupling.find`. If nowhere,
+    input channels are trained; so `structure`, a name, and `member` are None.
     """
 
     # (E,) of experts, () of a single matrix
@@ -65,12 +60,12 @@ class S2FTLayer(AdapterLayer):
         self,
         keeper: WeightKeeper,
         name: str,
-        dim: str,
-        structure: str | None = None,
-        member: Member | None = None,
+        found: tuple[Structure, Member] | None,
     ) -> None:
         super().__init__(keeper, name)
-        self.dim, self.structure, self.member = dim, structure, member
+        self.dim = "in" if found is None else found[1].dim
+        self.structure = None if found is None else found[0].name
+        self.member = None if found is None else found[1]
         self.s2ft_dim = KeptBuffers()
         self.layouts: dict[str, str] = {}
         self.fuse: dict[str, bool] = {}  # whether it may be computed together with others
@@ -79,7 +74,7 @@ class S2FTLayer(AdapterLayer):
 
     @torch.inference_mode(False)  # or they could never be trained
     def update_layer(
-        self, adapter_name: str, index: Tensor, mode: str, layout: str, fuse: bool = True
+        self, adapter_name: str, index: Tensor, mode: str, layout: str, fuse: bool
     ) -> None:
         """Add an adapter that trains the channels `index`, int32 (R,) or (E, R), in the original
         basis. Raises ValueError as `check_mode` does.
@@ -168,10 +163,7 @@ class S2FTLayer(AdapterLayer):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        tensors = {name: at for name, at in self.positions.items() if isinstance(at, Tensor)}
-        if tensors and all(map(has_values, (self.weight, *tensors.values()))):
-            self.positions |= {name: keep(at, fn) for name, at in tensors.items()}
-        elif tensors:
+        with with_values():
             self.locate()
         return self
 

@@ -10,7 +10,7 @@ from s2kernels.architectures import Member
 from s2kernels.autograd.accumulate import WeightHolder
 from s2kernels.autograd.first_order import apply
 from s2kernels.autograd.linear import S2LinearFunction, delta_linear, operands
-from s2kernels.coupling import is_conv1d, is_dense
+from s2kernels.coupling import Structure, is_conv1d, is_dense
 from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
 from s2kernels.peft.host.linear import AdapterLinear
 from s2kernels.peft.host.premises import Premises
@@ -51,13 +51,13 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
         base_layer: nn.Module,
         keeper: WeightKeeper,
         name: str,
-        dim: str,
-        structure: str | None = None,
-        member: Member | None = None,
+        found: tuple[Structure, Member] | None,
     ) -> None:
-        super().__init__(keeper, name, dim, structure, member)
+        super().__init__(keeper, name, found)
         self.base_layer = base_layer
-        self.in_features, self.out_features = features(base_layer)
+        base: Any = base_layer
+        sizes = (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)
+        self.in_features, self.out_features = sizes
         # torchao's wants to know how to quantize anew what was merged, and nothing ever is
         self.quantization_backend = resolve_quantization_backend(
             base_layer, get_apply_tensor_subclass=_not_merged
@@ -166,9 +166,3 @@ def holding_for(written: dict[S2FTLinear, str | None]) -> WeightHolder | None:
 
 def _not_merged() -> None:
     raise ValueError("an adapter can only be merged into a plain dense weight")
-
-
-def features(layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer, or of a Conv1D, which calls them otherwise."""
-    linear: Any = layer
-    return (linear.nx, linear.nf) if is_conv1d(layer) else (linear.in_features, linear.out_features)

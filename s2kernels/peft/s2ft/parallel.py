@@ -103,11 +103,9 @@ class ParallelLinear(S2FTLinear):
     Raises ValueError as `Style` does.
     """
 
-    def __init__(
-        self, base_layer: nn.Module, keeper: WeightKeeper, name: str, dim: str, *place: Any
-    ) -> None:
-        self.style = Style(keeper.model, base_layer, name, dim)
-        super().__init__(base_layer, keeper, name, dim, *place)  # structure and member
+    def __init__(self, base_layer: nn.Module, keeper: WeightKeeper, name: str, *found: Any) -> None:
+        super().__init__(base_layer, keeper, name, *found)
+        self.style = Style(keeper.model, base_layer, name, self.dim)
 
     @property
     def weight(self) -> Tensor:
