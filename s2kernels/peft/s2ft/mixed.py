@@ -8,7 +8,6 @@ One adapter after the other where gradients are wanted, and in the first forward
 which the slices of all adapters are copied into one pool.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -127,15 +126,10 @@ def _one_by_one(
 
 def hook_whole_modules(model: nn.Module, rows: Rows) -> list[Any]:
     """Have the modules_to_save of `model` go by their rows, too, until the handles are removed."""
-    give = partial(_give_adapter_names, rows=rows)
-    wrappers = [
-        module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)
-    ]
-    return [module.register_forward_pre_hook(give, with_kwargs=True) for module in wrappers]
 
+    def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        names = rows.of(args[0]) if args and isinstance(args[0], Tensor) else rows
+        return args, kwargs | {"adapter_names": names}
 
-def _give_adapter_names(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], rows: Rows
-) -> tuple[tuple, dict[str, Any]]:
-    names = rows.of(args[0]) if args and isinstance(args[0], Tensor) else rows
-    return args, kwargs | {"adapter_names": names}
+    wrappers = (each for each in model.modules() if isinstance(each, AuxiliaryTrainingWrapper))
+    return [wrapper.register_forward_pre_hook(give, with_kwargs=True) for wrapper in wrappers]
