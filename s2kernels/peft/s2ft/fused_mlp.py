@@ -13,19 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from s2kernels import backend
 from s2kernels.autograd.checks import is_autocast
 from s2kernels.autograd.first_order import apply
 from s2kernels.autograd.joined import joined
 from s2kernels.autograd.mlp import S2MLPFunction, operands
-from s2kernels.capturing import is_capturing
 from s2kernels.coupling import Structure
 from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
-from s2kernels.peft.s2ft.arranged_weights import arrangement_of
+from s2kernels.peft.s2ft.arranged_weights import are_alike, arrangement_of
 from s2kernels.peft.s2ft.linear import S2FTLinear, holding_for
 
 
@@ -78,26 +76,6 @@ def fuse_mlp(keeper: WeightKeeper, structure: Structure) -> None:
     linears = [linear_behind(each) for each in modules[:-1]]
     if len(linears) == 2 and all(type(linear) is nn.Linear for linear in linears):
         arrangement_of(keeper).pairs.append((linears[0], linears[1]))
-
-
-def join_all(keeper: WeightKeeper) -> None:
-    """Join the frozen weights of all `pairs` that are on a GPU and this model's alone to move.
-
-    The weights of a pair lay in segments of the allocator that are too small for both together, so
-    they stay reserved and empty: 86 + 86 MiB a layer of LLaMA-2-7B, about 5.5 GB in all.
-    They are given back to the device once, after the last pair.
-    """
-    arrangement = arrangement_of(keeper)
-    num_moved = 0
-    for pair in arrangement.pairs:
-        first, second = weights = [linear.weight for linear in pair]
-        if not are_alike(weights) or not backend.prefers_joined(first):
-            continue
-        if all(keeper.obstacles.of(weight) is None for weight in weights):
-            assert isinstance(first, nn.Parameter) and isinstance(second, nn.Parameter)
-            num_moved += arrangement.join(first, second)
-    if num_moved and torch.accelerator.is_available() and not is_capturing():
-        torch.accelerator.empty_cache()
 
 
 class FusedMLP:
@@ -196,7 +174,7 @@ class FusedMLP:
         else:
             both = joined(*weights[:2])
             if both is None and backend.prefers_joined(weights[0]):
-                join_all(self.keeper)
+                arrangement_of(self.keeper).join_pairs(self.keeper.obstacles)
                 both = joined(*weights[:2])
         mode = "inplace" if modes == {True} else "additive"
         held = holding_for(written)
@@ -229,22 +207,6 @@ def is_silu(activation: nn.Module) -> bool:
     kind = type(activation)
     names = kind.__module__, kind.__name__
     return kind is nn.SiLU or names == ("transformers.activations", "SiLUActivation")
-
-
-def are_alike(weights: Sequence[Tensor]) -> bool:
-    """Whether all weights are plain, frozen, of one dtype and on one device.
-
-    A parameter under FakeTensorMode stands for a plain one.
-    """
-    first = weights[0]
-    return all(
-        type(weight) in (nn.Parameter, FakeTensor)
-        and not weight.requires_grad
-        and weight.is_floating_point()
-        and weight.dtype == first.dtype
-        and weight.device == first.device
-        for weight in weights
-    )
 
 
 def weights_match_input(weight: Tensor, x: Tensor) -> bool:

@@ -19,7 +19,7 @@ from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.s2ft.arranged_weights import ArrangedWeights, arrangement_of
 from s2kernels.peft.s2ft.config import S2FTConfig
 from s2kernels.peft.s2ft.experts import S2FTExperts, tensors_to_train
-from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp, join_all
+from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp
 from s2kernels.peft.s2ft.layer import S2FTLayer, slice_writer
 from s2kernels.peft.s2ft.linear import S2FTLinear
 from s2kernels.peft.s2ft.mixed import Rows, hook_whole_modules
@@ -108,14 +108,15 @@ class S2FTModel(AdapterModel):
         for structure in self.arrangement.structures.values():
             if structure.kind == "ffn":
                 fuse_mlp(self.keeper, structure)
-        join_all(self.keeper)  # as early as can be: a GEMM may round otherwise elsewhere in memory
+        # as early as can be: a GEMM may round otherwise elsewhere in memory
+        self.arrangement.join_pairs(self.keeper.obstacles)
 
     def _detach(self) -> None:
         for layer in self.keeper.layers:
             if isinstance(layer, S2FTLinear) and layer.gathered is not None:
                 layer.gathered.check_given_back()
         super()._detach()
-        arrangement_of(self.keeper).pairs = []
+        self.arrangement.pairs = []
         for module in self.keeper.model.modules():
             if isinstance(vars(module).get("forward"), FusedMLP):
                 del module.forward
