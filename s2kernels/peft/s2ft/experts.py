@@ -26,7 +26,6 @@ from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.config import S2FTConfig
 from s2kernels.peft.s2ft.layer import S2FTLayer
 from s2kernels.peft.s2ft.selection import is_target
-from s2kernels.reference import Index
 
 
 class ExpertCall(NamedTuple):
@@ -104,15 +103,6 @@ class S2FTExpertTensor(S2FTLayer):
             )
         ]
 
-    def take_base_slice(self, where: Index) -> Tensor:
-        weight = self.weight.data
-        axis = 2 if self.dim == "in" else 1
-        if isinstance(where, slice):
-            part = weight.narrow(axis, where.start, where.stop - where.start)
-            return part.clone(memory_format=torch.contiguous_format)
-        index = where.long().unsqueeze(3 - axis)
-        return torch.take_along_dim(weight, index, axis)
-
     def prepare(self) -> ExpertCall:
         written, premises = self.written_adapter(), Premises()
         if not torch.compiler.is_compiling():
@@ -131,19 +121,12 @@ class S2FTExpertTensor(S2FTLayer):
         """What the parameter makes of each pair of a token and an expert, with the active adapters:
         (S, N); see `s2kernels.autograd.experts.expert_linear`.
         """
-        call = self.call_now()
+        call, written = self.call_now(), {}
         if call.written is not None:
-            return expert_linear(
-                x,
-                self.weight,
-                routing,
-                from_tokens=from_tokens,
-                delta=self.s2ft_delta[call.written],
-                index=self.positions[call.written],
-                dim=self.dim,
-                holding=call.holding,
-            )
-        y = expert_linear(x, self.weight, routing, from_tokens=from_tokens, holding=call.holding)
+            delta, where = self.s2ft_delta[call.written], self.positions[call.written]
+            written = dict(delta=delta, index=where, dim=self.dim)
+        given = written | dict(from_tokens=from_tokens, holding=call.holding)
+        y = expert_linear(x, self.weight, routing, **given)
         for name in call.added:
             delta, where = self.s2ft_delta[name], self.positions[name]
             y = expert_delta(y, x, delta, where, self.dim, routing, from_tokens=from_tokens)

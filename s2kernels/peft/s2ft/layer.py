@@ -23,6 +23,19 @@ def slice_writer(entries: list[tuple]) -> Callable[[], None]:
     return backend.select(entries[0][0]).slice_writer(*zip(*entries, strict=True))
 
 
+def slice_of(weight: Tensor, where: Index, dim: str) -> Tensor:
+    """A copy of what a weight (N, K), or one of experts (E, N, K), or a shard of one, has at these
+    channels, shaped like delta.
+    """
+    axis = weight.dim() - (1 if dim == "in" else 2)
+    if isinstance(where, slice):
+        part = weight.narrow(axis, where.start, where.stop - where.start)
+        return part.clone(memory_format=torch.contiguous_format)
+    if where.dim() == 1:
+        return weight.index_select(axis, where).contiguous()
+    return torch.take_along_dim(weight, where.long().unsqueeze(3 - axis), axis)
+
+
 class S2FTLayer(AdapterLayer):
     """A frozen base weight (N, K) with, per adapter, a trained slice on `dim`.
 
@@ -136,12 +149,12 @@ class S2FTLayer(AdapterLayer):
 
     def take(self, adapter: str) -> Held:
         where = self.positions[adapter]
-        base = self.take_base_slice(where)
+        base = slice_of(self.matrix_of(self.weight).data, where, self.dim)
         return Held(adapter, self.weight, where, base, self.s2ft_delta[adapter])
 
-    def take_base_slice(self, where: Index) -> Tensor:
-        """A copy of what the weight holds at these channels, shaped like delta."""
-        raise NotImplementedError
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """The weight as (N, K), or of experts (E, N, K), a view of it."""
+        return weight
 
     def fingerprint_of(self, base: Tensor) -> Tensor:
         return fingerprint(base, self.dim)

@@ -12,6 +12,7 @@ from s2kernels.autograd.first_order import apply
 from s2kernels.autograd.linear import S2LinearFunction, delta_linear, operands
 from s2kernels.coupling import Structure, is_conv1d, is_dense
 from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
+from s2kernels.peft.host.kept_buffers import local
 from s2kernels.peft.host.linear import AdapterLinear
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
@@ -19,7 +20,7 @@ from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.gathered import AsGathered, Gathered
 from s2kernels.peft.s2ft.layer import S2FTLayer
 from s2kernels.peft.s2ft.mixed import Rows
-from s2kernels.reference import Index, take
+from s2kernels.reference import Index
 
 
 class LinearCall(NamedTuple):
@@ -72,14 +73,8 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
         return None if is_dense(base) else f"the base layer is a {type(base).__name__}"
 
     def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
+        delta = None if delta is None else local(delta)
         return [(self.matrix_of(held.weight), held.base, delta, held.where, self.dim)]
-
-    def take_base_slice(self, where: Index) -> Tensor:
-        return self.slice_of_matrix(self.matrix_of(self.weight).data, where)
-
-    def slice_of_matrix(self, matrix: Tensor, where: Index) -> Tensor:
-        """A copy of what a matrix (N, K), or a shard of it, has at these channels."""
-        return take(matrix, where) if self.dim == "in" else take(matrix.t(), where).t().contiguous()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to W0, dense, shaped like the weight, in the dtype of the delta."""

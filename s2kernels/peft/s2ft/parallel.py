@@ -27,10 +27,8 @@ from transformers.distributed.tensor_parallel import (
     replace_layer_number_by_wildcard,
 )
 
-from s2kernels.peft.host.kept_buffers import local
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
-from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.config import S2FTConfig
 from s2kernels.peft.s2ft.linear import LinearCall, S2FTLinear
 
@@ -78,7 +76,6 @@ class Style:
         self.num_shards, self.rank = self.mesh.size(), self.mesh.get_local_rank()
         # what the style asks for its sizes; the bias of a rowwise layer is added once, in `leave`
         self._sizes = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        self._adds_bias = dim == "in"
 
     def enter(self, x: Tensor) -> Tensor:
         """What the part of this process multiplies."""
@@ -89,12 +86,12 @@ class Style:
 
     def bias_here(self, bias: Tensor | None) -> Tensor | None:
         """What is added to the product of the part of this process."""
-        return None if bias is None or self._adds_bias else here(bias)
+        return None if bias is None or self.axis == 1 else here(bias)
 
     def leave(self, y: Tensor, bias: Tensor | None) -> Tensor:
         """The output of the layer, from what the part of this process gives."""
         y = self._style.transform_output_post_forward(self._sizes, y, self.mesh)
-        return y if bias is None or not self._adds_bias else y + here(bias).to(y.dtype)
+        return y if bias is None or self.axis == 0 else y + here(bias).to(y.dtype)
 
 
 class ParallelLinear(S2FTLinear):
@@ -190,10 +187,7 @@ class ParallelLinear(S2FTLinear):
         delta = delta.to(self.weight.device)
         return distribute_tensor(delta, self.style.mesh, [Shard(self.axis)], src_data_rank=None)
 
-    # What is written into the part, and computed with it
-
-    def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
-        return super().entries(held, None if delta is None else local(delta))
+    # What is computed with the part
 
     def note(self, premises: Premises, adapter: str | None) -> None:
         super().note(premises, adapter)
