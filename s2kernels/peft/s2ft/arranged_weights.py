@@ -162,9 +162,9 @@ class ArrangedWeights:
 
     def to_working(self, layer: Any, index: Tensor) -> Tensor:
         """Where the channels `index` of the layer lie in the present basis, int32 like `index`."""
-        if layer.structure not in self.permutations:
+        if layer.structure is None or layer.structure.name not in self.permutations:
             return index
-        inverse = self.permutations[layer.structure].inverse()
+        inverse = self.permutations[layer.structure.name].inverse()
         order = inverse.channels_of_each_expert(layer.member).to(index.device)
         return torch.take_along_dim(order, index.long().view(len(order), -1), 1).view_as(index)
 
@@ -174,7 +174,7 @@ class ArrangedWeights:
         for layer in layers:
             for name, layout in layer.layouts.items():
                 if layout == "permute":
-                    wanted.setdefault(layer.structure, []).append((layer, name))
+                    wanted.setdefault(layer.structure.name, []).append((layer, name))
         permutations = {}
         for structure_name, candidates in wanted.items():
             # The first adapter decides for all, and among its targets the in-slice: it is the one

@@ -10,7 +10,7 @@ Else its forward is the one of `s2kernels.autograd.experts`, which computes the 
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,26 +19,13 @@ from torch import Tensor, nn
 from s2kernels.architectures import Member
 from s2kernels.autograd.experts import Routing, expert_delta, expert_linear, experts_forward
 from s2kernels.coupling import Structure
-from s2kernels.peft.host.holding import Holding, holding, keep_w0_for_backward_of
+from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.config import S2FTConfig
-from s2kernels.peft.s2ft.layer import S2FTLayer
+from s2kernels.peft.s2ft.layer import PreparedCall, S2FTLayer
 from s2kernels.peft.s2ft.selection import is_target
-
-
-class ExpertCall(NamedTuple):
-    """What a forward makes of one tensor of experts; see `AdapterLayer.prepared`.
-
-    written: the adapter whose slices are in the parameter; added: those whose part is added.
-    """
-
-    changes: int
-    premises: Premises
-    written: str | None
-    added: list[str]
-    holding: Holding | None
 
 
 class S2FTExpertTensor(S2FTLayer):
@@ -96,39 +83,35 @@ class S2FTExpertTensor(S2FTLayer):
                 where = torch.arange(where.start, where.stop, device=weight.device)
             first = torch.arange(len(weight), device=weight.device) * self.out_features
             where = (first.unsqueeze(1) + where).int().flatten()
-        return [
-            (
-                *(weight.view(-1, self.in_features), base.view(-1, base.shape[2])),
-                *(None if delta is None else delta.view(-1, base.shape[2]), where, self.dim),
-            )
-        ]
+        size = base.shape[2]
+        delta = None if delta is None else delta.view(-1, size)
+        return [(weight.view(-1, self.in_features), base.view(-1, size), delta, where, self.dim)]
 
-    def prepare(self) -> ExpertCall:
-        written, premises = self.written_adapter(), Premises()
-        if not torch.compiler.is_compiling():
-            self.note(premises, written)
-        added = [] if written is not None else self.active()
-        return ExpertCall(
-            *(self.keeper.changes, premises, written, added),
-            holding(self.keeper, {self: written}),
+    def prepare(self) -> PreparedCall:
+        written, slices = self.written_adapter(), self.active_slices()
+        given = None if written is None else slices.pop(0)
+        return PreparedCall(
+            *(self.keeper.changes, self.premises(written), {self: written}),
+            operands=(given, holding(self.keeper, {self: written})),
+            slices=slices,
         )
 
-    def call_now(self) -> ExpertCall:
-        """What a forward does now."""
+    def call_now(self) -> PreparedCall:
+        """What a forward does now. operands: (delta, positions) of the slice that is written, or
+        None, and what the backward is to hold.
+        """
         return self.prepare() if torch.compiler.is_compiling() else self.prepared()
 
     def project(self, x: Tensor, routing: Routing, *, from_tokens: bool) -> Tensor:
         """What the parameter makes of each pair of a token and an expert, with the active adapters:
         (S, N); see `s2kernels.autograd.experts.expert_linear`.
         """
-        call, written = self.call_now(), {}
-        if call.written is not None:
-            delta, where = self.s2ft_delta[call.written], self.positions[call.written]
-            written = dict(delta=delta, index=where, dim=self.dim)
-        given = written | dict(from_tokens=from_tokens, holding=call.holding)
-        y = expert_linear(x, self.weight, routing, **given)
-        for name in call.added:
-            delta, where = self.s2ft_delta[name], self.positions[name]
+        call = self.call_now()
+        written, held = call.operands
+        options = {} if written is None else dict(delta=written[0], index=written[1], dim=self.dim)
+        options |= dict(from_tokens=from_tokens, holding=held)
+        y = expert_linear(x, self.weight, routing, **options)
+        for delta, where in call.slices:
             y = expert_delta(y, x, delta, where, self.dim, routing, from_tokens=from_tokens)
         return y
 
@@ -145,10 +128,10 @@ class S2FTExpertTensor(S2FTLayer):
                 f"adapter_names: {self.name} is a tensor of experts, which a mixed batch cannot "
                 "have an adapter of for each row; use set_adapter"
             )
-        written = call.written if names is None else None
-        if not self.keeper.are_ready({self: written}):
+        wanted: dict[Any, str | None] = call.written if names is None else {self: None}
+        if not self.keeper.are_ready(wanted):
             with self.keeper.forwards.lock:
-                self.keeper.ensure_written({self: written})
+                self.keeper.ensure_written(wanted)
 
 
 class S2FTExperts(nn.Module, BaseTunerLayer):
@@ -208,14 +191,13 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
         """
         if self.keeper.forwards.rows is not None:
             return False
-        calls = [(layer, layer.call_now()) for layer in self.tensors]
-        if any(call.added for _, call in calls):
+        calls = [layer.call_now() for layer in self.tensors]
+        if any(call.slices for call in calls):
             return True
+        written = [call.operands[0] for call in calls if call.operands[0] is not None]
         # x alone is reason enough: dx, too, is to be that of the slices in the parameters now
         return torch.is_grad_enabled() and any(
-            x.requires_grad or layer.s2ft_delta[call.written].requires_grad
-            for layer, call in calls
-            if call.written is not None
+            x.requires_grad or delta.requires_grad for delta, _ in written
         )
 
     def _project(self, leaf: str, x: Tensor, routing: Routing, *, from_tokens: bool) -> Tensor:
@@ -249,11 +231,10 @@ def tensors_to_train(
     found: dict[str, list[str]] = {}
     for name, structure in structures.items():
         for leaf in structure.projections if structure.kind == "experts" else ():
-            start = f"{name}.{leaf}.s2ft_"
-            if (
-                is_target(config, structure, leaf)
-                if saved is None
-                else any(key.startswith(start) for key in saved)
-            ):
+            if saved is None:
+                wanted = is_target(config, structure, leaf)
+            else:
+                wanted = any(key.startswith(f"{name}.{leaf}.s2ft_") for key in saved)
+            if wanted:
                 found.setdefault(name, []).append(leaf)
     return found

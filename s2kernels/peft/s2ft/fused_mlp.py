@@ -9,7 +9,7 @@ On a GPU the weights of gate and up are laid one after the other: the pair is on
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,13 @@ from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.s2ft.arranged_weights import are_alike, arrangement_of
+from s2kernels.peft.s2ft.layer import PreparedCall
 from s2kernels.peft.s2ft.linear import S2FTLinear, holding_for
 
-
-class Gated(NamedTuple):
-    """What a forward computes down(activation(gate(x)) * up(x)) with; gate_up may be one module."""
-
-    gate_up: tuple[str, ...]
-    down: str
-    activation: str
-
-
-_LLAMA = Gated(("gate_proj", "up_proj"), "down_proj", "act_fn")
-_PHI3 = Gated(("gate_up_proj",), "down_proj", "activation_fn")
-# The forwards that do. A class that inherits one computes the same; one that overrides it is not
+_LLAMA = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_PHI3 = ("gate_up_proj", "down_proj", "activation_fn")
+# The forwards that compute down(activation(gate(x)) * up(x)), and the names of their modules, the
+# activation last. A class that inherits a forward computes the same; one that overrides it is not
 # here.
 GATED = {
     ("transformers.models.llama.modeling_llama", "LlamaMLP.forward"): _LLAMA,
@@ -49,41 +42,28 @@ GATED = {
 }
 
 
-class MLPCall(NamedTuple):
-    """What a forward of the FFN does now.
-
-    written: for each layer the adapter that its weight is to hold. operands: of `S2MLPFunction`,
-    with the weight of gate first; None where it is the forward of the class.
-    """
-
-    changes: int
-    premises: Premises
-    written: dict[S2FTLinear, str | None]
-    operands: tuple | None = None
-
-
 def fuse_mlp(keeper: WeightKeeper, structure: Structure) -> None:
     """Give the FFN a forward of its own, if that can be."""
     module = keeper.model.get_submodule(structure.name)
     forward = type(module).forward
-    gated = GATED.get((forward.__module__, forward.__qualname__))
-    if gated is None or "forward" in vars(module):
+    names = GATED.get((forward.__module__, forward.__qualname__))
+    if names is None or "forward" in vars(module):
         return
-    modules = [module.get_submodule(name) for name in (*gated.gate_up, gated.down)]
+    modules = [module.get_submodule(name) for name in names[:-1]]
     if not any(isinstance(each, S2FTLinear) for each in modules):
         return
-    module.forward = FusedMLP(module, gated, keeper)
-    linears = [linear_behind(each) for each in modules[:-1]]
-    if len(linears) == 2 and all(type(linear) is nn.Linear for linear in linears):
-        arrangement_of(keeper).pairs.append((linears[0], linears[1]))
+    module.forward = FusedMLP(module, names, keeper)
+    gate_up = [linear_behind(each) for each in modules[:-1]]
+    if len(gate_up) == 2 and all(type(linear) is nn.Linear for linear in gate_up):
+        arrangement_of(keeper).pairs.append((gate_up[0], gate_up[1]))
 
 
 class FusedMLP:
-    """The forward of one gated FFN, `module`."""
+    """The forward of one gated FFN, `module`; names: see `GATED`."""
 
-    def __init__(self, module: nn.Module, gated: Gated, keeper: WeightKeeper) -> None:
-        self.module, self.gated, self.keeper = module, gated, keeper
-        self._call: MLPCall | None = None
+    def __init__(self, module: nn.Module, names: tuple[str, ...], keeper: WeightKeeper) -> None:
+        self.module, self.names, self.keeper = module, names, keeper
+        self._call: PreparedCall | None = None  # of `S2MLPFunction`, with the weight of gate first
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_call": None}
@@ -111,26 +91,24 @@ class FusedMLP:
             keeper.ensure_written(call.written)
             return apply(S2MLPFunction, x, *call.operands)
 
-    def _prepare(self) -> MLPCall:
+    def _prepare(self) -> PreparedCall:
         """What a forward does until something changes."""
-        names = (*self.gated.gate_up, self.gated.down)
-        modules = [getattr(self.module, name) for name in names]
+        *modules, activation = (getattr(self.module, name) for name in self.names)
         layers = [each for each in modules if isinstance(each, S2FTLinear)]
         for layer in layers:
             self.keeper.notice_call(layer)
             layer.known.look()
         linears = [linear_behind(each) for each in modules]
-        activation = getattr(self.module, self.gated.activation)
         premises = Premises()
         premises.unwatched()
-        for name in (*names, self.gated.activation):
+        for name in self.names:
             premises.same_child(self.module, name)
         for layer in layers:
             premises.same_child(layer, "base_layer")
         for each in (*modules, *linears, activation):
             premises.bare(each)
         if not premises.hold():  # there are hooks: each call looks whether they still are
-            return MLPCall(-1, premises, {})
+            return PreparedCall(-1, premises, {})
         is_plain = is_silu(activation) and all(type(linear) is nn.Linear for linear in linears)
         found = self._operands(modules, layers, linears) if is_plain else None
         for linear in linears if is_plain else ():  # only now: they may have been joined
@@ -142,7 +120,7 @@ class FusedMLP:
         for layer in written:
             layer.note(premises, written[layer])
         self.keeper.expect(premises)
-        return MLPCall(self.keeper.changes, premises, written, given)
+        return PreparedCall(self.keeper.changes, premises, written, given)
 
     def _operands(
         self, modules: list[nn.Module], layers: list[S2FTLinear], linears: list[nn.Linear]
@@ -161,8 +139,10 @@ class FusedMLP:
         arrived = {layer: layer.arrived_adapter() for layer in layers}
         modes = {(written[layer] or arrived[layer]) is not None for layer in trained}
         positions = [layer.positions[adapter] for layer in trained]
-        if len(modes) > 1 or not _are_the_same([layer.s2ft_index[adapter] for layer in trained]):
-            return None
+        with with_values():
+            first, *others = (layer.s2ft_index[adapter] for layer in trained)
+            if len(modes) > 1 or not all(torch.equal(first, other) for other in others):
+                return None
 
         biases: list[Tensor | None] = [linear.bias for linear in linears]
         deltas = [layer.s2ft_delta[adapter] if layer in trained else None for layer in modules]
@@ -179,11 +159,6 @@ class FusedMLP:
         mode = "inplace" if modes == {True} else "additive"
         held = holding_for(written)
         return written, operands(weights, biases, deltas, positions[0], mode, both, held)
-
-
-def _are_the_same(indices: list[Tensor]) -> bool:
-    with with_values():
-        return all(torch.equal(indices[0], each) for each in indices[1:])
 
 
 def sole_active_adapter(layers: Sequence[S2FTLinear]) -> str | None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from s2kernels import reference
 from s2kernels.coupling import is_conv1d
-from s2kernels.peft.s2ft.layer import slice_of
+from s2kernels.peft.s2ft.layer import copy_of_channels
 
 
 class Gathered:
@@ -44,7 +44,7 @@ class Gathered:
         if isinstance(where, Tensor):
             where = where.to(copy.device)
         matrix = layer.matrix_of(copy)
-        base = slice_of(matrix, where, layer.dim)
+        base = copy_of_channels(matrix, where, layer.dim)
         reference.slice_write([matrix], [base], [delta], [where], [layer.dim])
 
     def arrived(self) -> str | None:

@@ -1,6 +1,7 @@
 """What every S2FT layer is: a base weight of which each adapter trains a slice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from s2kernels.autograd.experts import check_positions
 from s2kernels.coupling import Structure
 from s2kernels.peft.host.kept_buffers import KeptBuffers, beside, home_of, with_values
 from s2kernels.peft.host.layer import AdapterLayer
+from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.arranged_weights import arrangement_of
@@ -23,7 +25,7 @@ def slice_writer(entries: list[tuple]) -> Callable[[], None]:
     return backend.select(entries[0][0]).slice_writer(*zip(*entries, strict=True))
 
 
-def slice_of(weight: Tensor, where: Index, dim: str) -> Tensor:
+def copy_of_channels(weight: Tensor, where: Index, dim: str) -> Tensor:
     """A copy of what a weight (N, K), or one of experts (E, N, K), or a shard of one, has at these
     channels, shaped like delta.
     """
@@ -34,6 +36,22 @@ def slice_of(weight: Tensor, where: Index, dim: str) -> Tensor:
     if where.dim() == 1:
         return weight.index_select(axis, where).contiguous()
     return torch.take_along_dim(weight, where.long().unsqueeze(3 - axis), axis)
+
+
+class PreparedCall(NamedTuple):
+    """What a forward of a layer, or of several as one Function, does; see `AdapterLayer.prepared`.
+
+    written:  of each layer, the adapter whose slice is to be in the weight; None for W0
+    operands: of the Function, which takes the weight with the first slice; None where the modules
+              compute their own output
+    slices:   (delta, positions) of the other active adapters
+    """
+
+    changes: int
+    premises: Premises
+    written: dict[Any, str | None]
+    operands: Any = None
+    slices: Sequence[tuple[Tensor, Index]] = ()
 
 
 class S2FTLayer(AdapterLayer):
@@ -49,8 +67,8 @@ class S2FTLayer(AdapterLayer):
 
     All but s2ft_dim have an axis of experts in front where the weight is (E, N, K).
 
-    found: where the weight sits in the coupling table, see `s2kernels.coupling.find`. If nowhere,
-    input channels are trained; so `structure`, a name, and `member` are None.
+    found: `structure` and `member`, where the weight sits in the coupling table: see
+    `s2kernels.coupling.find`. If nowhere, input channels are trained.
     """
 
     # (E,) of experts, () of a single matrix
@@ -64,21 +82,21 @@ class S2FTLayer(AdapterLayer):
     delta_name, index_name = "s2ft_delta", "s2ft_index"
     fingerprint_name = "s2ft_fingerprint"
     adapter_layer_names = ("s2ft_delta",)
-    other_param_names: tuple[str, ...] = (
+    other_param_names = (
         *("s2ft_index", "s2ft_dim", "s2ft_fingerprint"),
         *("modes", "layouts", "fuse", "positions"),
     )
 
     def __init__(
-        self,
-        keeper: WeightKeeper,
-        name: str,
-        found: tuple[Structure, Member] | None,
+        self, keeper: WeightKeeper, name: str, found: tuple[Structure, Member] | None
     ) -> None:
         super().__init__(keeper, name)
-        self.dim = "in" if found is None else found[1].dim
-        self.structure = None if found is None else found[0].name
-        self.member = None if found is None else found[1]
+        self.structure: Structure | None = None
+        self.member: Member | None = None
+        self.dim = "in"
+        if found is not None:
+            self.structure, self.member = found
+            self.dim = self.member.dim
         self.s2ft_dim = KeptBuffers()
         self.layouts: dict[str, str] = {}
         self.fuse: dict[str, bool] = {}  # whether it may be computed together with others
@@ -149,12 +167,29 @@ class S2FTLayer(AdapterLayer):
 
     def take(self, adapter: str) -> Held:
         where = self.positions[adapter]
-        base = slice_of(self.matrix_of(self.weight).data, where, self.dim)
+        base = copy_of_channels(self.matrix_of(self.weight).data, where, self.dim)
         return Held(adapter, self.weight, where, base, self.s2ft_delta[adapter])
 
     def matrix_of(self, weight: Tensor) -> Tensor:
         """The weight as (N, K), or of experts (E, N, K), a view of it."""
         return weight
+
+    def active_slices(self) -> list[tuple[Tensor, Index]]:
+        """(delta, positions) of each active adapter."""
+        return [(self.s2ft_delta[name], self.positions[name]) for name in self.active()]
+
+    def premises(self, adapter: str | None) -> Premises:
+        """What `prepare` takes for granted; see `note`. Nothing under torch.compile."""
+        premises = Premises()
+        if not torch.compiler.is_compiling():
+            self.note(premises, adapter)
+        return premises
+
+    def note(self, premises: Premises, adapter: str | None) -> None:
+        super().note(premises, adapter)
+        for name in self.active():
+            premises.same_tensor(self.s2ft_delta, name)
+            premises.same_tensor(self.s2ft_index, name)
 
     def fingerprint_of(self, base: Tensor) -> Tensor:
         return fingerprint(base, self.dim)

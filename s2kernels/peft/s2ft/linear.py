@@ -1,6 +1,6 @@
 """The layer that PEFT puts in the place of a Linear: how its slices reach the output."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.utils import resolve_quantization_backend
@@ -18,25 +18,8 @@ from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.gathered import AsGathered, Gathered
-from s2kernels.peft.s2ft.layer import S2FTLayer
+from s2kernels.peft.s2ft.layer import PreparedCall, S2FTLayer
 from s2kernels.peft.s2ft.mixed import Rows
-from s2kernels.reference import Index
-
-
-class LinearCall(NamedTuple):
-    """What a forward of the layer does; see `AdapterLayer.prepared`.
-
-    written:  of this layer, the adapter whose slice is to be in the weight; None for W0
-    operands: of `S2LinearFunction`, which takes the weight with the first slice; None where the
-              base layer computes its own output
-    slices:   (delta, positions) of the active adapters, without that first one
-    """
-
-    changes: int
-    premises: Premises
-    written: dict[Any, str | None]
-    operands: tuple | None
-    slices: list[tuple[Tensor, Index]]
 
 
 class S2FTLinear(S2FTLayer, AdapterLinear):
@@ -94,31 +77,22 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
 
     def note(self, premises: Premises, adapter: str | None) -> None:
         super().note(premises, adapter)
+        premises.same_tensor(self.base_layer, "bias")
+        if is_conv1d(self.base_layer):  # its matrix is a view
+            premises.unmoved(self.weight)
         if self.gathered is not None:
             premises.same_attribute(self.gathered, "adapter")
 
-    def prepare(self) -> LinearCall:
+    def prepare(self) -> PreparedCall:
         written, arrived = self.written_adapter(), self.arrived_adapter()
-        names = self.active()
-        dense = bool(names) and is_dense(self.base_layer) and not self.weight.requires_grad
-        premises = Premises()
-        if not torch.compiler.is_compiling():
-            self.note(premises, written)
-            if dense:
-                premises.same_tensor(self.base_layer, "bias")
-                if is_conv1d(self.base_layer):  # its matrix is a view
-                    premises.unmoved(self.weight)
-            for name in names:
-                premises.same_tensor(self.s2ft_delta, name)
-                premises.same_tensor(self.s2ft_index, name)
-        slices, given = [(self.s2ft_delta[name], self.positions[name]) for name in names], None
-        if dense:
+        slices, premises, given = self.active_slices(), self.premises(written), None
+        if slices and is_dense(self.base_layer) and not self.weight.requires_grad:
             mode = "additive" if written is None and arrived is None else "inplace"
             matrix, held = self.matrix_of(self.weight), holding_for({self: written})
             given = operands(matrix, *slices.pop(0), self.dim, self.bias, mode, held)
-        return LinearCall(self.keeper.changes, premises, {self: written}, given, slices)
+        return PreparedCall(self.keeper.changes, premises, {self: written}, given, slices)
 
-    def compute(self, x: Tensor, call: LinearCall, *args, **kwargs) -> Tensor:
+    def compute(self, x: Tensor, call: PreparedCall, *args, **kwargs) -> Tensor:
         if call.operands is None:
             y = self._forward_base(x, *args, **kwargs)
         else:

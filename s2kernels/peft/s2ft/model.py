@@ -168,8 +168,7 @@ class S2FTModel(AdapterModel):
             )
         kind = ParallelLinear if shards > 1 else S2FTLinear
         layer = target if isinstance(target, S2FTLinear) else kind(base, self.keeper, name, found)
-        structure = None if found is None else found[0]
-        index = target_index(config, name, structure, layer.num_channels, shards)
+        index = target_index(config, layer, shards)
         layer.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
         return layer
 
@@ -179,13 +178,13 @@ class S2FTModel(AdapterModel):
         """See `_adapted_linear`."""
         if num_shards(self.keeper.model) > 1:
             raise ValueError(f"{name}: experts are not trained under tensor parallelism")
-        structure, layer = self.arrangement.structures[name], target
+        layer = target
         for leaf in self._expert_targets[name]:
             if config.indices is None or f"{name}.{leaf}" in config.indices:
                 if not isinstance(layer, S2FTExperts):
-                    layer = S2FTExperts(target, self.keeper, structure)
+                    layer = S2FTExperts(target, self.keeper, self.arrangement.structures[name])
                 tensor = layer.tensor(leaf)
-                index = target_index(config, tensor.name, structure, tensor.num_channels)
+                index = target_index(config, tensor)
                 tensor.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
         return layer
 

@@ -30,7 +30,8 @@ from transformers.distributed.tensor_parallel import (
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.s2ft.config import S2FTConfig
-from s2kernels.peft.s2ft.linear import LinearCall, S2FTLinear
+from s2kernels.peft.s2ft.layer import PreparedCall
+from s2kernels.peft.s2ft.linear import S2FTLinear
 
 
 def check_parallel(config: S2FTConfig) -> None:
@@ -74,7 +75,7 @@ class Style:
             )
         self.mesh = weight.device_mesh
         self.num_shards, self.rank = self.mesh.size(), self.mesh.get_local_rank()
-        # what the style asks for its sizes; the bias of a rowwise layer is added once, in `leave`
+        # what the style asks for its sizes
         self._sizes = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
 
     def enter(self, x: Tensor) -> Tensor:
@@ -84,14 +85,9 @@ class Style:
             x = x.to_local(grad_placements=[Partial()] if self.axis == 0 else None)
         return x
 
-    def bias_here(self, bias: Tensor | None) -> Tensor | None:
-        """What is added to the product of the part of this process."""
-        return None if bias is None or self.axis == 1 else here(bias)
-
-    def leave(self, y: Tensor, bias: Tensor | None) -> Tensor:
+    def leave(self, y: Tensor) -> Tensor:
         """The output of the layer, from what the part of this process gives."""
-        y = self._style.transform_output_post_forward(self._sizes, y, self.mesh)
-        return y if bias is None or self.axis == 0 else y + here(bias).to(y.dtype)
+        return self._style.transform_output_post_forward(self._sizes, y, self.mesh)
 
 
 class ParallelLinear(S2FTLinear):
@@ -193,7 +189,7 @@ class ParallelLinear(S2FTLinear):
         super().note(premises, adapter)
         premises.as_trainable(self.get_base_layer().weight)  # type: ignore[arg-type]
 
-    def prepare(self) -> LinearCall:
+    def prepare(self) -> PreparedCall:
         if self.keeper.obstacles.sharded:
             raise ValueError(
                 f"{self.name}: FSDP has sharded a model that is split by tensor parallelism, and "
@@ -206,14 +202,17 @@ class ParallelLinear(S2FTLinear):
             )
         return super().prepare()
 
-    def compute(self, x: Tensor, call: LinearCall, *args: Any, **kwargs: Any) -> Tensor:
+    def compute(self, x: Tensor, call: PreparedCall, *args: Any, **kwargs: Any) -> Tensor:
         if call.operands is None:
             return super().compute(x, call, *args, **kwargs)
         weight, bias, delta, *rest = call.operands
-        given = weight, self.style.bias_here(bias), here(delta), *rest
+        # a rowwise layer's parts give a sum, to which the bias is added once
+        here_bias, last = (bias, None) if self.dim == "out" else (None, bias)
+        given = weight, here(here_bias), here(delta), *rest
         slices = [(here(each), where) for each, where in call.slices]
         part = call._replace(operands=given, slices=slices)
-        return self.style.leave(super().compute(self.style.enter(x), part), bias)
+        y = self.style.leave(super().compute(self.style.enter(x), part))
+        return y if last is None else y + here(last).to(y.dtype)
 
     def compute_mixed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise ValueError("adapter_names does not go with tensor parallelism: call set_adapter")
@@ -254,7 +253,7 @@ def _layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, ParallelLinea
             yield name, layer
 
 
-def here(value: Tensor) -> Tensor:
+def here(value: Any) -> Any:
     """The part of a DTensor that this process has, for autograd."""
     return _Here.apply(value) if isinstance(value, DTensor) else value
 

@@ -13,6 +13,7 @@ from s2kernels.coupling import Structure, structures
 from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.sharding import num_shards
 from s2kernels.peft.s2ft.config import BLOCK, S2FTConfig
+from s2kernels.peft.s2ft.layer import S2FTLayer
 from s2kernels.select import (
     budget,
     check_scope,
@@ -120,25 +121,23 @@ def indices_of(
     return indices
 
 
-def target_index(
-    config: S2FTConfig, key: str, structure: Structure | None, num_channels: int, shards: int = 1
-) -> Tensor:
-    """The channels that the target `key` trains: int32 (R,), of experts (num_experts, R). They are
-    those that `config.indices` names, or else drawn at random.
+def target_index(config: S2FTConfig, layer: S2FTLayer, shards: int = 1) -> Tensor:
+    """The channels that an adapter trains of its target `layer`: int32 (R,), of experts
+    (num_experts, R). They are those that `config.indices` names, or else drawn at random: outside
+    of the coupling table as many input channels as `channels` says.
 
-    structure: None for a linear layer outside of the coupling table, of whose num_channels input
-    channels so many are drawn as `channels` says. shards: see `_drawn_index`.
-
-    Raises ValueError for what indices cannot be, and for budgets that cannot be had.
+    shards: see `_drawn_index`. Raises ValueError for what indices cannot be, and for budgets that
+    cannot be had.
     """
+    key, structure, total = layer.name, layer.structure, layer.num_channels
     with with_values():
         if config.indices is not None:
             return _given_index(key, config.indices[key])
         if structure is not None:
             return _drawn_index(config, structure, key.removeprefix(f"{structure.name}."), shards)
         block = config.granularity
-        count = _budget(config, "channels", key, num_channels, block)
-        return random_units(config.seed, key, num_channels, count, block)
+        count = _budget(config, "channels", key, total, block)
+        return random_units(config.seed, key, total, count, block)
 
 
 def _given_index(key: str, index: Any) -> Tensor:
