@@ -132,11 +132,8 @@ class ArrangedWeights:
                 reorder_(state[key], self.structures[name], member, inverse)
 
     def _layers_of(self, name: str) -> list[nn.Module]:
-        members = self.structures[name].members
-        return [
-            base_layer(self.model, f"{name}.{member.suffix}".rpartition(".")[0])
-            for member in members
-        ]
+        paths = [f"{name}.{member.suffix}" for member in self.structures[name].members]
+        return [base_layer(self.model, path.rpartition(".")[0]) for path in paths]
 
     def join_pairs(self, obstacles: Obstacles) -> None:
         """Lay the frozen weights of all `pairs` one after the other that are on a GPU and this
@@ -179,9 +176,9 @@ class ArrangedWeights:
         for structure_name, candidates in wanted.items():
             # The first adapter decides for all, and among its targets the in-slice: it is the one
             # whose copies of activations gain from a contiguous run.
-            name = candidates[0][1]
-            first = [layer for layer, each in candidates if each == name]
-            layer = next((layer for layer in first if layer.dim == "in"), first[0])
+            first, name = candidates[0]
+            own = (layer for layer, each in candidates if each == name and layer.dim == "in")
+            layer = next(own, first)
             structure = self.structures[structure_name]
             reason = why_not or self._obstacle(structure)
             permutation = None

@@ -8,7 +8,6 @@ With anything else, and under torch.compile, which fuses as well, it is the forw
 On a GPU the weights of gate and up are laid one after the other: the pair is one GEMM.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,9 +127,12 @@ class FusedMLP:
         """What is to be written for one Function, and its operands; None where it would not compute
         what the modules do.
         """
-        adapter = sole_active_adapter(layers)
+        adapters = {name for layer in layers for name in layer.active()}
+        if len(adapters) != 1 or any(layer.disable_adapters or layer.merged for layer in layers):
+            return None
+        (adapter,) = adapters
         weights: list[Tensor] = [linear.weight for linear in linears]
-        if adapter is None or not are_alike(weights):
+        if not are_alike(weights) or not all(layer.fuse.get(adapter, True) for layer in layers):
             return None
         trained = [layer for layer in layers if adapter in layer.active()]
         if len(modules) == 2 and modules[0] in trained:
@@ -159,17 +161,6 @@ class FusedMLP:
         mode = "inplace" if modes == {True} else "additive"
         held = holding_for(written)
         return written, operands(weights, biases, deltas, positions[0], mode, both, held)
-
-
-def sole_active_adapter(layers: Sequence[S2FTLinear]) -> str | None:
-    """The only adapter that is active in any of the layers, if it is to be fused."""
-    if any(layer.disable_adapters or layer.merged for layer in layers):
-        return None
-    names = {name for layer in layers for name in layer.active()}
-    if len(names) != 1:
-        return None
-    (name,) = names
-    return name if all(layer.fuse.get(name, True) for layer in layers) else None
 
 
 def linear_behind(module: Any) -> Any:

@@ -29,11 +29,7 @@ from s2kernels.peft.s2ft.parallel import (
     indices_of_parallel,
     receive_all,
 )
-from s2kernels.peft.s2ft.selection import (
-    check_budget_pattern,
-    select_indices,
-    target_index,
-)
+from s2kernels.peft.s2ft.selection import check_budget_pattern, select_indices, target_index
 
 
 class S2FTModel(AdapterModel):
@@ -97,14 +93,8 @@ class S2FTModel(AdapterModel):
         layers = self._layers_of(self.model)
         why_not = self.keeper.obstacles.of(layers[0].weight) if layers else None
         self.arrangement.plan(layers, why_not)
-        self._take_charge(
-            layers,
-            writes=any(
-                layer.layouts[name] == "permute" or layer.modes[name] != "additive"
-                for layer in layers
-                for name in layer.modes
-            ),
-        )
+        writes = any(mode != "additive" for layer in layers for mode in layer.modes.values())
+        self._take_charge(layers, writes or self.arrangement.moves(layers))
         for structure in self.arrangement.structures.values():
             if structure.kind == "ffn":
                 fuse_mlp(self.keeper, structure)

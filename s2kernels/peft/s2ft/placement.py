@@ -35,7 +35,7 @@ def fsdp_placement(model: nn.Module) -> Callable[[nn.Parameter], Shard]:
     layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
     if any(layer.merged for layer in layers):
         raise ValueError("an adapter is merged into the weights: call unmerge_adapter first")
-    for keeper in {id(layer.keeper): layer.keeper for layer in layers}.values():
+    for keeper in {layer.keeper for layer in layers}:
         keeper.release()
         keeper.obstacles.look()
     columns: set[int] = set()
