@@ -207,10 +207,7 @@ class ArrangedWeights:
 
 
 def are_alike(weights: Sequence[Tensor]) -> bool:
-    """Whether all weights are plain, frozen, of one dtype and on one device.
-
-    A parameter under FakeTensorMode stands for a plain one.
-    """
+    """Whether all weights are plain or fake parameters, frozen, of one dtype and on one device."""
     first = weights[0]
     return all(
         type(weight) in (nn.Parameter, FakeTensor)

@@ -16,7 +16,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from s2kernels.architectures import Member
 from s2kernels.autograd.experts import Routing, expert_delta, expert_linear, experts_forward
 from s2kernels.coupling import Structure
 from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
@@ -32,13 +31,11 @@ class S2FTExpertTensor(S2FTLayer):
     """A parameter (E, N, K) of `experts`, of which R channels of each expert are trained."""
 
     def __init__(
-        self, experts: nn.Module, keeper: WeightKeeper, structure: Structure, member: Member
+        self, experts: nn.Module, keeper: WeightKeeper, structure: Structure, leaf: str
     ) -> None:
-        name = f"{structure.name}.{member.suffix}"
-        super().__init__(keeper, name, (structure, member))
+        super().__init__(keeper, f"{structure.name}.{leaf}", (structure, structure.role(leaf)))
         # not registered here: it is a module of S2FTExperts, under one name alone
-        self._experts = (experts,)
-        self._leaf = member.suffix
+        self._experts, self._leaf = (experts,), leaf
         num_experts, self.out_features, self.in_features = self.weight.shape
         self.num_experts = (num_experts,)
 
@@ -60,9 +57,8 @@ class S2FTExpertTensor(S2FTLayer):
         return self.get_base_layer().get_parameter(self._leaf)
 
     def obstacle(self) -> str | None:
-        if getattr(self.get_base_layer(), "_is_expert_parallel", False):
-            return "the experts are spread over processes"
-        return None
+        spread = getattr(self.get_base_layer(), "_is_expert_parallel", False)
+        return "the experts are spread over processes" if spread else None
 
     def note(self, premises: Premises, adapter: str | None) -> None:
         super().note(premises, adapter)
@@ -97,9 +93,7 @@ class S2FTExpertTensor(S2FTLayer):
         )
 
     def call_now(self) -> PreparedCall:
-        """What a forward does now. operands: (delta, positions) of the slice that is written, or
-        None, and what the backward is to hold.
-        """
+        """What a forward does now; operands: the slice that is written or None, and its holding."""
         return self.prepare() if torch.compiler.is_compiling() else self.prepared()
 
     def project(self, x: Tensor, routing: Routing, *, from_tokens: bool) -> Tensor:
@@ -151,8 +145,7 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
     def tensor(self, leaf: str) -> S2FTExpertTensor:
         """The layer of the parameter `leaf`; a new one without adapters where there was none."""
         if leaf not in self._modules:
-            member = self.structure.role(leaf)
-            layer = S2FTExpertTensor(self.base_layer, self.keeper, self.structure, member)
+            layer = S2FTExpertTensor(self.base_layer, self.keeper, self.structure, leaf)
             self.add_module(leaf, layer)
         return self.get_submodule(leaf)  # type: ignore[return-value]
 
@@ -224,9 +217,8 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
 def tensors_to_train(
     config: S2FTConfig, structures: Mapping[str, Structure], saved: Iterable[str] | None
 ) -> dict[str, list[str]]:
-    """The tensors of experts that an adapter trains, by the structure that has them: those whose
-    slices are among the names `saved`, where these are given, else those that the configuration
-    names.
+    """The tensors of experts that an adapter trains, by structure: those of the slices that are
+    `saved`, where these names are given, else those that the configuration names.
     """
     found: dict[str, list[str]] = {}
     for name, structure in structures.items():

@@ -26,20 +26,18 @@ class Gathered:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.adapter: str | None = None
-        self._why_not = "it was not gathered yet"
+        self._why_not: str | None = "it was not gathered yet"
 
     def write_into(self, copy: Tensor) -> None:
         """Write the slice of the active adapter into a copy of the shard of this process."""
         layer, name = self.layer, self._wanted()
-        self.adapter, self._why_not = None, "a frozen weight and exactly one active adapter wanted"
-        if name is None:
+        reason: str | None = "a frozen weight and exactly one active adapter wanted"
+        if name is not None:
+            reason = self._misplaced(name)
+        self.adapter, self._why_not = name if reason is None else None, reason
+        if self.adapter is None:
             return
-        if reason := self._misplaced(name):
-            self._why_not = reason
-            return
-        self.adapter = name
-        delta: Any = layer.s2ft_delta[self.adapter]
-        delta = delta.to_local().detach().to(copy.device)
+        delta = layer.s2ft_delta[self.adapter].to_local().detach().to(copy.device)
         where = layer.positions[self.adapter]
         if isinstance(where, Tensor):
             where = where.to(copy.device)
@@ -109,10 +107,8 @@ def _sharded(value: DTensor) -> set[int]:
 
 
 class AsGathered:
-    """A context for a backward: gathered weights hold the adapters that the forward saw, or W0 for
-    None.
-
-    Raises RuntimeError on entry where they do not.
+    """A context for a backward: gathered weights hold the adapters that its forward saw, or W0 for
+    None. Raises RuntimeError on entry where they do not.
     """
 
     def __init__(self, adapters: Mapping[Gathered, str | None]) -> None:

@@ -19,6 +19,8 @@ from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.arranged_weights import arrangement_of
 from s2kernels.reference import Index
 
+Found = tuple[Structure, Member] | None  # what `s2kernels.coupling.find` finds
+
 
 def slice_writer(entries: list[tuple]) -> Callable[[], None]:
     """What writes the slices of layers, all on one device; see `Writes`."""
@@ -67,8 +69,8 @@ class S2FTLayer(AdapterLayer):
 
     All but s2ft_dim have an axis of experts in front where the weight is (E, N, K).
 
-    found: `structure` and `member`, where the weight sits in the coupling table: see
-    `s2kernels.coupling.find`. If nowhere, input channels are trained.
+    found: `structure` and `member`, where the weight sits in the coupling table. If nowhere, input
+    channels are trained.
     """
 
     # (E,) of experts, () of a single matrix
@@ -87,9 +89,7 @@ class S2FTLayer(AdapterLayer):
         *("modes", "layouts", "fuse", "positions"),
     )
 
-    def __init__(
-        self, keeper: WeightKeeper, name: str, found: tuple[Structure, Member] | None
-    ) -> None:
+    def __init__(self, keeper: WeightKeeper, name: str, found: Found) -> None:
         super().__init__(keeper, name)
         self.structure: Structure | None = None
         self.member: Member | None = None
@@ -111,11 +111,10 @@ class S2FTLayer(AdapterLayer):
         basis. Raises ValueError as `check_mode` does.
         """
         self.check_mode(mode)
+        home = home_of(self.weight)
         with with_values():
             num = self._check_index("index", index)
-            self.s2ft_dim[adapter_name] = torch.tensor(
-                self.axis, dtype=torch.int32, device=home_of(self.weight)
-            )
+            self.s2ft_dim[adapter_name] = torch.tensor(self.axis, dtype=torch.int32, device=home)
         shape = (self.out_features, num) if self.dim == "in" else (num, self.in_features)
         self.layouts[adapter_name], self.fuse[adapter_name] = layout, fuse
         self.add(adapter_name, mode, (*self.num_experts, *shape), index)
@@ -202,12 +201,8 @@ class S2FTLayer(AdapterLayer):
 
     def slice_of(self, adapter_name: str) -> Slice:
         """The adapter's part of this layer, in the original basis."""
-        return Slice(
-            self.dim,
-            self.s2ft_index[adapter_name],
-            self.s2ft_delta[adapter_name].detach(),
-            self.s2ft_fingerprint[adapter_name],
-        )
+        index, fingerprint = self.s2ft_index[adapter_name], self.s2ft_fingerprint[adapter_name]
+        return Slice(self.dim, index, self.s2ft_delta[adapter_name].detach(), fingerprint)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)

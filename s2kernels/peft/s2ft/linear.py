@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from peft.utils import resolve_quantization_backend
-from torch import Tensor, nn
+from torch import Tensor
 
-from s2kernels.architectures import Member
 from s2kernels.autograd.accumulate import WeightHolder
 from s2kernels.autograd.first_order import apply
 from s2kernels.autograd.linear import S2LinearFunction, delta_linear, operands
-from s2kernels.coupling import Structure, is_conv1d, is_dense
+from s2kernels.coupling import is_conv1d, is_dense
 from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
 from s2kernels.peft.host.kept_buffers import local
 from s2kernels.peft.host.linear import AdapterLinear
@@ -18,7 +17,7 @@ from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.gathered import AsGathered, Gathered
-from s2kernels.peft.s2ft.layer import PreparedCall, S2FTLayer
+from s2kernels.peft.s2ft.layer import Found, PreparedCall, S2FTLayer
 from s2kernels.peft.s2ft.mixed import Rows
 
 
@@ -30,18 +29,11 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
 
     gathered: Gathered | None = None
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        keeper: WeightKeeper,
-        name: str,
-        found: tuple[Structure, Member] | None,
-    ) -> None:
+    def __init__(self, base_layer: Any, keeper: WeightKeeper, name: str, found: Found) -> None:
         super().__init__(keeper, name, found)
         self.base_layer = base_layer
-        base: Any = base_layer
-        sizes = (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)
-        self.in_features, self.out_features = sizes
+        names = ("nx", "nf") if is_conv1d(base_layer) else ("in_features", "out_features")
+        self.in_features, self.out_features = (getattr(base_layer, name) for name in names)
         # torchao's wants to know how to quantize anew what was merged, and nothing ever is
         self.quantization_backend = resolve_quantization_backend(
             base_layer, get_apply_tensor_subclass=_not_merged
@@ -107,9 +99,7 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
         return y
 
     def compute_mixed(self, x: Tensor, rows: Rows, *args, **kwargs) -> Tensor:
-        """Each row of the batch through its own adapter; an adapter that this layer lacks leaves
-        the row as the base layer has it.
-        """
+        """Each row of the batch through its own adapter, the base alone where that is not here."""
         if self.merged:
             raise ValueError("adapter_names does not go with merged adapters: call unmerge_adapter")
         # in the FFNs of the coupling table, which are no experts, tokens are only ever joined
@@ -124,8 +114,8 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
 
 
 def holding_for(written: dict[S2FTLinear, str | None]) -> WeightHolder | None:
-    """What a backward enters: the weights of these layers, of one model, hold what they hold in the
-    forward. See `holding` and `AsGathered`.
+    """A context for a backward: the weights of these layers, of one model, hold what its forward
+    saw. See `holding` and `AsGathered`.
     """
     gathered = {layer.gathered: layer.gathered.adapter for layer in written if layer.gathered}
     if gathered:

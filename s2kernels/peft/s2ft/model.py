@@ -193,8 +193,7 @@ class S2FTModel(AdapterModel):
         if names is not None:
             if self.training:
                 raise ValueError("adapter_names is for inference: call model.eval() first")
-            unknown = set(names) - set(self.peft_config) - {"__base__"}
-            if unknown:
+            if unknown := set(names) - set(self.peft_config) - {"__base__"}:
                 raise ValueError(
                     f"adapter_names must be among {sorted(self.peft_config)} or '__base__', got "
                     f"{sorted(unknown)}"
@@ -249,8 +248,7 @@ class S2FTModel(AdapterModel):
                 "a model that is split by tensor parallelism has parts of its adapters only: save "
                 "them, and combine them in a model without a tp_plan"
             )
-        unknown = sorted(set(adapters) - set(self.peft_config))
-        if unknown:
+        if unknown := sorted(set(adapters) - set(self.peft_config)):
             raise ValueError(f"adapters must be among {sorted(self.peft_config)}, got {unknown}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name {adapter_name!r} exists already")

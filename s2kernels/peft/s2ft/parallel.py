@@ -30,7 +30,7 @@ from transformers.distributed.tensor_parallel import (
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.s2ft.config import S2FTConfig
-from s2kernels.peft.s2ft.layer import PreparedCall
+from s2kernels.peft.s2ft.layer import Found, PreparedCall
 from s2kernels.peft.s2ft.linear import S2FTLinear
 
 
@@ -47,58 +47,39 @@ def check_parallel(config: S2FTConfig) -> None:
         )
 
 
-class Style:
-    """How a plan splits a layer `base` over the processes of `mesh`: the exchanges around it.
+class ParallelLinear(S2FTLinear):
+    """An S2FTLinear whose `weight` is the part that this process holds; see the module.
 
-    Raises ValueError for a layer that is not split along the axis of its channels, `dim`.
+    Raises ValueError for a layer that is not split along the axis of its channels.
     """
 
-    def __init__(self, model: Any, base: Any, name: str, dim: str) -> None:
-        wanted, self.axis, kind = {
-            "in": ("rowwise", 1, RowwiseParallel),
-            "out": ("colwise", 0, ColwiseParallel),
-        }[dim]
+    def __init__(self, base_layer: Any, keeper: WeightKeeper, name: str, found: Found) -> None:
+        super().__init__(base_layer, keeper, name, found)
+        wanted, kind = {
+            "in": ("rowwise", RowwiseParallel),
+            "out": ("colwise", ColwiseParallel),
+        }[self.dim]
+        model: Any = keeper.model
         planned = model.tp_plan.get(replace_layer_number_by_wildcard(name))
-        self._style: Any = ALL_PARALLEL_STYLES[planned] if planned is not None else None
-        weight = base.weight
+        style = ALL_PARALLEL_STYLES[planned] if planned is not None else None
+        weight = base_layer.weight
         if not (
-            isinstance(self._style, kind)
-            and type(base) is nn.Linear
+            isinstance(style, kind)
+            and type(base_layer) is nn.Linear
             and isinstance(weight, DTensor)
             and weight.is_floating_point()
             and weight.placements == (Shard(self.axis),)
         ):
             raise ValueError(
                 f"{name} cannot be trained under tensor parallelism: a torch.nn.Linear that the "
-                f"tp_plan makes {wanted} is needed for its {dim}put channels, got a "
-                f"{type(base).__name__} that it makes {planned}; name other target_modules"
+                f"tp_plan makes {wanted} is needed for its {self.dim}put channels, got a "
+                f"{type(base_layer).__name__} that it makes {planned}; name other target_modules"
             )
         self.mesh = weight.device_mesh
         self.num_shards, self.rank = self.mesh.size(), self.mesh.get_local_rank()
-        # what the style asks for its sizes
-        self._sizes = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-
-    def enter(self, x: Tensor) -> Tensor:
-        """What the part of this process multiplies."""
-        (x,), _ = self._style.transform_inputs_pre_forward(self._sizes, (x,), {}, self.mesh)
-        if isinstance(x, DTensor):
-            x = x.to_local(grad_placements=[Partial()] if self.axis == 0 else None)
-        return x
-
-    def leave(self, y: Tensor) -> Tensor:
-        """The output of the layer, from what the part of this process gives."""
-        return self._style.transform_output_post_forward(self._sizes, y, self.mesh)
-
-
-class ParallelLinear(S2FTLinear):
-    """An S2FTLinear whose `weight` is the part that this process holds; see the module.
-
-    Raises ValueError as `Style` does.
-    """
-
-    def __init__(self, base_layer: nn.Module, keeper: WeightKeeper, name: str, *found: Any) -> None:
-        super().__init__(base_layer, keeper, name, *found)
-        self.style = Style(keeper.model, base_layer, name, self.dim)
+        # the exchanges around the layer, and what they ask for its sizes, which is no child of it
+        sizes = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        self._style: tuple[Any, nn.Linear] = style, sizes
 
     @property
     def weight(self) -> Tensor:
@@ -117,7 +98,7 @@ class ParallelLinear(S2FTLinear):
     # What is of all channels, and what of those here
 
     def _check_index(self, name: str, index: Tensor) -> int:
-        num, shards = super()._check_index(name, index), self.style.num_shards
+        num, shards = super()._check_index(name, index), self.num_shards
         owners = index.long() // self._width
         counts = torch.bincount(owners, minlength=shards)
         balanced = torch.arange(shards, device=index.device).repeat_interleave(num // shards)
@@ -132,18 +113,18 @@ class ParallelLinear(S2FTLinear):
     @property
     def _width(self) -> int:
         """Channels of the largest part, which is that of all processes but the last ones."""
-        return -(-self.num_channels // self.style.num_shards)
+        return -(-self.num_channels // self.num_shards)
 
     def working(self, index: Tensor) -> Tensor:
-        return self._of_this_process(index) - self.style.rank * self._width
+        return self._of_this_process(index) - self.rank * self._width
 
     def _of_this_process(self, values: Tensor) -> Tensor:
         """Of values (R,) of all channels, those of the channels here."""
-        return values.chunk(self.style.num_shards)[self.style.rank]
+        return values.chunk(self.num_shards)[self.rank]
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        mesh, placements = self.style.mesh, [Shard(self.axis)]
-        return distributed.zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        parts = [Shard(self.axis)]
+        return distributed.zeros(*shape, dtype=dtype, device_mesh=self.mesh, placements=parts)
 
     # PEFT cannot leave a DTensor on the meta device, as low_cpu_mem_usage has it
     add = skip_init_on_device(S2FTLinear.add)
@@ -165,9 +146,8 @@ class ParallelLinear(S2FTLinear):
 
     def _gather(self, values: Tensor) -> Tensor:
         """The values of all processes, one after the other."""
-        mesh = self.style.mesh
-        values = values.to(mesh.device_type)
-        return DTensor.from_local(values, mesh, [Shard(0)], run_check=False).full_tensor()
+        values = values.to(self.mesh.device_type)
+        return DTensor.from_local(values, self.mesh, [Shard(0)], run_check=False).full_tensor()
 
     def receive(self, adapter: str, index: Tensor, delta: Tensor) -> Tensor:
         """The delta of an adapter as it comes from a file, whole, as one of this layer, which is
@@ -181,7 +161,7 @@ class ParallelLinear(S2FTLinear):
         if isinstance(delta, DTensor):
             return delta
         delta = delta.to(self.weight.device)
-        return distribute_tensor(delta, self.style.mesh, [Shard(self.axis)], src_data_rank=None)
+        return distribute_tensor(delta, self.mesh, [Shard(self.axis)], src_data_rank=None)
 
     # What is computed with the part
 
@@ -210,8 +190,12 @@ class ParallelLinear(S2FTLinear):
         here_bias, last = (bias, None) if self.dim == "out" else (None, bias)
         given = weight, here(here_bias), here(delta), *rest
         slices = [(here(each), where) for each, where in call.slices]
-        part = call._replace(operands=given, slices=slices)
-        y = self.style.leave(super().compute(self.style.enter(x), part))
+        style, sizes = self._style
+        (x,), _ = style.transform_inputs_pre_forward(sizes, (x,), {}, self.mesh)
+        if isinstance(x, DTensor):
+            x = x.to_local(grad_placements=[Partial()] if self.dim == "out" else None)
+        y = super().compute(x, call._replace(operands=given, slices=slices))
+        y = style.transform_output_post_forward(sizes, y, self.mesh)
         return y if last is None else y + here(last).to(y.dtype)
 
     def compute_mixed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -228,9 +212,8 @@ class ParallelLinear(S2FTLinear):
 
 
 def receive_all(model: nn.Module, adapter: str, loaded: dict[str, Tensor]) -> None:
-    """Have the deltas in `loaded`, by their names in the model, be as the layers take them: see
-    `ParallelLinear.receive`. Raises ValueError, before anything changes, for an index that is not
-    balanced over the parts.
+    """`ParallelLinear.receive` the deltas in `loaded`, by their names in the model. Raises
+    ValueError, before anything changes, for an index that is not balanced over the parts.
     """
     found = []
     for name, layer in _layers(model, adapter):

@@ -106,16 +106,14 @@ def indices_of(
         raise ValueError(f"units: structures of the model wanted, got {', '.join(unknown)}")
     indices = {}
     for name, chosen in units.items():
+        if not len(chosen):
+            continue
         structure = found[name]
-        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < structure.count(
-            structure.unit
-        ):
-            raise ValueError(
-                f"units of {name} must lie in [0, {structure.count(structure.unit)}), "
-                f"got {chosen.tolist()}"
-            )
+        total = structure.count(structure.unit)
+        if not 0 <= int(chosen.min()) <= int(chosen.max()) < total:
+            raise ValueError(f"units of {name} must lie in [0, {total}), got {chosen.tolist()}")
         for leaf in structure.projections:
-            if len(chosen) and is_target(config, structure, leaf):
+            if is_target(config, structure, leaf):
                 positions = structure.channels(structure.role(leaf), chosen)
                 indices[f"{name}.{leaf}"] = positions.tolist()
     return indices
@@ -156,8 +154,7 @@ def _given_index(key: str, index: Any) -> Tensor:
 def _drawn_index(config: S2FTConfig, structure: Structure, leaf: str, shards: int) -> Tensor:
     """The channels of the target `leaf` of a structure, drawn at random.
 
-    They are a function of (seed, name of the structure), or of the target for coupled=False; those
-    of an expert, of its number, too.
+    They are a function of (seed, `_source`), those of an expert of its number, too.
 
     shards: into how many equal parts tensor parallelism splits the units. Each trains those at
     the same places, so that each has equally many, of the KV heads they read, too. Raises
@@ -185,23 +182,21 @@ def _drawn_index(config: S2FTConfig, structure: Structure, leaf: str, shards: in
 
 
 def _source(config: S2FTConfig, structure: Structure, leaf: str) -> str:
-    """The name that decides what a target draws; scores are those of its structure."""
+    """By whose name a target draws or is scored: its structure's, with coupled=False its own."""
     apart = config.selection == "random" and not config.coupled
     return f"{structure.name}.{leaf}" if apart else structure.name
 
 
 def _target_budget(config: S2FTConfig, structure: Structure, leaf: str, shards: int = 1) -> int:
-    """How many units of the structure, of experts: of each expert, its target `leaf` trains: as
-    many of each shard.
-    """
+    """How many units of a structure, or of each expert, its target `leaf` trains."""
     name = "heads" if structure.kind == "attention" else "channels"
     block = _block_of(config, structure) * shards
     return _budget(config, name, f"{structure.name}.{leaf}", _units_of_part(structure), block)
 
 
 def _budget(config: S2FTConfig, name: str, key: str, total: int, block: int) -> int:
-    """How many of `total` units the target `key` trains: what budget_pattern has for it, or else
-    the field `name`. See `s2kernels.select.budget`.
+    """How many of `total` units the target `key` trains, by budget_pattern or the field `name`; see
+    `s2kernels.select.budget`.
     """
     value = getattr(config, name)
     pattern = get_pattern_key(list(config.budget_pattern), key)
