@@ -102,9 +102,9 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
         """Each row of the batch through its own adapter, the base alone where that is not here."""
         if self.merged:
             raise ValueError("adapter_names does not go with merged adapters: call unmerge_adapter")
-        # in the FFNs of the coupling table, which are no experts, tokens are only ever joined
         if self.gathered is not None:
             self.gathered.check(None)
+        # in the FFNs of the coupling table, which are no experts, tokens are only ever joined
         adapter_names = rows.of(x, joined=self.structure is not None)
         self.keeper.restore([self])
         y = self._forward_base(x, *args, **kwargs)

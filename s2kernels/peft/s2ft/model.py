@@ -140,17 +140,17 @@ class S2FTModel(AdapterModel):
         """What takes the place of a target: the target itself if it was replaced before, or if the
         indices do not name it. Raises TypeError for one that is no linear layer.
         """
-        base, structures = self._base_of(target, name), self.arrangement.structures
+        base, known = self._base_of(target, name), self.arrangement.structures
         is_linear = isinstance(base, nn.Linear) or is_conv1d(base)
         if not is_linear and resolve_quantization_backend(base) is None:
-            tensors = name in structures and structures[name].kind == "experts"
+            tensors = name in known and known[name].kind == "experts"
             raise TypeError(
                 f"target_modules must name linear layers, {name} is a {type(base).__name__}"
                 + ("; name its tensors, such as 'experts.down_proj'" if tensors else "")
             )
         if config.indices is not None and name not in config.indices:
             return target
-        found, shards = find(structures, name), num_shards(self.keeper.model)
+        found, shards = find(known, name), num_shards(self.keeper.model)
         if found is None and config.layout != "gather":
             raise ValueError(
                 f"{name} is not in the coupling table, layout={config.layout!r} needs "

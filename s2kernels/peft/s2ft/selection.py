@@ -67,8 +67,7 @@ def select_indices(
             f"there, got {config.selection!r} in {config.scope!r}; or give indices"
         )
     if config.selection == "random":
-        places = targets.values()
-        sizes = {_source(config, *place): place[0].count(place[0].unit) for place in places}
+        sizes = {_source(config, s, leaf): s.count(s.unit) for s, leaf in targets.values()}
         values = random_scores(config.seed, sizes)
     else:  # which may take long: all else was looked at before
         values = scores(model, config.selection, batches, progress=progress)
@@ -160,8 +159,9 @@ def _drawn_index(config: S2FTConfig, structure: Structure, leaf: str, shards: in
     the same places, so that each has equally many, of the KV heads they read, too. Raises
     ValueError for units that cannot be split so.
     """
-    source = _source(config, structure, leaf)
-    is_mixture = structure.kind == "experts"
+    sources = [_source(config, structure, leaf)]
+    if structure.kind == "experts":
+        sources = [f"{sources[0]}.{expert}" for expert in range(structure.num_experts)]
     total, block = _units_of_part(structure), _block_of(config, structure)
     if shards > 1 and total % (shards * block):
         raise ValueError(
@@ -171,11 +171,8 @@ def _drawn_index(config: S2FTConfig, structure: Structure, leaf: str, shards: in
     total //= shards
     count = _target_budget(config, structure, leaf, shards) // shards
     parts = [
-        (part * shards + shard) * total
-        + random_units(
-            config.seed, f"{source}.{part}" if is_mixture else source, total, count, block
-        )
-        for part in range(structure.num_experts)
+        (part * shards + shard) * total + random_units(config.seed, source, total, count, block)
+        for part, source in enumerate(sources)
         for shard in range(shards)
     ]
     return structure.channels(structure.role(leaf), torch.cat(parts))
