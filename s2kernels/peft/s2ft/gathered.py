@@ -31,10 +31,8 @@ class Gathered:
     def write_into(self, copy: Tensor) -> None:
         """Write the slice of the active adapter into a copy of the shard of this process."""
         layer, name = self.layer, self._wanted()
-        reason: str | None = "a frozen weight and exactly one active adapter wanted"
-        if name is not None:
-            reason = self._misplaced(name)
-        self.adapter, self._why_not = name if reason is None else None, reason
+        self._why_not = self._obstacle(name)
+        self.adapter = name if self._why_not is None else None
         if self.adapter is None:
             return
         delta = layer.s2ft_delta[self.adapter].to_local().detach().to(copy.device)
@@ -88,8 +86,10 @@ class Gathered:
             return None
         return None if layer.modes[names[0]] == "additive" else names[0]
 
-    def _misplaced(self, name: str) -> str | None:
-        """Why a process has not got the part of delta that belongs to its shard; None if it has."""
+    def _obstacle(self, name: str | None) -> str | None:
+        """Why this process cannot write the adapter's slice into its shard; None if it can."""
+        if name is None:
+            return "a frozen weight and exactly one active adapter wanted"
         layer = self.layer
         delta, weight = layer.s2ft_delta[name], layer.weight
         if not (isinstance(delta, DTensor) and isinstance(weight, DTensor)):

@@ -55,10 +55,8 @@ class ParallelLinear(S2FTLinear):
 
     def __init__(self, base_layer: Any, keeper: WeightKeeper, name: str, found: Found) -> None:
         super().__init__(base_layer, keeper, name, found)
-        wanted, kind = {
-            "in": ("rowwise", RowwiseParallel),
-            "out": ("colwise", ColwiseParallel),
-        }[self.dim]
+        wanted = "rowwise" if self.dim == "in" else "colwise"
+        kind = RowwiseParallel if self.dim == "in" else ColwiseParallel
         model: Any = keeper.model
         planned = model.tp_plan.get(replace_layer_number_by_wildcard(name))
         style = ALL_PARALLEL_STYLES[planned] if planned is not None else None
