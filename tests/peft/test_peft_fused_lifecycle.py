@@ -42,6 +42,20 @@ def test_disabled_merged_and_unloaded_it_is_the_forward_of_the_class(calls):
     assert taken(calls) == 0
 
 
+@pytest.mark.parametrize("mode", ("inplace", "additive"))
+def test_a_delta_that_is_assigned_counts(mode):
+    found = []
+    for fuse in (True, False):
+        model = adapted(mode=mode, fuse=fuse, target_modules=["down_proj"])
+        before, _ = gradients(model)
+        for block in blocks(model):
+            deltas = block.mlp.down_proj.s2ft_delta
+            deltas["default"] = torch.nn.Parameter(-2 * deltas["default"].detach())
+        found.append(gradients(model))
+        assert (found[-1][0] - before).abs() > 1e-6
+    assert_close(*found)
+
+
 def test_one_adapter_of_several(calls, tmp_path):
     model = adapted()
     want = {"default": gradients(model)}

@@ -127,9 +127,8 @@ class S2FTConfig(AdapterConfig):
         default=True,
         metadata={
             "help": "Compute a gated FFN with a trained slice as one operation, which keeps gate "
-            "and up for the backward and nothing else, and frozen q, k and v together. What "
-            "cannot be computed so, as with hooks on the projections or several active adapters, "
-            "is not. The results differ by rounding."
+            "and up for the backward and nothing else. What cannot be computed so, as with hooks "
+            "on the projections or several active adapters, is not. The results differ by rounding."
         },
     )
 

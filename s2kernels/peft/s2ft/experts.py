@@ -10,70 +10,44 @@ Else its forward is the one of `s2kernels.autograd.experts`, which computes the 
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from s2kernels.architectures import Member
 from s2kernels.autograd.experts import Routing, expert_delta, expert_linear, experts_forward
 from s2kernels.coupling import Structure
-from s2kernels.peft.host.holding import Holding, holding, keep_w0_for_backward_of
-from s2kernels.peft.host.kept_buffers import beside, has_values, keep
+from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.config import S2FTConfig
-from s2kernels.peft.s2ft.layer import S2FTLayer
+from s2kernels.peft.s2ft.layer import PreparedCall, S2FTLayer
 from s2kernels.peft.s2ft.selection import is_target
-from s2kernels.reference import Index
-
-
-class ExpertCall(NamedTuple):
-    """What a forward makes of one tensor of experts; see `AdapterLayer.prepared`.
-
-    written: the adapter whose slices are in the parameter; added: those whose part is added.
-    """
-
-    changes: int
-    premises: Premises
-    written: str | None
-    added: list[str]
-    holding: Holding | None
 
 
 class S2FTExpertTensor(S2FTLayer):
     """A parameter (E, N, K) of `experts`, of which R channels of each expert are trained."""
 
-    other_param_names = (*S2FTLayer.other_param_names, "rows")
-
     def __init__(
-        self, experts: nn.Module, keeper: WeightKeeper, structure: Structure, member: Member
+        self, experts: nn.Module, keeper: WeightKeeper, structure: Structure, leaf: str
     ) -> None:
-        name = f"{structure.name}.{member.suffix}"
-        super().__init__(keeper, name, member.dim, structure.name, member)
+        super().__init__(keeper, f"{structure.name}.{leaf}", (structure, structure.role(leaf)))
         # not registered here: it is a module of S2FTExperts, under one name alone
-        self._experts = (experts,)
-        self._leaf = member.suffix
+        self._experts, self._leaf = (experts,), leaf
         num_experts, self.out_features, self.in_features = self.weight.shape
         self.num_experts = (num_experts,)
-        # for dim="out": the positions of all experts in one matrix (E * N, K), int32 (E * R,)
-        self.rows: dict[str, Tensor] = {}
 
-    def update_layer(
-        self, adapter_name: str, index: Tensor, mode: str, layout: str, fuse: bool = True
-    ) -> None:
-        """See `S2FTLayer.update_layer`. Raises ValueError for parameters of which no slice can be
-        trained in any mode.
-        """
+    def check_mode(self, mode: str) -> None:
+        """Raises ValueError, too, for a parameter of which no slice can be trained in any mode."""
         if not self.weight.is_floating_point():
             raise ValueError(
                 f"{self.name} must be floating to be trained, it is {self.weight.dtype}"
             )
         if reason := self.obstacle():
             raise ValueError(f"{self.name} cannot be trained: {reason}")
-        super().update_layer(adapter_name, index, mode, layout, fuse)
+        super().check_mode(mode)
 
     def get_base_layer(self) -> nn.Module:
         return self._experts[0]
@@ -83,61 +57,43 @@ class S2FTExpertTensor(S2FTLayer):
         return self.get_base_layer().get_parameter(self._leaf)
 
     def obstacle(self) -> str | None:
-        if getattr(self.get_base_layer(), "_is_expert_parallel", False):
-            return "the experts are spread over processes"
-        return None
+        spread = getattr(self.get_base_layer(), "_is_expert_parallel", False)
+        return "the experts are spread over processes" if spread else None
 
     def note(self, premises: Premises, adapter: str | None) -> None:
         super().note(premises, adapter)
         premises.same_tensor(self.get_base_layer(), self._leaf)
 
-    @torch.inference_mode(False)
-    def place(self, adapter: str) -> None:
-        super().place(adapter)
-        if self.dim == "in":
-            return
-        where = self.positions[adapter]
-        if isinstance(where, slice):
-            run = torch.arange(where.start, where.stop, dtype=torch.int32, device="cpu")
-            where = beside(run, self.weight).expand(*self.num_experts, -1)
-        first = torch.arange(len(where), dtype=torch.int32, device=where.device)
-        self.rows[adapter] = (where + first.unsqueeze(1) * self.out_features).flatten()
-
     def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
         weight, base, where = held.weight.data, held.base, held.where
         if delta is not None:
             delta = delta.detach()
-        if self.dim == "out" or isinstance(where, slice):  # all experts at once
-            place = self.rows[held.adapter] if self.dim == "out" else where
-            size = base.shape[2]
-            flat = None if delta is None else delta.view(-1, size)
-            return [(weight.view(-1, self.in_features), base.view(-1, size), flat, place, self.dim)]
-        return [
-            (weight[e], base[e], None if delta is None else delta[e], where[e], self.dim)
-            for e in range(len(weight))
-        ]
+        if self.dim == "in" and isinstance(where, Tensor):
+            return [
+                (weight[e], base[e], None if delta is None else delta[e], where[e], self.dim)
+                for e in range(len(weight))
+            ]
+        # all experts at once, in one matrix (E * N, K)
+        if self.dim == "out":
+            if isinstance(where, slice):
+                where = torch.arange(where.start, where.stop, device=weight.device)
+            first = torch.arange(len(weight), device=weight.device) * self.out_features
+            where = (first.unsqueeze(1) + where).int().flatten()
+        size = base.shape[2]
+        delta = None if delta is None else delta.view(-1, size)
+        return [(weight.view(-1, self.in_features), base.view(-1, size), delta, where, self.dim)]
 
-    def take_base_slice(self, where: Index) -> Tensor:
-        weight = self.weight.data
-        axis = 2 if self.dim == "in" else 1
-        if isinstance(where, slice):
-            part = weight.narrow(axis, where.start, where.stop - where.start)
-            return part.clone(memory_format=torch.contiguous_format)
-        index = where.long().unsqueeze(3 - axis)
-        return torch.take_along_dim(weight, index, axis)
-
-    def prepare(self) -> ExpertCall:
-        written, premises = self.written_adapter(), Premises()
-        if not torch.compiler.is_compiling():
-            self.note(premises, written)
-        added = [] if written is not None else self.active()
-        return ExpertCall(
-            *(self.keeper.changes, premises, written, added),
-            holding(self.keeper, {self: written}),
+    def prepare(self) -> PreparedCall:
+        written, slices = self.written_adapter(), self.active_slices()
+        given = None if written is None else slices.pop(0)
+        return PreparedCall(
+            *(self.keeper.changes, self.premises(written), {self: written}),
+            operands=(given, holding(self.keeper, {self: written})),
+            slices=slices,
         )
 
-    def call_now(self) -> ExpertCall:
-        """What a forward does now."""
+    def call_now(self) -> PreparedCall:
+        """What a forward does now; operands: the slice that is written or None, and its holding."""
         return self.prepare() if torch.compiler.is_compiling() else self.prepared()
 
     def project(self, x: Tensor, routing: Routing, *, from_tokens: bool) -> Tensor:
@@ -145,20 +101,11 @@ class S2FTExpertTensor(S2FTLayer):
         (S, N); see `s2kernels.autograd.experts.expert_linear`.
         """
         call = self.call_now()
-        if call.written is not None:
-            return expert_linear(
-                x,
-                self.weight,
-                routing,
-                from_tokens=from_tokens,
-                delta=self.s2ft_delta[call.written],
-                index=self.positions[call.written],
-                dim=self.dim,
-                holding=call.holding,
-            )
-        y = expert_linear(x, self.weight, routing, from_tokens=from_tokens, holding=call.holding)
-        for name in call.added:
-            delta, where = self.s2ft_delta[name], self.positions[name]
+        written, held = call.operands
+        options = {} if written is None else dict(delta=written[0], index=written[1], dim=self.dim)
+        options |= dict(from_tokens=from_tokens, holding=held)
+        y = expert_linear(x, self.weight, routing, **options)
+        for delta, where in call.slices:
             y = expert_delta(y, x, delta, where, self.dim, routing, from_tokens=from_tokens)
         return y
 
@@ -175,17 +122,10 @@ class S2FTExpertTensor(S2FTLayer):
                 f"adapter_names: {self.name} is a tensor of experts, which a mixed batch cannot "
                 "have an adapter of for each row; use set_adapter"
             )
-        written = call.written if names is None else None
-        if not self.keeper.are_ready({self: written}):
+        wanted: dict[Any, str | None] = call.written if names is None else {self: None}
+        if not self.keeper.are_ready(wanted):
             with self.keeper.forwards.lock:
-                self.keeper.ensure_written({self: written})
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        self.rows = {
-            name: keep(rows, fn) if has_values(rows) else rows for name, rows in self.rows.items()
-        }
-        return self
+                self.keeper.ensure_written(wanted)
 
 
 class S2FTExperts(nn.Module, BaseTunerLayer):
@@ -205,8 +145,7 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
     def tensor(self, leaf: str) -> S2FTExpertTensor:
         """The layer of the parameter `leaf`; a new one without adapters where there was none."""
         if leaf not in self._modules:
-            member = self.structure.role(leaf)
-            layer = S2FTExpertTensor(self.base_layer, self.keeper, self.structure, member)
+            layer = S2FTExpertTensor(self.base_layer, self.keeper, self.structure, leaf)
             self.add_module(leaf, layer)
         return self.get_submodule(leaf)  # type: ignore[return-value]
 
@@ -245,14 +184,13 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
         """
         if self.keeper.forwards.rows is not None:
             return False
-        calls = [(layer, layer.call_now()) for layer in self.tensors]
-        if any(call.added for _, call in calls):
+        calls = [layer.call_now() for layer in self.tensors]
+        if any(call.slices for call in calls):
             return True
+        written = [call.operands[0] for call in calls if call.operands[0] is not None]
         # x alone is reason enough: dx, too, is to be that of the slices in the parameters now
         return torch.is_grad_enabled() and any(
-            x.requires_grad or layer.s2ft_delta[call.written].requires_grad
-            for layer, call in calls
-            if call.written is not None
+            x.requires_grad or delta.requires_grad for delta, _ in written
         )
 
     def _project(self, leaf: str, x: Tensor, routing: Routing, *, from_tokens: bool) -> Tensor:
@@ -279,18 +217,16 @@ class S2FTExperts(nn.Module, BaseTunerLayer):
 def tensors_to_train(
     config: S2FTConfig, structures: Mapping[str, Structure], saved: Iterable[str] | None
 ) -> dict[str, list[str]]:
-    """The tensors of experts that an adapter trains, by the structure that has them: those whose
-    slices are among the names `saved`, where these are given, else those that the configuration
-    names.
+    """The tensors of experts that an adapter trains, by structure: those of the slices that are
+    `saved`, where these names are given, else those that the configuration names.
     """
     found: dict[str, list[str]] = {}
     for name, structure in structures.items():
         for leaf in structure.projections if structure.kind == "experts" else ():
-            start = f"{name}.{leaf}.s2ft_"
-            if (
-                is_target(config, structure, leaf)
-                if saved is None
-                else any(key.startswith(start) for key in saved)
-            ):
+            if saved is None:
+                wanted = is_target(config, structure, leaf)
+            else:
+                wanted = any(key.startswith(f"{name}.{leaf}.s2ft_") for key in saved)
+            if wanted:
                 found.setdefault(name, []).append(leaf)
     return found

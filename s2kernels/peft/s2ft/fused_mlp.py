@@ -8,113 +8,61 @@ With anything else, and under torch.compile, which fuses as well, it is the forw
 On a GPU the weights of gate and up are laid one after the other: the pair is one GEMM.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2kernels import backend
+from s2kernels.autograd.checks import is_autocast
 from s2kernels.autograd.first_order import apply
 from s2kernels.autograd.joined import joined
 from s2kernels.autograd.mlp import S2MLPFunction, operands
-from s2kernels.capturing import is_capturing
 from s2kernels.coupling import Structure
 from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
-from s2kernels.peft.s2ft.arranged_weights import arrangement_of
-from s2kernels.peft.s2ft.fusion_checks import (
-    are_alike,
-    is_silu,
-    linear_behind,
-    note_bare_linear,
-    sole_active_adapter,
-    weights_match_input,
-)
+from s2kernels.peft.s2ft.arranged_weights import are_alike, arrangement_of
+from s2kernels.peft.s2ft.layer import PreparedCall
 from s2kernels.peft.s2ft.linear import S2FTLinear, holding_for
 
-
-class Gated(NamedTuple):
-    """What a forward computes down(activation(gate(x)) * up(x)) with; gate_up may be one module."""
-
-    gate_up: tuple[str, ...]
-    down: str
-    activation: str
-
-
-_LLAMA = Gated(("gate_proj", "up_proj"), "down_proj", "act_fn")
-_PHI3 = Gated(("gate_up_proj",), "down_proj", "activation_fn")
-# The forwards that do: their class, and the model type that defines it.
-_CLASSES = {
-    ("LlamaMLP", "llama"): _LLAMA,
-    ("MistralMLP", "mistral"): _LLAMA,
-    ("Qwen2MLP", "qwen2"): _LLAMA,
-    ("Qwen3MLP", "qwen3"): _LLAMA,
-    ("Qwen3MoeMLP", "qwen3_moe"): _LLAMA,
-    ("Phi3MLP", "phi3"): _PHI3,
-}
-# A class that inherits one of them computes the same; one that overrides it is not here.
+_LLAMA = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_PHI3 = ("gate_up_proj", "down_proj", "activation_fn")
+# The forwards that compute down(activation(gate(x)) * up(x)), and the names of their modules, the
+# activation last. A class that inherits a forward computes the same; one that overrides it is not
+# here.
 GATED = {
-    (f"transformers.models.{model}.modeling_{model}", f"{name}.forward"): gated
-    for (name, model), gated in _CLASSES.items()
+    ("transformers.models.llama.modeling_llama", "LlamaMLP.forward"): _LLAMA,
+    ("transformers.models.mistral.modeling_mistral", "MistralMLP.forward"): _LLAMA,
+    ("transformers.models.qwen2.modeling_qwen2", "Qwen2MLP.forward"): _LLAMA,
+    ("transformers.models.qwen3.modeling_qwen3", "Qwen3MLP.forward"): _LLAMA,
+    ("transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeMLP.forward"): _LLAMA,
+    ("transformers.models.phi3.modeling_phi3", "Phi3MLP.forward"): _PHI3,
 }
-
-
-class MLPCall(NamedTuple):
-    """What a forward of the FFN does now.
-
-    written: for each layer the adapter that its weight is to hold. operands: of `S2MLPFunction`,
-    with the weight of gate first; None where it is the forward of the class.
-    """
-
-    changes: int
-    premises: Premises
-    written: dict[S2FTLinear, str | None]
-    operands: tuple | None = None
 
 
 def fuse_mlp(keeper: WeightKeeper, structure: Structure) -> None:
     """Give the FFN a forward of its own, if that can be."""
     module = keeper.model.get_submodule(structure.name)
     forward = type(module).forward
-    gated = GATED.get((forward.__module__, forward.__qualname__))
-    if gated is None or "forward" in vars(module):
+    names = GATED.get((forward.__module__, forward.__qualname__))
+    if names is None or "forward" in vars(module):
         return
-    modules = [module.get_submodule(name) for name in (*gated.gate_up, gated.down)]
+    modules = [module.get_submodule(name) for name in names[:-1]]
     if not any(isinstance(each, S2FTLinear) for each in modules):
         return
-    module.forward = FusedMLP(module, gated, keeper)
-    linears = [linear_behind(each) for each in modules[:-1]]
-    if len(linears) == 2 and linears[0] is not None and linears[1] is not None:
-        arrangement_of(keeper).pairs.append((linears[0], linears[1]))
-
-
-def join_all(keeper: WeightKeeper) -> None:
-    """Join the frozen weights of all `pairs` that are on a GPU and this model's alone to move.
-
-    The weights of a pair lay in segments of the allocator that are too small for both together, so
-    they stay reserved and empty: 86 + 86 MiB a layer of LLaMA-2-7B, about 5.5 GB in all.
-    They are given back to the device once, after the last pair.
-    """
-    arrangement = arrangement_of(keeper)
-    num_moved = 0
-    for pair in arrangement.pairs:
-        first, second = weights = [linear.weight for linear in pair]
-        if not are_alike(weights) or not backend.prefers_joined(first):
-            continue
-        if all(keeper.obstacles.of(weight) is None for weight in weights):
-            assert isinstance(first, nn.Parameter) and isinstance(second, nn.Parameter)
-            num_moved += arrangement.join(first, second)
-    if num_moved and torch.accelerator.is_available() and not is_capturing():
-        torch.accelerator.empty_cache()
+    module.forward = FusedMLP(module, names, keeper)
+    gate_up = [linear_behind(each) for each in modules[:-1]]
+    if len(gate_up) == 2 and all(type(linear) is nn.Linear for linear in gate_up):
+        arrangement_of(keeper).pairs.append((gate_up[0], gate_up[1]))
 
 
 class FusedMLP:
-    """The forward of one gated FFN, `module`."""
+    """The forward of one gated FFN, `module`; names: see `GATED`."""
 
-    def __init__(self, module: nn.Module, gated: Gated, keeper: WeightKeeper) -> None:
-        self.module, self.gated, self.keeper = module, gated, keeper
-        self._call: MLPCall | None = None
+    def __init__(self, module: nn.Module, names: tuple[str, ...], keeper: WeightKeeper) -> None:
+        self.module, self.names, self.keeper = module, names, keeper
+        self._call: PreparedCall | None = None  # of `S2MLPFunction`, with the weight of gate first
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_call": None}
@@ -142,40 +90,49 @@ class FusedMLP:
             keeper.ensure_written(call.written)
             return apply(S2MLPFunction, x, *call.operands)
 
-    def _prepare(self) -> MLPCall:
+    def _prepare(self) -> PreparedCall:
         """What a forward does until something changes."""
-        names = (*self.gated.gate_up, self.gated.down)
-        modules = [getattr(self.module, name) for name in names]
+        *modules, activation = (getattr(self.module, name) for name in self.names)
         layers = [each for each in modules if isinstance(each, S2FTLinear)]
         for layer in layers:
             self.keeper.notice_call(layer)
             layer.known.look()
-        found = self._operands(modules, layers)
+        linears = [linear_behind(each) for each in modules]
         premises = Premises()
         premises.unwatched()
-        for name in (*names, self.gated.activation):
+        for name in self.names:
             premises.same_child(self.module, name)
-            note_bare_linear(premises, getattr(self.module, name))
+        for layer in layers:
+            premises.same_child(layer, "base_layer")
+        for each in (*modules, *linears, activation):
+            premises.bare(each)
         if not premises.hold():  # there are hooks: each call looks whether they still are
-            return MLPCall(-1, premises, {})
+            return PreparedCall(-1, premises, {})
+        is_plain = is_silu(activation) and all(type(linear) is nn.Linear for linear in linears)
+        found = self._operands(modules, layers, linears) if is_plain else None
+        for linear in linears if is_plain else ():  # only now: they may have been joined
+            for name in ("weight", "bias"):
+                premises.same_tensor(linear, name)
+            premises.as_trainable(linear.weight)
+            premises.unmoved(linear.weight)
         written, given = found or ({}, None)
         for layer in written:
             layer.note(premises, written[layer])
         self.keeper.expect(premises)
-        return MLPCall(self.keeper.changes, premises, written, given)
+        return PreparedCall(self.keeper.changes, premises, written, given)
 
     def _operands(
-        self, modules: list[nn.Module], layers: list[S2FTLinear]
+        self, modules: list[nn.Module], layers: list[S2FTLinear], linears: list[nn.Linear]
     ) -> tuple[dict[S2FTLinear, str | None], tuple] | None:
         """What is to be written for one Function, and its operands; None where it would not compute
         what the modules do.
         """
-        linears = [linear for linear in map(linear_behind, modules) if linear is not None]
-        adapter = sole_active_adapter(layers)
-        if adapter is None or len(linears) < len(modules):
+        adapters = {name for layer in layers for name in layer.active()}
+        if len(adapters) != 1 or any(layer.disable_adapters or layer.merged for layer in layers):
             return None
+        (adapter,) = adapters
         weights: list[Tensor] = [linear.weight for linear in linears]
-        if not are_alike(weights) or not is_silu(getattr(self.module, self.gated.activation)):
+        if not are_alike(weights) or not all(layer.fuse.get(adapter, True) for layer in layers):
             return None
         trained = [layer for layer in layers if adapter in layer.active()]
         if len(modules) == 2 and modules[0] in trained:
@@ -184,8 +141,10 @@ class FusedMLP:
         arrived = {layer: layer.arrived_adapter() for layer in layers}
         modes = {(written[layer] or arrived[layer]) is not None for layer in trained}
         positions = [layer.positions[adapter] for layer in trained]
-        if len(modes) > 1 or not _are_the_same([layer.s2ft_index[adapter] for layer in trained]):
-            return None
+        with with_values():
+            first, *others = (layer.s2ft_index[adapter] for layer in trained)
+            if len(modes) > 1 or not all(torch.equal(first, other) for other in others):
+                return None
 
         biases: list[Tensor | None] = [linear.bias for linear in linears]
         deltas = [layer.s2ft_delta[adapter] if layer in trained else None for layer in modules]
@@ -197,13 +156,25 @@ class FusedMLP:
         else:
             both = joined(*weights[:2])
             if both is None and backend.prefers_joined(weights[0]):
-                join_all(self.keeper)
+                arrangement_of(self.keeper).join_pairs(self.keeper.obstacles)
                 both = joined(*weights[:2])
         mode = "inplace" if modes == {True} else "additive"
         held = holding_for(written)
         return written, operands(weights, biases, deltas, positions[0], mode, both, held)
 
 
-def _are_the_same(indices: list[Tensor]) -> bool:
-    with with_values():
-        return all(torch.equal(indices[0], each) for each in indices[1:])
+def linear_behind(module: Any) -> Any:
+    """What multiplies in a call of the module: that itself, or what our layer is for."""
+    return module.base_layer if isinstance(module, S2FTLinear) else module
+
+
+def is_silu(activation: nn.Module) -> bool:
+    """Whether a call computes silu; transformers has a class of its own for it."""
+    kind = type(activation)
+    names = kind.__module__, kind.__name__
+    return kind is nn.SiLU or names == ("transformers.activations", "SiLUActivation")
+
+
+def weights_match_input(weight: Tensor, x: Tensor) -> bool:
+    """Whether torch.nn.Linear would multiply x with the weight as they are."""
+    return (x.dtype == weight.dtype or is_autocast(x)) and x.device == weight.device

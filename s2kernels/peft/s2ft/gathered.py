@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from s2kernels import reference
 from s2kernels.coupling import is_conv1d
+from s2kernels.peft.s2ft.layer import copy_of_channels
 
 
 class Gathered:
@@ -25,25 +26,21 @@ class Gathered:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.adapter: str | None = None
-        self._why_not = "it was not gathered yet"
+        self._why_not: str | None = "it was not gathered yet"
 
     def write_into(self, copy: Tensor) -> None:
         """Write the slice of the active adapter into a copy of the shard of this process."""
         layer, name = self.layer, self._wanted()
-        self.adapter, self._why_not = None, "a frozen weight and exactly one active adapter wanted"
-        if name is None:
+        self._why_not = self._obstacle(name)
+        self.adapter = name if self._why_not is None else None
+        if self.adapter is None:
             return
-        if reason := self._misplaced(name):
-            self._why_not = reason
-            return
-        self.adapter = name
-        delta: Any = layer.s2ft_delta[self.adapter]
-        delta = delta.to_local().detach().to(copy.device)
+        delta = layer.s2ft_delta[self.adapter].to_local().detach().to(copy.device)
         where = layer.positions[self.adapter]
         if isinstance(where, Tensor):
             where = where.to(copy.device)
         matrix = layer.matrix_of(copy)
-        base = layer.slice_of_matrix(matrix, where)
+        base = copy_of_channels(matrix, where, layer.dim)
         reference.slice_write([matrix], [base], [delta], [where], [layer.dim])
 
     def arrived(self) -> str | None:
@@ -52,22 +49,25 @@ class Gathered:
         Raises RuntimeError where the weight was gathered for something else, and ValueError where
         an adapter demands mode="inplace" and W0 was gathered.
         """
-        wanted = self._wanted()
-        if self.adapter is not None and self.adapter != wanted:
-            self._raise(wanted)
-        if self.adapter is None:
-            for name in self.layer.active():
-                if self.layer.modes[name] == "inplace":
-                    raise ValueError(
-                        f"adapter {name!r} of {self.layer.name} has mode='inplace', and the weight "
-                        f"was gathered without it: {self._why_not}; use mode='auto'"
-                    )
-        return self.adapter
+        if self.adapter is not None:
+            self.check(self._wanted())
+            return self.adapter
+        for name in self.layer.active():
+            if self.layer.modes[name] == "inplace":
+                raise ValueError(
+                    f"adapter {name!r} of {self.layer.name} has mode='inplace', and the weight "
+                    f"was gathered without it: {self._why_not}; use mode='auto'"
+                )
+        return None
 
     def check(self, adapter: str | None) -> None:
         """Raises RuntimeError unless the weight holds the slice of this adapter, or for None W0."""
         if self.adapter != adapter:
-            self._raise(adapter)
+            raise RuntimeError(
+                f"{self.layer.name}: FSDP holds the weight with adapter {self.adapter!r}, and "
+                f"{adapter!r} is wanted now: call reshard() of the module that fully_shard was "
+                "given, or give it reshard_after_forward=True"
+            )
 
     def check_given_back(self) -> None:
         """Raises RuntimeError where a gathered weight holds a slice and whoever reads it next does
@@ -75,13 +75,6 @@ class Gathered:
         """
         if not isinstance(self.layer.weight, DTensor):
             self.check(None)
-
-    def _raise(self, wanted: str | None) -> None:
-        raise RuntimeError(
-            f"{self.layer.name}: FSDP holds the weight with adapter {self.adapter!r}, and "
-            f"{wanted!r} is wanted now: call reshard() of the module that fully_shard was given, "
-            "or give it reshard_after_forward=True"
-        )
 
     def _wanted(self) -> str | None:
         """The adapter whose slice belongs in the weight now."""
@@ -93,14 +86,16 @@ class Gathered:
             return None
         return None if layer.modes[names[0]] == "additive" else names[0]
 
-    def _misplaced(self, name: str) -> str | None:
-        """Why a process has not got the part of delta that belongs to its shard; None if it has."""
+    def _obstacle(self, name: str | None) -> str | None:
+        """Why this process cannot write the adapter's slice into its shard; None if it can."""
+        if name is None:
+            return "a frozen weight and exactly one active adapter wanted"
         layer = self.layer
         delta, weight = layer.s2ft_delta[name], layer.weight
         if not (isinstance(delta, DTensor) and isinstance(weight, DTensor)):
             return "delta and the weight are not sharded together"
-        axis = 0 if layer.dim == "in" else 1
-        of_weight = 1 - axis if is_conv1d(layer.get_base_layer()) else axis
+        axis = 1 - layer.axis
+        of_weight = layer.axis if is_conv1d(layer.get_base_layer()) else axis
         if _sharded(delta) == {axis} and _sharded(weight) == {of_weight}:
             return None
         return "fully_shard was not given the shard_placement_fn that fsdp_placement returned"
@@ -112,10 +107,8 @@ def _sharded(value: DTensor) -> set[int]:
 
 
 class AsGathered:
-    """A context for a backward: gathered weights hold the adapters that the forward saw, or W0 for
-    None.
-
-    Raises RuntimeError on entry where they do not.
+    """A context for a backward: gathered weights hold the adapters that its forward saw, or W0 for
+    None. Raises RuntimeError on entry where they do not.
     """
 
     def __init__(self, adapters: Mapping[Gathered, str | None]) -> None:

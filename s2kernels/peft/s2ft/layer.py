@@ -1,6 +1,7 @@
 """What every S2FT layer is: a base weight of which each adapter trains a slice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,24 +10,50 @@ from s2kernels import backend
 from s2kernels.adapter import Slice, check_fingerprint, fingerprint
 from s2kernels.architectures import Member
 from s2kernels.autograd.experts import check_positions
-from s2kernels.peft.host.kept_buffers import (
-    KeptBuffers,
-    beside,
-    has_values,
-    home_of,
-    keep,
-    with_values,
-)
+from s2kernels.coupling import Structure
+from s2kernels.peft.host.kept_buffers import KeptBuffers, beside, home_of, with_values
 from s2kernels.peft.host.layer import AdapterLayer
+from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.arranged_weights import arrangement_of
 from s2kernels.reference import Index
 
+Found = tuple[Structure, Member] | None  # what `s2kernels.coupling.find` finds
+
 
 def slice_writer(entries: list[tuple]) -> Callable[[], None]:
     """What writes the slices of layers, all on one device; see `Writes`."""
     return backend.select(entries[0][0]).slice_writer(*zip(*entries, strict=True))
+
+
+def copy_of_channels(weight: Tensor, where: Index, dim: str) -> Tensor:
+    """A copy of what a weight (N, K), or one of experts (E, N, K), or a shard of one, has at these
+    channels, shaped like delta.
+    """
+    axis = weight.dim() - (1 if dim == "in" else 2)
+    if isinstance(where, slice):
+        part = weight.narrow(axis, where.start, where.stop - where.start)
+        return part.clone(memory_format=torch.contiguous_format)
+    if where.dim() == 1:
+        return weight.index_select(axis, where).contiguous()
+    return torch.take_along_dim(weight, where.long().unsqueeze(3 - axis), axis)
+
+
+class PreparedCall(NamedTuple):
+    """What a forward of a layer, or of several as one Function, does; see `AdapterLayer.prepared`.
+
+    written:  of each layer, the adapter whose slice is to be in the weight; None for W0
+    operands: of the Function, which takes the weight with the first slice; None where the modules
+              compute their own output
+    slices:   (delta, positions) of the other active adapters
+    """
+
+    changes: int
+    premises: Premises
+    written: dict[Any, str | None]
+    operands: Any = None
+    slices: Sequence[tuple[Tensor, Index]] = ()
 
 
 class S2FTLayer(AdapterLayer):
@@ -42,7 +69,8 @@ class S2FTLayer(AdapterLayer):
 
     All but s2ft_dim have an axis of experts in front where the weight is (E, N, K).
 
-    `structure` and `member` say where the weight sits in the coupling table, None if nowhere.
+    found: `structure` and `member`, where the weight sits in the coupling table. If nowhere, input
+    channels are trained.
     """
 
     # (E,) of experts, () of a single matrix
@@ -56,21 +84,19 @@ class S2FTLayer(AdapterLayer):
     delta_name, index_name = "s2ft_delta", "s2ft_index"
     fingerprint_name = "s2ft_fingerprint"
     adapter_layer_names = ("s2ft_delta",)
-    other_param_names: tuple[str, ...] = (
+    other_param_names = (
         *("s2ft_index", "s2ft_dim", "s2ft_fingerprint"),
         *("modes", "layouts", "fuse", "positions"),
     )
 
-    def __init__(
-        self,
-        keeper: WeightKeeper,
-        name: str,
-        dim: str,
-        structure: str | None = None,
-        member: Member | None = None,
-    ) -> None:
+    def __init__(self, keeper: WeightKeeper, name: str, found: Found) -> None:
         super().__init__(keeper, name)
-        self.dim, self.structure, self.member = dim, structure, member
+        self.structure: Structure | None = None
+        self.member: Member | None = None
+        self.dim = "in"
+        if found is not None:
+            self.structure, self.member = found
+            self.dim = self.member.dim
         self.s2ft_dim = KeptBuffers()
         self.layouts: dict[str, str] = {}
         self.fuse: dict[str, bool] = {}  # whether it may be computed together with others
@@ -79,17 +105,16 @@ class S2FTLayer(AdapterLayer):
 
     @torch.inference_mode(False)  # or they could never be trained
     def update_layer(
-        self, adapter_name: str, index: Tensor, mode: str, layout: str, fuse: bool = True
+        self, adapter_name: str, index: Tensor, mode: str, layout: str, fuse: bool
     ) -> None:
         """Add an adapter that trains the channels `index`, int32 (R,) or (E, R), in the original
         basis. Raises ValueError as `check_mode` does.
         """
         self.check_mode(mode)
+        home = home_of(self.weight)
         with with_values():
             num = self._check_index("index", index)
-            self.s2ft_dim[adapter_name] = torch.tensor(
-                self.axis, dtype=torch.int32, device=home_of(self.weight)
-            )
+            self.s2ft_dim[adapter_name] = torch.tensor(self.axis, dtype=torch.int32, device=home)
         shape = (self.out_features, num) if self.dim == "in" else (num, self.in_features)
         self.layouts[adapter_name], self.fuse[adapter_name] = layout, fuse
         self.add(adapter_name, mode, (*self.num_experts, *shape), index)
@@ -141,12 +166,29 @@ class S2FTLayer(AdapterLayer):
 
     def take(self, adapter: str) -> Held:
         where = self.positions[adapter]
-        base = self.take_base_slice(where)
+        base = copy_of_channels(self.matrix_of(self.weight).data, where, self.dim)
         return Held(adapter, self.weight, where, base, self.s2ft_delta[adapter])
 
-    def take_base_slice(self, where: Index) -> Tensor:
-        """A copy of what the weight holds at these channels, shaped like delta."""
-        raise NotImplementedError
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """The weight as (N, K), or of experts (E, N, K), a view of it."""
+        return weight
+
+    def active_slices(self) -> list[tuple[Tensor, Index]]:
+        """(delta, positions) of each active adapter."""
+        return [(self.s2ft_delta[name], self.positions[name]) for name in self.active()]
+
+    def premises(self, adapter: str | None) -> Premises:
+        """What `prepare` takes for granted; see `note`. Nothing under torch.compile."""
+        premises = Premises()
+        if not torch.compiler.is_compiling():
+            self.note(premises, adapter)
+        return premises
+
+    def note(self, premises: Premises, adapter: str | None) -> None:
+        super().note(premises, adapter)
+        for name in self.active():
+            premises.same_tensor(self.s2ft_delta, name)
+            premises.same_tensor(self.s2ft_index, name)
 
     def fingerprint_of(self, base: Tensor) -> Tensor:
         return fingerprint(base, self.dim)
@@ -159,19 +201,12 @@ class S2FTLayer(AdapterLayer):
 
     def slice_of(self, adapter_name: str) -> Slice:
         """The adapter's part of this layer, in the original basis."""
-        return Slice(
-            self.dim,
-            self.s2ft_index[adapter_name],
-            self.s2ft_delta[adapter_name].detach(),
-            self.s2ft_fingerprint[adapter_name],
-        )
+        index, fingerprint = self.s2ft_index[adapter_name], self.s2ft_fingerprint[adapter_name]
+        return Slice(self.dim, index, self.s2ft_delta[adapter_name].detach(), fingerprint)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        tensors = {name: at for name, at in self.positions.items() if isinstance(at, Tensor)}
-        if tensors and all(map(has_values, (self.weight, *tensors.values()))):
-            self.positions |= {name: keep(at, fn) for name, at in tensors.items()}
-        elif tensors:
+        with with_values():
             self.locate()
         return self
 

@@ -1,41 +1,24 @@
 """The layer that PEFT puts in the place of a Linear: how its slices reach the output."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.utils import resolve_quantization_backend
-from torch import Tensor, nn
+from torch import Tensor
 
-from s2kernels.architectures import Member
 from s2kernels.autograd.accumulate import WeightHolder
 from s2kernels.autograd.first_order import apply
 from s2kernels.autograd.linear import S2LinearFunction, delta_linear, operands
 from s2kernels.coupling import is_conv1d, is_dense
 from s2kernels.peft.host.holding import holding, keep_w0_for_backward_of
+from s2kernels.peft.host.kept_buffers import local
 from s2kernels.peft.host.linear import AdapterLinear
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.gathered import AsGathered, Gathered
-from s2kernels.peft.s2ft.layer import S2FTLayer
+from s2kernels.peft.s2ft.layer import Found, PreparedCall, S2FTLayer
 from s2kernels.peft.s2ft.mixed import Rows
-from s2kernels.reference import Index, take
-
-
-class LinearCall(NamedTuple):
-    """What a forward of the layer does; see `AdapterLayer.prepared`.
-
-    written:  of this layer, the adapter whose slice is to be in the weight; None for W0
-    operands: of `S2LinearFunction`, which takes the weight with the first slice; None where the
-              base layer computes its own output
-    slices:   (delta, positions) of the active adapters, without that first one
-    """
-
-    changes: int
-    premises: Premises
-    written: dict[Any, str | None]
-    operands: tuple | None
-    slices: list[tuple[Tensor, Index]]
 
 
 class S2FTLinear(S2FTLayer, AdapterLinear):
@@ -46,18 +29,11 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
 
     gathered: Gathered | None = None
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        keeper: WeightKeeper,
-        name: str,
-        dim: str,
-        structure: str | None = None,
-        member: Member | None = None,
-    ) -> None:
-        super().__init__(keeper, name, dim, structure, member)
+    def __init__(self, base_layer: Any, keeper: WeightKeeper, name: str, found: Found) -> None:
+        super().__init__(keeper, name, found)
         self.base_layer = base_layer
-        self.in_features, self.out_features = features(base_layer)
+        names = ("nx", "nf") if is_conv1d(base_layer) else ("in_features", "out_features")
+        self.in_features, self.out_features = (getattr(base_layer, name) for name in names)
         # torchao's wants to know how to quantize anew what was merged, and nothing ever is
         self.quantization_backend = resolve_quantization_backend(
             base_layer, get_apply_tensor_subclass=_not_merged
@@ -72,14 +48,8 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
         return None if is_dense(base) else f"the base layer is a {type(base).__name__}"
 
     def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
+        delta = None if delta is None else local(delta)
         return [(self.matrix_of(held.weight), held.base, delta, held.where, self.dim)]
-
-    def take_base_slice(self, where: Index) -> Tensor:
-        return self.slice_of_matrix(self.matrix_of(self.weight).data, where)
-
-    def slice_of_matrix(self, matrix: Tensor, where: Index) -> Tensor:
-        """A copy of what a matrix (N, K), or a shard of it, has at these channels."""
-        return take(matrix, where) if self.dim == "in" else take(matrix.t(), where).t().contiguous()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to W0, dense, shaped like the weight, in the dtype of the delta."""
@@ -99,31 +69,22 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
 
     def note(self, premises: Premises, adapter: str | None) -> None:
         super().note(premises, adapter)
+        premises.same_tensor(self.base_layer, "bias")
+        if is_conv1d(self.base_layer):  # its matrix is a view
+            premises.unmoved(self.weight)
         if self.gathered is not None:
             premises.same_attribute(self.gathered, "adapter")
 
-    def prepare(self) -> LinearCall:
+    def prepare(self) -> PreparedCall:
         written, arrived = self.written_adapter(), self.arrived_adapter()
-        names = self.active()
-        dense = bool(names) and is_dense(self.base_layer) and not self.weight.requires_grad
-        premises = Premises()
-        if not torch.compiler.is_compiling():
-            self.note(premises, written)
-            if dense:
-                premises.same_tensor(self.base_layer, "bias")
-                if is_conv1d(self.base_layer):  # its matrix is a view
-                    premises.unmoved(self.weight)
-            for name in names:
-                premises.same_tensor(self.s2ft_delta, name)
-                premises.same_tensor(self.s2ft_index, name)
-        slices, given = [(self.s2ft_delta[name], self.positions[name]) for name in names], None
-        if dense:
+        slices, premises, given = self.active_slices(), self.premises(written), None
+        if slices and is_dense(self.base_layer) and not self.weight.requires_grad:
             mode = "additive" if written is None and arrived is None else "inplace"
             matrix, held = self.matrix_of(self.weight), holding_for({self: written})
             given = operands(matrix, *slices.pop(0), self.dim, self.bias, mode, held)
-        return LinearCall(self.keeper.changes, premises, {self: written}, given, slices)
+        return PreparedCall(self.keeper.changes, premises, {self: written}, given, slices)
 
-    def compute(self, x: Tensor, call: LinearCall, *args, **kwargs) -> Tensor:
+    def compute(self, x: Tensor, call: PreparedCall, *args, **kwargs) -> Tensor:
         if call.operands is None:
             y = self._forward_base(x, *args, **kwargs)
         else:
@@ -138,14 +99,12 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
         return y
 
     def compute_mixed(self, x: Tensor, rows: Rows, *args, **kwargs) -> Tensor:
-        """Each row of the batch through its own adapter; an adapter that this layer lacks leaves
-        the row as the base layer has it.
-        """
+        """Each row of the batch through its own adapter, the base alone where that is not here."""
         if self.merged:
             raise ValueError("adapter_names does not go with merged adapters: call unmerge_adapter")
-        # in the FFNs of the coupling table, which are no experts, tokens are only ever joined
         if self.gathered is not None:
             self.gathered.check(None)
+        # in the FFNs of the coupling table, which are no experts, tokens are only ever joined
         adapter_names = rows.of(x, joined=self.structure is not None)
         self.keeper.restore([self])
         y = self._forward_base(x, *args, **kwargs)
@@ -155,8 +114,8 @@ class S2FTLinear(S2FTLayer, AdapterLinear):
 
 
 def holding_for(written: dict[S2FTLinear, str | None]) -> WeightHolder | None:
-    """What a backward enters: the weights of these layers, of one model, hold what they hold in the
-    forward. See `holding` and `AsGathered`.
+    """A context for a backward: the weights of these layers, of one model, hold what its forward
+    saw. See `holding` and `AsGathered`.
     """
     gathered = {layer.gathered: layer.gathered.adapter for layer in written if layer.gathered}
     if gathered:
@@ -166,9 +125,3 @@ def holding_for(written: dict[S2FTLinear, str | None]) -> WeightHolder | None:
 
 def _not_merged() -> None:
     raise ValueError("an adapter can only be merged into a plain dense weight")
-
-
-def features(layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer, or of a Conv1D, which calls them otherwise."""
-    linear: Any = layer
-    return (linear.nx, linear.nf) if is_conv1d(layer) else (linear.in_features, linear.out_features)

@@ -8,7 +8,6 @@ One adapter after the other where gradients are wanted, and in the first forward
 which the slices of all adapters are copied into one pool.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ class Rows(list[str]):
         self._seen: set[nn.Module] = set()
         self._pools: dict[nn.Module, _Pool] = {}
         self._orders: dict[tuple, TokenOrder] = {}
-        self._groups: dict[tuple, Groups] = {}
 
     def of(self, x: Tensor, joined: bool = False) -> list[str]:
         """The adapter of each row of x. joined: x (M, K) may have the tokens of a row one after the
@@ -72,40 +70,41 @@ class Rows(list[str]):
         flat = y.reshape(-1, y.shape[-1])
         ops = backend.select(x)
         op = ops.grouped_in_ if dim == "in" else ops.grouped_out_
-        groups = self._groups_of(pool, layer, names, x)
-        op(flat, x.reshape(-1, x.shape[-1]), pool.rows, groups)
+        op(flat, x.reshape(-1, x.shape[-1]), pool.rows, self._groups_of(pool, names, x))
         return flat.view(y.shape)
 
-    def _groups_of(self, pool: "_Pool", layer: nn.Module, names: list[str], x: Tensor) -> Groups:
+    def _groups_of(self, pool: "_Pool", names: list[str], x: Tensor) -> Groups:
         size = len(x), x.numel() // max(1, x.shape[-1] * len(x))
-        if (layer, size) not in self._groups:
+        if size not in pool.groups:
             key = size, pool.names
             if key not in self._orders:
                 number = {name: group for group, name in enumerate(pool.names)}
                 of_row = torch.tensor([number.get(name, -1) for name in names])
                 of_token = of_row.repeat_interleave(size[1])
                 self._orders[key] = order_tokens(of_token, len(pool.names), x.device)
-            self._groups[layer, size] = pool.groups(self._orders[key])
-        return self._groups[layer, size]
+            pool.groups[size] = Groups(self._orders[key], *pool.entries)
+        return pool.groups[size]
 
 
 class _Pool:
-    """The slices of all adapters of a layer: `rows` (E, N) of in-slices, (E, K) of out-slices."""
+    """The slices of all adapters of a layer: `rows` (E, N) of in-slices, (E, K) of out-slices.
+
+    entries: the fields of `Groups`, but for the order of tokens. groups: by rows and their tokens.
+    """
 
     def __init__(self, dim: str, parts: dict[str, Part], x: Tensor) -> None:
-        self.names = tuple(parts)
+        self.names, device = tuple(parts), x.device
         deltas = [(d.t() if dim == "in" else d).detach() for d, _ in parts.values()]
-        self.rows = torch.cat([d.to(x.device, x.dtype) for d in deltas])
-        device = x.device
-        self._channels = torch.cat([_channels(where, device) for _, where in parts.values()])
-        ends = torch.tensor([len(d) for d in deltas]).cumsum(0)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        self._bounds = torch.stack([starts, ends], 1).int().to(device)
-        self._widest = max(map(len, deltas))
-
-    def groups(self, order: TokenOrder) -> Groups:
-        entries = torch.arange(len(self.rows), dtype=torch.int32, device=self.rows.device)
-        return Groups(order, self._bounds, entries, self._channels, self._widest)
+        self.rows = torch.cat([d.to(device, x.dtype) for d in deltas])
+        counts = torch.tensor([len(d) for d in deltas])
+        ends = counts.cumsum(0)
+        self.entries = (
+            torch.stack([ends - counts, ends], 1).int().to(device),
+            torch.arange(len(self.rows), dtype=torch.int32, device=device),
+            torch.cat([_channels(where, device) for _, where in parts.values()]),
+            max(map(len, deltas)),
+        )
+        self.groups: dict[tuple[int, int], Groups] = {}
 
 
 def _channels(where: Index, device: torch.device) -> Tensor:
@@ -127,15 +126,10 @@ def _one_by_one(
 
 def hook_whole_modules(model: nn.Module, rows: Rows) -> list[Any]:
     """Have the modules_to_save of `model` go by their rows, too, until the handles are removed."""
-    give = partial(_give_adapter_names, rows=rows)
-    wrappers = [
-        module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)
-    ]
-    return [module.register_forward_pre_hook(give, with_kwargs=True) for module in wrappers]
 
+    def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        names = rows.of(args[0]) if args and isinstance(args[0], Tensor) else rows
+        return args, kwargs | {"adapter_names": names}
 
-def _give_adapter_names(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], rows: Rows
-) -> tuple[tuple, dict[str, Any]]:
-    names = rows.of(args[0]) if args and isinstance(args[0], Tensor) else rows
-    return args, kwargs | {"adapter_names": names}
+    wrappers = (each for each in model.modules() if isinstance(each, AuxiliaryTrainingWrapper))
+    return [wrapper.register_forward_pre_hook(give, with_kwargs=True) for wrapper in wrappers]

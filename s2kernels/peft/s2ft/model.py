@@ -10,9 +10,8 @@ from peft.utils import ModulesToSaveWrapper, resolve_quantization_backend
 from torch import Tensor, nn
 
 from s2kernels.adapter import combine
-from s2kernels.architectures import TABLE, Member, in_projections
+from s2kernels.architectures import TABLE, in_projections
 from s2kernels.coupling import find, is_conv1d, structures
-from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.model import AdapterModel
 from s2kernels.peft.host.sharding import num_shards
 from s2kernels.peft.host.targets import plain_name
@@ -20,9 +19,9 @@ from s2kernels.peft.host.weights import WeightKeeper
 from s2kernels.peft.s2ft.arranged_weights import ArrangedWeights, arrangement_of
 from s2kernels.peft.s2ft.config import S2FTConfig
 from s2kernels.peft.s2ft.experts import S2FTExperts, tensors_to_train
-from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp, join_all
+from s2kernels.peft.s2ft.fused_mlp import FusedMLP, fuse_mlp
 from s2kernels.peft.s2ft.layer import S2FTLayer, slice_writer
-from s2kernels.peft.s2ft.linear import S2FTLinear, features
+from s2kernels.peft.s2ft.linear import S2FTLinear
 from s2kernels.peft.s2ft.mixed import Rows, hook_whole_modules
 from s2kernels.peft.s2ft.parallel import (
     ParallelLinear,
@@ -30,14 +29,7 @@ from s2kernels.peft.s2ft.parallel import (
     indices_of_parallel,
     receive_all,
 )
-from s2kernels.peft.s2ft.selection import (
-    check_budget_pattern,
-    drawn_index,
-    given_index,
-    own_budget,
-    select_indices,
-)
-from s2kernels.select import random_units
+from s2kernels.peft.s2ft.selection import check_budget_pattern, select_indices, target_index
 
 
 class S2FTModel(AdapterModel):
@@ -101,25 +93,20 @@ class S2FTModel(AdapterModel):
         layers = self._layers_of(self.model)
         why_not = self.keeper.obstacles.of(layers[0].weight) if layers else None
         self.arrangement.plan(layers, why_not)
-        self._take_charge(
-            layers,
-            writes=any(
-                layer.layouts[name] == "permute" or layer.modes[name] != "additive"
-                for layer in layers
-                for name in layer.modes
-            ),
-        )
+        writes = any(mode != "additive" for layer in layers for mode in layer.modes.values())
+        self._take_charge(layers, writes or self.arrangement.moves(layers))
         for structure in self.arrangement.structures.values():
             if structure.kind == "ffn":
                 fuse_mlp(self.keeper, structure)
-        join_all(self.keeper)  # as early as can be: a GEMM may round otherwise elsewhere in memory
+        # as early as can be: a GEMM may round otherwise elsewhere in memory
+        self.arrangement.join_pairs(self.keeper.obstacles)
 
     def _detach(self) -> None:
         for layer in self.keeper.layers:
             if isinstance(layer, S2FTLinear) and layer.gathered is not None:
                 layer.gathered.check_given_back()
         super()._detach()
-        arrangement_of(self.keeper).pairs = []
+        self.arrangement.pairs = []
         for module in self.keeper.model.modules():
             if isinstance(vars(module).get("forward"), FusedMLP):
                 del module.forward
@@ -141,92 +128,55 @@ class S2FTModel(AdapterModel):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config: S2FTConfig = peft_config
-        current_key = plain_name(current_key)
-        if current_key in self._expert_targets:
-            self._replace_experts(config, adapter_name, target, target_name, parent, current_key)
-            return
-        base = self._base_of(target, current_key)
-        is_linear = isinstance(base, nn.Linear) or is_conv1d(base)
-        if not is_linear and resolve_quantization_backend(base) is None:
-            found = self.arrangement.structures.get(current_key)
-            tensors = found is not None and found.kind == "experts"
-            raise TypeError(
-                f"target_modules must name linear layers, {current_key} is a {type(base).__name__}"
-                + ("; name its tensors, such as 'experts.down_proj'" if tensors else "")
-            )
-        if config.indices is not None and current_key not in config.indices:
-            return
-        name: str | None = None
-        member: Member | None = None
-        place = find(self.arrangement.structures, current_key)
-        if place is None:
-            if config.layout != "gather":
-                raise ValueError(
-                    f"{current_key} is not in the coupling table, layout={config.layout!r} needs "
-                    "that; layout='gather' trains input channels of any linear layer"
-                )
-            dim: str = "in"
-        else:
-            structure, member = place
-            name, dim = structure.name, member.dim
-        with with_values():
-            if config.indices is not None:
-                index = given_index(config, current_key)
-            elif place is None:
-                in_features, _ = features(base)
-                block = config.granularity
-                count = own_budget(config, "channels", current_key, in_features, block)
-                index = random_units(config.seed, current_key, in_features, count, block)
-            else:
-                leaf = current_key.removeprefix(f"{name}.")
-                index = drawn_index(config, structure, leaf, num_shards(self.keeper.model))
-
-        if isinstance(target, S2FTLinear):
-            target.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
-            return
-        kind = ParallelLinear if num_shards(self.keeper.model) > 1 else S2FTLinear
-        layer = kind(base, self.keeper, current_key, dim, name, member)
-        layer.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _replace_experts(
-        self,
-        config: S2FTConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        name: str,
-    ) -> None:
-        if num_shards(self.keeper.model) > 1:
-            raise ValueError(f"{name}: experts are not trained under tensor parallelism")
-        structure = self.arrangement.structures[name]
-        leaves = [
-            leaf
-            for leaf in self._expert_targets[name]
-            if config.indices is None or f"{name}.{leaf}" in config.indices
-        ]
-        if not leaves:
-            return
-        layer = (
-            target
-            if isinstance(target, S2FTExperts)
-            else S2FTExperts(target, self.keeper, structure)
-        )
-        for leaf in leaves:
-            key = f"{name}.{leaf}"
-            drawn = config.indices is None
-            with with_values():
-                index = drawn_index(config, structure, leaf) if drawn else given_index(config, key)
-            tensor = layer.tensor(leaf)
-            tensor.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
-            if adapter_name not in self.active_adapters:
-                tensor.s2ft_delta[adapter_name].requires_grad_(False)
+        name = plain_name(current_key)
+        adapted = self._adapted_experts if name in self._expert_targets else self._adapted_linear
+        layer = adapted(target, name, peft_config, adapter_name)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _adapted_linear(
+        self, target: nn.Module, name: str, config: S2FTConfig, adapter_name: str
+    ) -> nn.Module:
+        """What takes the place of a target: the target itself if it was replaced before, or if the
+        indices do not name it. Raises TypeError for one that is no linear layer.
+        """
+        base, known = self._base_of(target, name), self.arrangement.structures
+        is_linear = isinstance(base, nn.Linear) or is_conv1d(base)
+        if not is_linear and resolve_quantization_backend(base) is None:
+            tensors = name in known and known[name].kind == "experts"
+            raise TypeError(
+                f"target_modules must name linear layers, {name} is a {type(base).__name__}"
+                + ("; name its tensors, such as 'experts.down_proj'" if tensors else "")
+            )
+        if config.indices is not None and name not in config.indices:
+            return target
+        found, shards = find(known, name), num_shards(self.keeper.model)
+        if found is None and config.layout != "gather":
+            raise ValueError(
+                f"{name} is not in the coupling table, layout={config.layout!r} needs "
+                "that; layout='gather' trains input channels of any linear layer"
+            )
+        kind = ParallelLinear if shards > 1 else S2FTLinear
+        layer = target if isinstance(target, S2FTLinear) else kind(base, self.keeper, name, found)
+        index = target_index(config, layer, shards)
+        layer.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
+        return layer
+
+    def _adapted_experts(
+        self, target: nn.Module, name: str, config: S2FTConfig, adapter_name: str
+    ) -> nn.Module:
+        """See `_adapted_linear`."""
+        if num_shards(self.keeper.model) > 1:
+            raise ValueError(f"{name}: experts are not trained under tensor parallelism")
+        layer = target
+        for leaf in self._expert_targets[name]:
+            if config.indices is None or f"{name}.{leaf}" in config.indices:
+                if not isinstance(layer, S2FTExperts):
+                    layer = S2FTExperts(target, self.keeper, self.arrangement.structures[name])
+                tensor = layer.tensor(leaf)
+                index = target_index(config, tensor)
+                tensor.update_layer(adapter_name, index, config.mode, config.layout, config.fuse)
+        return layer
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -243,8 +193,7 @@ class S2FTModel(AdapterModel):
         if names is not None:
             if self.training:
                 raise ValueError("adapter_names is for inference: call model.eval() first")
-            unknown = set(names) - set(self.peft_config) - {"__base__"}
-            if unknown:
+            if unknown := set(names) - set(self.peft_config) - {"__base__"}:
                 raise ValueError(
                     f"adapter_names must be among {sorted(self.peft_config)} or '__base__', got "
                     f"{sorted(unknown)}"
@@ -299,8 +248,7 @@ class S2FTModel(AdapterModel):
                 "a model that is split by tensor parallelism has parts of its adapters only: save "
                 "them, and combine them in a model without a tp_plan"
             )
-        unknown = sorted(set(adapters) - set(self.peft_config))
-        if unknown:
+        if unknown := sorted(set(adapters) - set(self.peft_config)):
             raise ValueError(f"adapters must be among {sorted(self.peft_config)}, got {unknown}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name {adapter_name!r} exists already")

@@ -27,12 +27,11 @@ from transformers.distributed.tensor_parallel import (
     replace_layer_number_by_wildcard,
 )
 
-from s2kernels.peft.host.kept_buffers import local
 from s2kernels.peft.host.premises import Premises
 from s2kernels.peft.host.weights import WeightKeeper
-from s2kernels.peft.host.written_layer import Held
 from s2kernels.peft.s2ft.config import S2FTConfig
-from s2kernels.peft.s2ft.linear import LinearCall, S2FTLinear
+from s2kernels.peft.s2ft.layer import Found, PreparedCall
+from s2kernels.peft.s2ft.linear import S2FTLinear
 
 
 def check_parallel(config: S2FTConfig) -> None:
@@ -48,66 +47,37 @@ def check_parallel(config: S2FTConfig) -> None:
         )
 
 
-class Style:
-    """How a plan splits a layer `base` over the processes of `mesh`: the exchanges around it.
+class ParallelLinear(S2FTLinear):
+    """An S2FTLinear whose `weight` is the part that this process holds; see the module.
 
-    Raises ValueError for a layer that is not split along the axis of its channels, `dim`.
+    Raises ValueError for a layer that is not split along the axis of its channels.
     """
 
-    def __init__(self, model: Any, base: Any, name: str, dim: str) -> None:
-        wanted, self.axis, kind = {
-            "in": ("rowwise", 1, RowwiseParallel),
-            "out": ("colwise", 0, ColwiseParallel),
-        }[dim]
+    def __init__(self, base_layer: Any, keeper: WeightKeeper, name: str, found: Found) -> None:
+        super().__init__(base_layer, keeper, name, found)
+        wanted = "rowwise" if self.dim == "in" else "colwise"
+        kind = RowwiseParallel if self.dim == "in" else ColwiseParallel
+        model: Any = keeper.model
         planned = model.tp_plan.get(replace_layer_number_by_wildcard(name))
-        self._style: Any = ALL_PARALLEL_STYLES[planned] if planned is not None else None
-        weight = base.weight
+        style = ALL_PARALLEL_STYLES[planned] if planned is not None else None
+        weight = base_layer.weight
         if not (
-            isinstance(self._style, kind)
-            and type(base) is nn.Linear
+            isinstance(style, kind)
+            and type(base_layer) is nn.Linear
             and isinstance(weight, DTensor)
             and weight.is_floating_point()
             and weight.placements == (Shard(self.axis),)
         ):
             raise ValueError(
                 f"{name} cannot be trained under tensor parallelism: a torch.nn.Linear that the "
-                f"tp_plan makes {wanted} is needed for its {dim}put channels, got a "
-                f"{type(base).__name__} that it makes {planned}; name other target_modules"
+                f"tp_plan makes {wanted} is needed for its {self.dim}put channels, got a "
+                f"{type(base_layer).__name__} that it makes {planned}; name other target_modules"
             )
         self.mesh = weight.device_mesh
         self.num_shards, self.rank = self.mesh.size(), self.mesh.get_local_rank()
-        # what the style asks for its sizes; the bias of a rowwise layer is added once, in `leave`
-        self._sizes = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        self._adds_bias = dim == "in"
-
-    def enter(self, x: Tensor) -> Tensor:
-        """What the part of this process multiplies."""
-        (x,), _ = self._style.transform_inputs_pre_forward(self._sizes, (x,), {}, self.mesh)
-        if isinstance(x, DTensor):
-            x = x.to_local(grad_placements=[Partial()] if self.axis == 0 else None)
-        return x
-
-    def bias_here(self, bias: Tensor | None) -> Tensor | None:
-        """What is added to the product of the part of this process."""
-        return None if bias is None or self._adds_bias else here(bias)
-
-    def leave(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """The output of the layer, from what the part of this process gives."""
-        y = self._style.transform_output_post_forward(self._sizes, y, self.mesh)
-        return y if bias is None or not self._adds_bias else y + here(bias).to(y.dtype)
-
-
-class ParallelLinear(S2FTLinear):
-    """An S2FTLinear whose `weight` is the part that this process holds; see the module.
-
-    Raises ValueError as `Style` does.
-    """
-
-    def __init__(
-        self, base_layer: nn.Module, keeper: WeightKeeper, name: str, dim: str, *place: Any
-    ) -> None:
-        self.style = Style(keeper.model, base_layer, name, dim)
-        super().__init__(base_layer, keeper, name, dim, *place)  # structure and member
+        # the exchanges around the layer, and what they ask for its sizes, which is no child of it
+        sizes = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        self._style: tuple[Any, nn.Linear] = style, sizes
 
     @property
     def weight(self) -> Tensor:
@@ -126,7 +96,7 @@ class ParallelLinear(S2FTLinear):
     # What is of all channels, and what of those here
 
     def _check_index(self, name: str, index: Tensor) -> int:
-        num, shards = super()._check_index(name, index), self.style.num_shards
+        num, shards = super()._check_index(name, index), self.num_shards
         owners = index.long() // self._width
         counts = torch.bincount(owners, minlength=shards)
         balanced = torch.arange(shards, device=index.device).repeat_interleave(num // shards)
@@ -141,18 +111,18 @@ class ParallelLinear(S2FTLinear):
     @property
     def _width(self) -> int:
         """Channels of the largest part, which is that of all processes but the last ones."""
-        return -(-self.num_channels // self.style.num_shards)
+        return -(-self.num_channels // self.num_shards)
 
     def working(self, index: Tensor) -> Tensor:
-        return self._of_this_process(index) - self.style.rank * self._width
+        return self._of_this_process(index) - self.rank * self._width
 
     def _of_this_process(self, values: Tensor) -> Tensor:
         """Of values (R,) of all channels, those of the channels here."""
-        return values.chunk(self.style.num_shards)[self.style.rank]
+        return values.chunk(self.num_shards)[self.rank]
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        mesh, placements = self.style.mesh, [Shard(self.axis)]
-        return distributed.zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        parts = [Shard(self.axis)]
+        return distributed.zeros(*shape, dtype=dtype, device_mesh=self.mesh, placements=parts)
 
     # PEFT cannot leave a DTensor on the meta device, as low_cpu_mem_usage has it
     add = skip_init_on_device(S2FTLinear.add)
@@ -174,9 +144,8 @@ class ParallelLinear(S2FTLinear):
 
     def _gather(self, values: Tensor) -> Tensor:
         """The values of all processes, one after the other."""
-        mesh = self.style.mesh
-        values = values.to(mesh.device_type)
-        return DTensor.from_local(values, mesh, [Shard(0)], run_check=False).full_tensor()
+        values = values.to(self.mesh.device_type)
+        return DTensor.from_local(values, self.mesh, [Shard(0)], run_check=False).full_tensor()
 
     def receive(self, adapter: str, index: Tensor, delta: Tensor) -> Tensor:
         """The delta of an adapter as it comes from a file, whole, as one of this layer, which is
@@ -190,18 +159,15 @@ class ParallelLinear(S2FTLinear):
         if isinstance(delta, DTensor):
             return delta
         delta = delta.to(self.weight.device)
-        return distribute_tensor(delta, self.style.mesh, [Shard(self.axis)], src_data_rank=None)
+        return distribute_tensor(delta, self.mesh, [Shard(self.axis)], src_data_rank=None)
 
-    # What is written into the part, and computed with it
-
-    def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
-        return super().entries(held, None if delta is None else local(delta))
+    # What is computed with the part
 
     def note(self, premises: Premises, adapter: str | None) -> None:
         super().note(premises, adapter)
         premises.as_trainable(self.get_base_layer().weight)  # type: ignore[arg-type]
 
-    def prepare(self) -> LinearCall:
+    def prepare(self) -> PreparedCall:
         if self.keeper.obstacles.sharded:
             raise ValueError(
                 f"{self.name}: FSDP has sharded a model that is split by tensor parallelism, and "
@@ -214,14 +180,21 @@ class ParallelLinear(S2FTLinear):
             )
         return super().prepare()
 
-    def compute(self, x: Tensor, call: LinearCall, *args: Any, **kwargs: Any) -> Tensor:
+    def compute(self, x: Tensor, call: PreparedCall, *args: Any, **kwargs: Any) -> Tensor:
         if call.operands is None:
             return super().compute(x, call, *args, **kwargs)
         weight, bias, delta, *rest = call.operands
-        given = weight, self.style.bias_here(bias), here(delta), *rest
+        # a rowwise layer's parts give a sum, to which the bias is added once
+        here_bias, last = (bias, None) if self.dim == "out" else (None, bias)
+        given = weight, here(here_bias), here(delta), *rest
         slices = [(here(each), where) for each, where in call.slices]
-        part = call._replace(operands=given, slices=slices)
-        return self.style.leave(super().compute(self.style.enter(x), part), bias)
+        style, sizes = self._style
+        (x,), _ = style.transform_inputs_pre_forward(sizes, (x,), {}, self.mesh)
+        if isinstance(x, DTensor):
+            x = x.to_local(grad_placements=[Partial()] if self.dim == "out" else None)
+        y = super().compute(x, call._replace(operands=given, slices=slices))
+        y = style.transform_output_post_forward(sizes, y, self.mesh)
+        return y if last is None else y + here(last).to(y.dtype)
 
     def compute_mixed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise ValueError("adapter_names does not go with tensor parallelism: call set_adapter")
@@ -237,9 +210,8 @@ class ParallelLinear(S2FTLinear):
 
 
 def receive_all(model: nn.Module, adapter: str, loaded: dict[str, Tensor]) -> None:
-    """Have the deltas in `loaded`, by their names in the model, be as the layers take them: see
-    `ParallelLinear.receive`. Raises ValueError, before anything changes, for an index that is not
-    balanced over the parts.
+    """`ParallelLinear.receive` the deltas in `loaded`, by their names in the model. Raises
+    ValueError, before anything changes, for an index that is not balanced over the parts.
     """
     found = []
     for name, layer in _layers(model, adapter):
@@ -262,7 +234,7 @@ def _layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, ParallelLinea
             yield name, layer
 
 
-def here(value: Tensor) -> Tensor:
+def here(value: Any) -> Any:
     """The part of a DTensor that this process has, for autograd."""
     return _Here.apply(value) if isinstance(value, DTensor) else value
 

@@ -35,7 +35,7 @@ def fsdp_placement(model: nn.Module) -> Callable[[nn.Parameter], Shard]:
     layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
     if any(layer.merged for layer in layers):
         raise ValueError("an adapter is merged into the weights: call unmerge_adapter first")
-    for keeper in {id(layer.keeper): layer.keeper for layer in layers}.values():
+    for keeper in {layer.keeper for layer in layers}:
         keeper.release()
         keeper.obstacles.look()
     columns: set[int] = set()
@@ -59,9 +59,8 @@ def fsdp_placement(model: nn.Module) -> Callable[[nn.Parameter], Shard]:
 
 
 def _can_be_written(layer: S2FTLinear) -> bool:
-    wanted = any(mode != "additive" for mode in layer.modes.values())
-    frozen = not layer.weight.requires_grad
+    if layer.weight.requires_grad or all(mode == "additive" for mode in layer.modes.values()):
+        return False
     if layer.weight.is_meta:  # loaded later
-        base = layer.obstacle() or layer.keeper.obstacles.of(layer.weight)
-        return wanted and frozen and base is None
-    return wanted and frozen and layer.not_inplace() is None
+        return (layer.obstacle() or layer.keeper.obstacles.of(layer.weight)) is None
+    return layer.not_inplace() is None

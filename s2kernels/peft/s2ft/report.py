@@ -18,20 +18,15 @@ def report(model: nn.Module, adapter_name: str = "default") -> str:
     layers = [layer for layer in layers if adapter_name in layer.modes]
     if not layers:
         raise ValueError(f"the model has no S2FT adapter named {adapter_name!r}")
-    head = ("layer", "dim", "channels", "of", "parameters", "exact rank", "same size")
-    rows = [head]
+    rows = [("layer", "dim", "channels", "of", "parameters", "exact rank", "same size")]
     total = 0
     for layer in layers:
-        num, size = layer.s2ft_index[adapter_name].shape[-1], layer.s2ft_delta[adapter_name].numel()
-        num_experts = layer.num_experts[0] if layer.num_experts else 1
-        same = size / (num_experts * (layer.in_features + layer.out_features))
-        total += size
-        rows.append(
-            (
-                *(layer.name, layer.dim, str(num), str(layer.num_channels), f"{size:,}"),
-                *(str(num), f"{same:.1f}"),
-            )
-        )
+        num, delta = str(layer.s2ft_index[adapter_name].shape[-1]), layer.s2ft_delta[adapter_name]
+        num_weights = layer.num_experts[0] if layer.num_experts else 1
+        same = delta.numel() / (num_weights * (layer.in_features + layer.out_features))
+        total += delta.numel()
+        sizes = num, str(layer.num_channels), f"{delta.numel():,}", num, f"{same:.1f}"
+        rows.append((layer.name, layer.dim, *sizes))
     rows.append(("total", "", "", "", f"{total:,}", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (

@@ -10,8 +10,10 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from s2kernels.coupling import Structure, structures
+from s2kernels.peft.host.kept_buffers import with_values
 from s2kernels.peft.host.sharding import num_shards
 from s2kernels.peft.s2ft.config import BLOCK, S2FTConfig
+from s2kernels.peft.s2ft.layer import S2FTLayer
 from s2kernels.select import (
     budget,
     check_scope,
@@ -41,62 +43,51 @@ def select_indices(
     not admit or that names no target, batches that are missing, and scores of a model that is split
     by tensor parallelism.
     """
-    found = structures(model)
-    # attention and FFN may each have a projection of one name
-    by_projection: dict[tuple[str, str], dict[str, Structure]] = {}
-    for structure in found.values():
-        for leaf in structure.projections:
-            if is_target(config, structure, leaf):
-                key = structure.kind, leaf
-                by_projection.setdefault(key, {})[structure.name] = structure
-    if not by_projection:
-        raise ValueError(f"target_modules={config.target_modules!r} names no projection")
-
-    owning = [structure for owners in by_projection.values() for structure in owners.values()]
-    num_experts = {structure.name: structure.num_experts for structure in owning}
-    check_scope(config.scope, num_experts)
-    counts = {
-        (kind, leaf): {
-            name: target_budget(config, structure, f"{name}.{leaf}")
-            for name, structure in owners.items()
-        }
-        for (kind, leaf), owners in by_projection.items()
-    }
     targets = {
-        f"{name}.{leaf}": (structure, leaf)
-        for (_, leaf), owners in by_projection.items()
-        for name, structure in owners.items()
+        f"{structure.name}.{leaf}": (structure, leaf)
+        for structure in structures(model).values()
+        for leaf in structure.projections
+        if is_target(config, structure, leaf)
     }
+    if not targets:
+        raise ValueError(f"target_modules={config.target_modules!r} names no projection")
+    num_experts = {structure.name: structure.num_experts for structure, _ in targets.values()}
+    check_scope(config.scope, num_experts)
+    counts = {target: _target_budget(config, *place) for target, place in targets.items()}
     check_budget_pattern(config, targets)
     chosen, shards = copy.copy(config), num_shards(model)
+    chosen.indices = {}
     if (config.selection, config.scope) == ("random", "layer"):
-        chosen.indices = {
-            target: drawn_index(config, structure, leaf, shards).tolist()
-            for target, (structure, leaf) in targets.items()
-        }
+        for target, (structure, leaf) in targets.items():
+            chosen.indices[target] = _drawn_index(config, structure, leaf, shards).tolist()
         return chosen
     if shards > 1:
         raise ValueError(
             "tensor parallelism splits the model: selection must be 'random' in scope 'layer' "
             f"there, got {config.selection!r} in {config.scope!r}; or give indices"
         )
-    values: dict[str, Tensor] = {}
-    if config.selection != "random":  # which may take long: all else was looked at before
+    if config.selection == "random":
+        sizes = {_source(config, s, leaf): s.count(s.unit) for s, leaf in targets.values()}
+        values = random_scores(config.seed, sizes)
+    else:  # which may take long: all else was looked at before
         values = scores(model, config.selection, batches, progress=progress)
-    indices = {}
-    for (kind, leaf), owners in by_projection.items():
+    # attention and FFN may each have a projection of one name
+    owners: dict[tuple[str, str], list[Structure]] = {}
+    for structure, leaf in targets.values():
+        owners.setdefault((structure.kind, leaf), []).append(structure)
+    for (_, leaf), owning in owners.items():
         ranked = ranked_units(
-            {name: values[name] for name in owners} if values else _drawn(config, owners, leaf),
-            counts[kind, leaf],
+            {structure.name: values[_source(config, structure, leaf)] for structure in owning},
+            {structure.name: counts[f"{structure.name}.{leaf}"] for structure in owning},
             largest=config.largest,
             scope=config.scope,
-            block=block_of(config, next(iter(owners.values()))),
+            block=_block_of(config, owning[0]),
             num_experts=num_experts,
         )
-        for name, units in ranked.items():
-            positions = owners[name].channels(owners[name].role(leaf), units)
-            indices[f"{name}.{leaf}"] = positions.tolist()
-    chosen.indices = indices
+        for structure in owning:
+            if structure.name in ranked:
+                positions = structure.channels(structure.role(leaf), ranked[structure.name])
+                chosen.indices[f"{structure.name}.{leaf}"] = positions.tolist()
     return chosen
 
 
@@ -114,72 +105,44 @@ def indices_of(
         raise ValueError(f"units: structures of the model wanted, got {', '.join(unknown)}")
     indices = {}
     for name, chosen in units.items():
+        if not len(chosen):
+            continue
         structure = found[name]
-        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < structure.count(
-            structure.unit
-        ):
-            raise ValueError(
-                f"units of {name} must lie in [0, {structure.count(structure.unit)}), "
-                f"got {chosen.tolist()}"
-            )
+        total = structure.count(structure.unit)
+        if not 0 <= int(chosen.min()) <= int(chosen.max()) < total:
+            raise ValueError(f"units of {name} must lie in [0, {total}), got {chosen.tolist()}")
         for leaf in structure.projections:
-            if len(chosen) and is_target(config, structure, leaf):
+            if is_target(config, structure, leaf):
                 positions = structure.channels(structure.role(leaf), chosen)
                 indices[f"{name}.{leaf}"] = positions.tolist()
     return indices
 
 
-def _drawn(config: S2FTConfig, owners: Mapping[str, Structure], leaf: str) -> dict[str, Tensor]:
-    """Random scores of the structures for their targets `leaf`, for selection="random": functions
-    of the same as in `drawn_index`.
+def target_index(config: S2FTConfig, layer: S2FTLayer, shards: int = 1) -> Tensor:
+    """The channels that an adapter trains of its target `layer`: int32 (R,), of experts
+    (num_experts, R). They are those that `config.indices` names, or else drawn at random: outside
+    of the coupling table as many input channels as `channels` says.
+
+    shards: see `_drawn_index`. Raises ValueError for what indices cannot be, and for budgets that
+    cannot be had.
     """
-    sources = {name: name if config.coupled else f"{name}.{leaf}" for name in owners}
-    sizes = {sources[name]: structure.count(structure.unit) for name, structure in owners.items()}
-    values = random_scores(config.seed, sizes)
-    return {name: values[source] for name, source in sources.items()}
+    key, structure, total = layer.name, layer.structure, layer.num_channels
+    with with_values():
+        if config.indices is not None:
+            return _given_index(key, config.indices[key])
+        if structure is not None:
+            return _drawn_index(config, structure, key.removeprefix(f"{structure.name}."), shards)
+        block = config.granularity
+        count = _budget(config, "channels", key, total, block)
+        return random_units(config.seed, key, total, count, block)
 
 
-def drawn_index(config: S2FTConfig, structure: Structure, leaf: str, shards: int = 1) -> Tensor:
-    """The channels that the target `leaf` of a structure trains, drawn at random: int32 (R,), of
-    experts (num_experts, R).
-
-    They are a function of (seed, name of the structure), or of the target for coupled=False; those
-    of an expert, of its number, too.
-
-    shards: into how many equal parts tensor parallelism splits the units. Each trains those at
-    the same places, so that each has equally many, of the KV heads they read, too. Raises
-    ValueError for units that cannot be split so.
-    """
-    key = f"{structure.name}.{leaf}"
-    source = structure.name if config.coupled else key
-    is_mixture = structure.kind == "experts"
-    total, block = units_of_part(structure), block_of(config, structure)
-    if shards > 1 and total % (shards * block):
-        raise ValueError(
-            f"{key}: tensor parallelism splits {total} {structure.unit}s over {shards} "
-            f"processes, which needs a multiple of {shards * block}"
-        )
-    total //= shards
-    count = target_budget(config, structure, key, shards) // shards
-    parts = [
-        (part * shards + shard) * total
-        + random_units(
-            config.seed, f"{source}.{part}" if is_mixture else source, total, count, block
-        )
-        for part in range(structure.num_experts)
-        for shard in range(shards)
-    ]
-    return structure.channels(structure.role(leaf), torch.cat(parts))
-
-
-def given_index(config: S2FTConfig, key: str) -> Tensor:
-    """The channels that `config.indices` names for a target: int32 (R,), of experts (E, R)."""
-    assert config.indices is not None
+def _given_index(key: str, index: Any) -> Tensor:
     try:
-        given = torch.tensor(config.indices[key], device="cpu")
+        given = torch.tensor(index, device="cpu")
         if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
             raise TypeError(f"got {given.dtype}")
-        return torch.tensor(config.indices[key], dtype=torch.int32, device="cpu")
+        return torch.tensor(index, dtype=torch.int32, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:  # the last one of too large numbers
         raise ValueError(
             f"indices[{key!r}] must be a list of whole numbers, of experts as many for each: "
@@ -187,18 +150,50 @@ def given_index(config: S2FTConfig, key: str) -> Tensor:
         ) from None
 
 
-def target_budget(config: S2FTConfig, structure: Structure, key: str, shards: int = 1) -> int:
-    """How many units of the structure, of experts: of each expert, the target `key` trains: as many
-    of each shard.
+def _drawn_index(config: S2FTConfig, structure: Structure, leaf: str, shards: int) -> Tensor:
+    """The channels of the target `leaf` of a structure, drawn at random.
+
+    They are a function of (seed, `_source`), those of an expert of its number, too.
+
+    shards: into how many equal parts tensor parallelism splits the units. Each trains those at
+    the same places, so that each has equally many, of the KV heads they read, too. Raises
+    ValueError for units that cannot be split so.
     """
+    sources = [_source(config, structure, leaf)]
+    if structure.kind == "experts":
+        sources = [f"{sources[0]}.{expert}" for expert in range(structure.num_experts)]
+    total, block = _units_of_part(structure), _block_of(config, structure)
+    if shards > 1 and total % (shards * block):
+        raise ValueError(
+            f"{structure.name}.{leaf}: tensor parallelism splits {total} {structure.unit}s over "
+            f"{shards} processes, which needs a multiple of {shards * block}"
+        )
+    total //= shards
+    count = _target_budget(config, structure, leaf, shards) // shards
+    parts = [
+        (part * shards + shard) * total + random_units(config.seed, source, total, count, block)
+        for part, source in enumerate(sources)
+        for shard in range(shards)
+    ]
+    return structure.channels(structure.role(leaf), torch.cat(parts))
+
+
+def _source(config: S2FTConfig, structure: Structure, leaf: str) -> str:
+    """By whose name a target draws or is scored: its structure's, with coupled=False its own."""
+    apart = config.selection == "random" and not config.coupled
+    return f"{structure.name}.{leaf}" if apart else structure.name
+
+
+def _target_budget(config: S2FTConfig, structure: Structure, leaf: str, shards: int = 1) -> int:
+    """How many units of a structure, or of each expert, its target `leaf` trains."""
     name = "heads" if structure.kind == "attention" else "channels"
-    block = block_of(config, structure) * shards
-    return own_budget(config, name, key, units_of_part(structure), block)
+    block = _block_of(config, structure) * shards
+    return _budget(config, name, f"{structure.name}.{leaf}", _units_of_part(structure), block)
 
 
-def own_budget(config: S2FTConfig, name: str, key: str, total: int, block: int = 1) -> int:
-    """How many of `total` units the target `key` trains: what budget_pattern has for it, or else
-    the field `name`. See `s2kernels.select.budget`.
+def _budget(config: S2FTConfig, name: str, key: str, total: int, block: int) -> int:
+    """How many of `total` units the target `key` trains, by budget_pattern or the field `name`; see
+    `s2kernels.select.budget`.
     """
     value = getattr(config, name)
     pattern = get_pattern_key(list(config.budget_pattern), key)
@@ -219,12 +214,12 @@ def check_budget_pattern(config: S2FTConfig, targets: Collection[str]) -> None:
         )
 
 
-def units_of_part(structure: Structure) -> int:
+def _units_of_part(structure: Structure) -> int:
     """How many units there are to choose from: those of the structure, or of one expert."""
     return structure.count(structure.unit) // structure.num_experts
 
 
-def block_of(config: S2FTConfig, structure: Structure) -> int:
+def _block_of(config: S2FTConfig, structure: Structure) -> int:
     """Units that are selected together: runs of channels, single heads."""
     if structure.unit != "channel":
         return 1
