@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft.config import PeftConfig
 
@@ -22,6 +22,14 @@ class MethodType(str):
         return f"PeftType.{self.value}"  # PEFT takes the method's name from this
 
 
+T = TypeVar("T")
+
+
+def option(default: T, text: str) -> T:
+    """A field with its help text, where PEFT's configurations have it."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class AdapterConfig(PeftConfig):
     """The fields that choose modules. Each method says itself what `target_modules` may name.
@@ -37,20 +45,17 @@ class AdapterConfig(PeftConfig):
     """
 
     target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of modules, or a regular expression, that are not to be trained."},
+    exclude_modules: list[str] | set[str] | str | None = option(
+        None, "Names of modules, or a regular expression, that are not to be trained."
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to train. Default: all."}
+    layers_to_transform: list[int] | int | None = option(
+        None, "Indices of the layers to train. Default: all."
     )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list of layers, where layers_to_transform cannot guess it."},
+    layers_pattern: list[str] | str | None = option(
+        None, "Name of the list of layers, where layers_to_transform cannot guess it."
     )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Further modules that are trained and saved whole, such as a head."},
+    modules_to_save: list[str] | None = option(
+        None, "Further modules that are trained and saved whole, such as a head."
     )
     digests: dict[str, str] | None = field(
         default=None,

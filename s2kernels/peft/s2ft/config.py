@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from s2kernels.autograd.checks import MODES, check_choice
-from s2kernels.peft.host.config import AdapterConfig, MethodType
+from s2kernels.peft.host.config import AdapterConfig, MethodType, option
 from s2kernels.peft.host.model_card import CardText
 from s2kernels.select import SCOPES, STRATEGIES
 
@@ -30,27 +30,20 @@ class S2FTConfig(AdapterConfig):
     in `get_peft_model`, which then leaves the model as it was.
     """
 
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the projections to train, a regular expression, or 'all-linear'. "
-            "Default: o_proj and down_proj. Tensors of experts are named in the same way, as "
-            "'down_proj' or 'experts.down_proj'; 'all-linear' is without them."
-        },
+    target_modules: list[str] | set[str] | str | None = option(
+        None,
+        "Names of the projections to train, a regular expression, or 'all-linear'. "
+        "Default: o_proj and down_proj. Tensors of experts are named in the same way, as "
+        "'down_proj' or 'experts.down_proj'; 'all-linear' is without them.",
     )
-    heads: int | float = field(
-        default=0.05,
-        metadata={
-            "help": "Query heads trained in each attention block: a count (int) or a share (float)."
-        },
+    heads: int | float = option(
+        0.05, "Query heads trained in each attention block: a count (int) or a share (float)."
     )
-    channels: int | float = field(
-        default=0.02,
-        metadata={
-            "help": "Channels trained in each FFN block, and in each expert of a mixture: a count "
-            "(int) or a share (float). Of other targets, which layout='gather' admits, so many "
-            "input channels are trained."
-        },
+    channels: int | float = option(
+        0.02,
+        "Channels trained in each FFN block, and in each expert of a mixture: a count "
+        "(int) or a share (float). Of other targets, which layout='gather' admits, so many "
+        "input channels are trained.",
     )
     budget_pattern: dict[str, int | float] = field(
         default_factory=dict,
@@ -60,76 +53,59 @@ class S2FTConfig(AdapterConfig):
             "One that is that of no target raises ValueError."
         },
     )
-    granularity: int = field(
-        default=1,
-        metadata={
-            "help": "Channels are selected in runs of so many neighbours, each beginning at a "
-            "multiple of that number; the count of channels is rounded up to whole runs. With 16, "
-            "what is written of a 16-bit weight is whole 32-byte sectors of a GPU's memory. Heads "
-            "are runs already. layout='block' has runs of 64 and takes no other granularity."
-        },
+    granularity: int = option(
+        1,
+        "Channels are selected in runs of so many neighbours, each beginning at a "
+        "multiple of that number; the count of channels is rounded up to whole runs. With 16, "
+        "what is written of a 16-bit weight is whole 32-byte sectors of a GPU's memory. Heads "
+        "are runs already. layout='block' has runs of 64 and takes no other granularity.",
     )
-    selection: str = field(
-        default="random",
-        metadata={
-            "help": "What decides: 'random', or the scores of s2kernels.select: 'weight', "
-            "'activation', 'product', 'gradient'. The last three need calibration data: give the "
-            "configuration to s2kernels.peft.select_indices first."
-        },
+    selection: str = option(
+        "random",
+        "What decides: 'random', or the scores of s2kernels.select: 'weight', "
+        "'activation', 'product', 'gradient'. The last three need calibration data: give the "
+        "configuration to s2kernels.peft.select_indices first.",
     )
-    largest: bool = field(
-        default=True,
-        metadata={"help": "Train the largest scores, or else the smallest; not for 'random'."},
+    largest: bool = option(
+        True, "Train the largest scores, or else the smallest; not for 'random'."
     )
-    scope: str = field(
-        default="layer",
-        metadata={
-            "help": "'layer': the budget holds for each block. 'global': blocks compete, as in the "
-            "scripts of the paper, and one may get none; not for tensors of experts."
-        },
+    scope: str = option(
+        "layer",
+        "'layer': the budget holds for each block. 'global': blocks compete, as in the "
+        "scripts of the paper, and one may get none; not for tensors of experts.",
     )
-    coupled: bool = field(
-        default=True,
-        metadata={
-            "help": "Targets of one block share a random selection; else each draws its own. "
-            "Scores are those of the block, and shared."
-        },
+    coupled: bool = option(
+        True,
+        "Targets of one block share a random selection; else each draws its own. "
+        "Scores are those of the block, and shared.",
     )
-    indices: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "The trained channels themselves, by the name of the target, in the order of "
-            "the checkpoint: a list, of experts a list for each. Decides over all of the above; "
-            "targets that are not named stay frozen."
-        },
+    indices: dict[str, Any] | None = option(
+        None,
+        "The trained channels themselves, by the name of the target, in the order of "
+        "the checkpoint: a list, of experts a list for each. Decides over all of the above; "
+        "targets that are not named stay frozen.",
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the random selection."})
-    mode: str = field(
-        default="auto",
-        metadata={
-            "help": "'inplace': the slice is written into the dense weight, forward and dx are one "
-            "dense GEMM. 'additive': the slice's part is added to the output of the base layer, "
-            "which may be quantized or sharded. 'auto': inplace where it is legal, else additive."
-        },
+    seed: int = option(0, "Seed of the random selection.")
+    mode: str = option(
+        "auto",
+        "'inplace': the slice is written into the dense weight, forward and dx are one "
+        "dense GEMM. 'additive': the slice's part is added to the output of the base layer, "
+        "which may be quantized or sharded. 'auto': inplace where it is legal, else additive.",
     )
-    layout: str = field(
-        default="auto",
-        metadata={
-            "help": "Where the trained channels lie in the weights. 'gather': any channels, where "
-            "the checkpoint has them; neighbours are read and written as runs. 'block': the same, "
-            "and channels are selected in aligned runs of 64. 'permute': coupled weights of the "
-            "live model are permuted so that each slice is contiguous. 'auto' is 'gather', of "
-            "targets that the coupling table knows; nothing of the model is moved. Where the same "
-            "channels are selected, the results are the same."
-        },
+    layout: str = option(
+        "auto",
+        "Where the trained channels lie in the weights. 'gather': any channels, where "
+        "the checkpoint has them; neighbours are read and written as runs. 'block': the same, "
+        "and channels are selected in aligned runs of 64. 'permute': coupled weights of the "
+        "live model are permuted so that each slice is contiguous. 'auto' is 'gather', of "
+        "targets that the coupling table knows; nothing of the model is moved. Where the same "
+        "channels are selected, the results are the same.",
     )
-    fuse: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute a gated FFN with a trained slice as one operation, which keeps gate "
-            "and up for the backward and nothing else. What cannot be computed so, as with hooks "
-            "on the projections or several active adapters, is not. The results differ by rounding."
-        },
+    fuse: bool = option(
+        True,
+        "Compute a gated FFN with a trained slice as one operation, which keeps gate "
+        "and up for the backward and nothing else. What cannot be computed so, as with hooks "
+        "on the projections or several active adapters, is not. The results differ by rounding.",
     )
 
     def __post_init__(self) -> None:

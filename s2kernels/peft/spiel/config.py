@@ -1,22 +1,15 @@
 """What a user of SpIEL chooses, as PEFT configurations are written."""
 
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
 
 from s2kernels.autograd.checks import MODES, check_choice
-from s2kernels.peft.host.config import AdapterConfig, MethodType
+from s2kernels.peft.host.config import AdapterConfig, MethodType, option
 from s2kernels.peft.host.model_card import CardText
 from s2kernels.peft.spiel.schedule import DECAYS, Schedule
 
 SELECTIONS = ("accumulated_gradient", "momentum_approximation")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 PEFT_TYPE = MethodType("SPIEL")
-T = TypeVar("T")
-
-
-def _option(default: T, text: str) -> T:
-    """A field with its help text, where PEFT's configurations have it."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -32,47 +25,47 @@ class SpIELConfig(AdapterConfig):
     in `get_peft_model`, which then leaves the model as it was.
     """
 
-    target_modules: list[str] | set[str] | str | None = _option(
+    target_modules: list[str] | set[str] | str | None = option(
         "all-linear",
         "Names of the linear layers to train, a regular expression, or 'all-linear', "
         "which leaves out the output head.",
     )
-    density: float = _option(
+    density: float = option(
         0.01, "Entries trained, as a share of all parameters of the model, targets or not."
     )
-    num_tunable_weights: int | None = _option(
+    num_tunable_weights: int | None = option(
         None,
         "Entries trained, in the place of density; a layer's part is rounded down, but "
         "to 1 at least. What is saved with an adapter has what density comes to.",
     )
-    selection: str = _option(
+    selection: str = option(
         "accumulated_gradient",
         "What grows: entries of large 'accumulated_gradient' (SpIEL-AG), or of large "
         "'momentum_approximation' (SpIEL-MA), a product of the optimizer SM3's statistics.",
     )
-    reselection_steps: int = _option(20, "Optimizer steps from one reselection to the next.")
-    accumulation_steps: int = _option(
+    reselection_steps: int = option(20, "Optimizer steps from one reselection to the next.")
+    accumulation_steps: int = option(
         5,
         "Steps for which gradients are watched before a reselection. The first one "
         "comes after so many.",
     )
-    initial_replacement_rate: float = _option(
+    initial_replacement_rate: float = option(
         0.2, "Share of the entries that a reselection replaces, at the start."
     )
-    final_replacement_rate: float = _option(0.0, "That share at the end of the training.")
-    replacement_schedule: str = _option(
+    final_replacement_rate: float = option(0.0, "That share at the end of the training.")
+    replacement_schedule: str = option(
         "linear",
         "How it goes from one to the other: 'linear', where the first reselection "
         "replaces all entries, as these were drawn at random, or 'cosine', where it does not. "
         "In trainings of 60 steps 'cosine' learnt more.",
     )
-    delta_dtype: str | None = _option(
+    delta_dtype: str | None = option(
         None,
         "Dtype of the trained deltas, such as 'bfloat16'. Default: float32, or float64 "
         "where the base is float64.",
     )
-    seed: int = _option(0, "Seed of the random entries at the start.")
-    mode: str = _option(
+    seed: int = option(0, "Seed of the random entries at the start.")
+    mode: str = option(
         "auto",
         "'inplace': the entries are written into the dense weight. 'additive': into "
         "copies of its panels, made for each GEMM; the base may be quantized. 'auto': inplace "
