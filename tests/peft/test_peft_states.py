@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 
+import adapter_models
 import pytest
 import torch
 from model_states import assert_same, base_state
@@ -235,21 +236,26 @@ def test_parts_of_the_model_have_the_weights_of_the_whole(layout):
         assert not isinstance(module, S2FTLinear) or module not in module.keeper.held_by_layer
 
 
-@pytest.mark.parametrize("model_type", ("llama", "gpt2"))
+SPIEL = SpIELConfig(density=0.02, seed=3)
+MOVED = [("llama", config()), ("gpt2", config(channels=8)), ("mixtral", config()), ("llama", SPIEL)]
+
+
+@pytest.mark.parametrize(("model_type", "config"), MOVED, ids=("llama", "gpt2", "mixtral", "spiel"))
 @pytest.mark.parametrize("part", ("weight", "delta"))
-def test_tensors_that_have_moved_in_memory_are_written_where_they_lie(part, model_type):
-    """gpt2 stores its weights transposed."""
-    model = wrapped(tiny_model(model_type), channels=8).eval()
+def test_tensors_that_have_moved_in_memory_are_written_where_they_lie(part, model_type, config):
+    """gpt2 stores its weights transposed; those of experts are written through views."""
+    wide = {} if model_type == "gpt2" else WIDE
+    model = adapter_models.randomized(get_peft_model(tiny_model(model_type, **wide), config)).eval()
     base = base_state(model)
     want = model(IDS).logits
-    for layer in (module for module in model.modules() if isinstance(module, S2FTLinear)):
-        moved = layer.weight if part == "weight" else layer.s2ft_delta["default"]
+    for layer in adapter_models.layers(model):
+        moved = layer.weight if part == "weight" else layer.deltas["default"]
         before = moved.data
         moved.data = before.clone()
         before.fill_(float("nan"))
     assert torch.equal(model(IDS).logits, want)
     with torch.no_grad():
-        for delta in deltas(model).values():
+        for delta in adapter_models.deltas(model):
             delta.mul_(2)
     assert not torch.equal(model(IDS).logits, want)
     assert_same(base_state(model), base)

@@ -63,6 +63,8 @@ class S2FTExpertTensor(S2FTLayer):
     def note(self, premises: Premises, adapter: str | None) -> None:
         super().note(premises, adapter)
         premises.same_tensor(self.get_base_layer(), self._leaf)
+        for tensor in (self.weight, *(delta for delta, _ in self.active_slices())):
+            premises.unmoved(tensor)  # `entries` are views
 
     def entries(self, held: Held, delta: Tensor | None) -> list[tuple]:
         weight, base, where = held.weight.data, held.base, held.where
