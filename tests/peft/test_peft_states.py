@@ -277,3 +277,49 @@ def test_a_backward_among_forwards_of_the_base(config):
             loss.backward(retain_graph=True)
             assert torch.equal(model(IDS).logits, want)
     assert not torch.equal(model(IDS).logits, want)
+
+
+def test_a_transform_of_torch_func_is_refused_and_leaves_the_model_usable():
+    model = wrapped()
+    base = base_state(tiny_model("llama", **WIDE))
+    x = model.get_input_embeddings()(IDS).detach()
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda e: model(inputs_embeds=e).logits.square().mean())(x)
+    assert torch.isfinite(model(IDS).logits).all()
+    assert_same(base_state(model), base)
+
+
+def test_what_calls_take_for_granted_does_not_pile_up():
+    """Other tensors come with each call of a part of the model, which never looks as a whole."""
+    model = wrapped(mode="additive").eval()
+    inner, keeper = model.get_base_model().model, model.base_model.keeper
+    facts = []
+    for _ in range(4):
+        others = {name: value.clone() for name, value in inner.named_parameters()}
+        torch.func.functional_call(inner, others, (IDS,))
+        facts.append(len(keeper._premises._same))
+    assert facts[-1] == facts[1]
+
+
+def test_an_unloaded_model_is_not_written_to_by_a_forward_that_others_have_wrapped():
+    model = wrapped()
+    base = base_state(tiny_model("llama", **WIDE))
+    inner = model.base_model.model
+    forward = inner.forward
+    inner.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    model(IDS)
+    plain = model.unload()
+    plain(IDS)
+    assert_same(base_state(plain), base)
+
+
+def test_a_base_layer_alone_is_saved_and_loaded_as_w0():
+    model = wrapped()
+    layer = next(module for module in model.modules() if isinstance(module, S2FTLinear))
+    w0 = layer.base_layer.weight.detach().clone()
+    model(IDS)
+    assert torch.equal(layer.base_layer.state_dict()["weight"], w0)
+    model(IDS)
+    layer.base_layer.load_state_dict({"weight": 2 * w0}, strict=False)
+    model(IDS)
+    assert torch.equal(layer.base_layer.state_dict()["weight"], 2 * w0)

@@ -101,7 +101,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, WrittenLayer):
     def prepared(self) -> Any:
         """`prepare`, once until something changes: the keeper's `changes`, or `premises`."""
         call, keeper = self._call, self.keeper
-        if call is None or call.changes != keeper.changes or not call.premises.hold():
+        if not keeper.is_up_to_date(call):
             with torch.inference_mode(False):  # views made there could not be saved for a backward
                 check_is_dense_here(self.name, self.weight)
                 keeper.notice_call(self)

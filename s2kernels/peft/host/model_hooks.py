@@ -33,7 +33,7 @@ class ModelHooks:
             ]
         if writes:
             self._handles.append(keeper.model.register_forward_pre_hook(self._refuse_replica))
-        keeper.model.forward = ModelForward(keeper, writes)  # type: ignore[method-assign]
+            keeper.model.forward = ModelForward(keeper)  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Take all of them off."""
@@ -44,11 +44,12 @@ class ModelHooks:
             forward.put_back()
 
     def _owners(self) -> list[nn.Module]:
-        """The model and all of its parts that hold a weight of the layers."""
+        """The model, all of its parts that hold a weight of the layers, and the base layers."""
         paths = [layer.name.split(".") for layer in self.keeper.layers]
         parts = {part for path in paths for part in accumulate(path, "{}.{}".format)}
         model = self.keeper.model
-        return [model, *map(model.get_submodule, sorted(parts))]
+        bases = {layer.get_base_layer() for layer in self.keeper.layers}
+        return [model, *map(model.get_submodule, sorted(parts)), *bases]
 
     def _refuse_replica(self, module: nn.Module, args: Any) -> None:
         if module is not self.keeper.model:
@@ -119,12 +120,11 @@ class ModelForward:
     """The forward of a model whose weights are written to: that of its class, between `begin` and
     `end` of its keeper. What replaces it later can call it for as long as it likes.
 
-    inner: a forward in the place of that of the class; None for that. writes: whether any adapter
-    may be written; torch.compile needs nothing else.
+    inner: a forward in the place of that of the class; None for that.
     """
 
-    def __init__(self, keeper: WeightKeeper, writes: bool) -> None:
-        model, self.writes = keeper.model, writes
+    def __init__(self, keeper: WeightKeeper) -> None:
+        model = keeper.model
         self.keeper: WeightKeeper | None = keeper
         self.model = model
         self.inner = vars(model).get("forward")
@@ -132,14 +132,13 @@ class ModelForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         keeper, failed = self.keeper, True
-        if keeper is None:
+        if keeper is None or not keeper.attached:  # where it was wrapped, nobody could put it back
             return self._forward(*args, **kwargs)
         if torch.compiler.is_compiling():
-            if self.writes:
-                refuse_export()
-                if keeper.writes is None:
-                    torch.compiler.disable(keeper.prepare)()
-                keeper.write()
+            refuse_export()
+            if keeper.writes is None:
+                torch.compiler.disable(keeper.prepare)()
+            keeper.write()
             return self._forward(*args, **kwargs)
         keeper.begin()
         try:

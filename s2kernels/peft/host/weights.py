@@ -19,7 +19,6 @@ from itertools import chain
 from threading import get_ident
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from s2kernels.capturing import is_capturing
@@ -49,8 +48,7 @@ class WeightKeeper:
         self.hooks: Any = None  # those on the model while it is attached
         self.layers: list[Any] = []  # each is a WrittenLayer
         self.called: set[Any] = set()  # the layers that a forward has called
-        self.attached = False
-        self.changes = 0
+        self.attached, self.changes = False, 0
         # by adapter: its configuration, and what this model made of it (`AdapterConfig.resolved`)
         self.configs: dict[str, Any] = {}
         self.resolved: dict[str, dict[str, tuple[Any, Any]]] = {}
@@ -65,8 +63,8 @@ class WeightKeeper:
 
     def changed(self) -> None:
         """What decides what a forward does, or what weights hold, has changed."""
+        self.writes = None  # first, lest an interrupt leave what is out of date
         self.changes += 1
-        self.writes = None
         self._premises = Premises()
 
     def expect(self, premises: Premises) -> None:
@@ -74,6 +72,12 @@ class WeightKeeper:
         if not self.obstacles.sharded:  # FSDP2 exchanges weights inside of a forward
             with self.forwards.lock:
                 self._premises.include(premises)
+
+    def is_up_to_date(self, call: Any) -> bool:
+        """Whether a prepared call, or None, is what would be prepared now, by its own premises."""
+        if call is not None and call.changes == self.changes and not call.premises.hold():
+            self.changed()
+        return call is not None and call.changes == self.changes
 
     # Its life
 
@@ -150,13 +154,10 @@ class WeightKeeper:
                 self.restore()
 
     def ensure_written(self, adapters: dict[Any, str | None]) -> None:
-        """The weights of the layers hold these adapters, or for None W0: of layers that are used
-        outside of a forward of the model, or after something has restored weights inside of one.
-        The caller holds `forwards.lock`.
+        """The weights of the layers hold these adapters, as they are now, or for None W0: of layers
+        that are used outside of a forward of the model, or after something has restored weights
+        inside of one. The caller holds `forwards.lock`.
         """
-        in_backward = torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
-        if in_backward and self._hold(adapters):
-            return  # a checkpoint that is computed again reads what its forward has read
         if any(adapters.values()):
             self._engage()
         self._take(adapters).write()
@@ -243,9 +244,9 @@ class WeightKeeper:
             with self.forwards.alone():
                 each = [layer.entries(self.held_by_layer[layer], None) for layer in found]
                 Writes(chain.from_iterable(each), self._writer).write()
+                self.changed()  # first, as in there
                 for layer in found:
                     del self.held_by_layer[layer]
-                self.changed()
 
     def release(self) -> None:
         """Give the weights back as they were: W0, in the order of the checkpoint, each in a storage

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from s2kernels.peft.host.kept_buffers import has_values
 
@@ -24,9 +25,12 @@ class Writes:
         self._entries, self._writer = list(devices.values()), writer
         parts = (part for each in self._entries for entry in each for part in entry)
         self._tensors = [part for part in parts if isinstance(part, Tensor)]
-        self._have_addresses = all(map(has_values, self._tensors))
+        self._have_addresses = all(
+            has_values(tensor) and not is_functorch_wrapped_tensor(tensor)
+            for tensor in self._tensors
+        )
         self._prepared: list[Callable[[], None]] = []
-        self._addresses: list[int] | None = None
+        self._places: list[tuple[int, ...]] | None = None
 
     def write(self) -> None:
         """Write them as they are now."""
@@ -34,10 +38,10 @@ class Writes:
             for entries in self._entries:
                 self._writer(entries)()
             return
-        addresses = [tensor.data_ptr() for tensor in self._tensors]
-        if addresses != self._addresses:
+        places = [(tensor.data_ptr(), *tensor.stride()) for tensor in self._tensors]
+        if places != self._places:
             with torch.inference_mode(False):  # what is made there cannot be written to elsewhere
                 self._prepared = [self._writer(entries) for entries in self._entries]
-            self._addresses = addresses
+            self._places = places
         for write in self._prepared:
             write()

@@ -72,9 +72,7 @@ class FusedMLP:
             return type(self.module).forward(self.module, *args, **kwargs)
         keeper, call, (x,) = self.keeper, self._call, args
         is_ready = keeper.is_ready(call)
-        if not is_ready and (
-            call is None or call.changes != keeper.changes or not call.premises.hold()
-        ):
+        if not (is_ready or keeper.is_up_to_date(call)):
             with torch.inference_mode(False):  # views made there could not be saved for a backward
                 call = self._call = self._prepare()
         assert call is not None
