@@ -323,3 +323,17 @@ def test_a_base_layer_alone_is_saved_and_loaded_as_w0():
     layer.base_layer.load_state_dict({"weight": 2 * w0}, strict=False)
     model(IDS)
     assert torch.equal(layer.base_layer.state_dict()["weight"], 2 * w0)
+
+
+@pytest.mark.parametrize("targets", (None, "all-linear"))
+@torch.no_grad()
+def test_a_part_that_is_called_before_channels_are_reordered_is_refused(targets):
+    model = wrapped(mode="inplace", layout="permute", target_modules=targets).eval()
+    inner = model.base_model.model.model
+    with pytest.raises(RuntimeError, match="call the model before its parts"):
+        inner(IDS)
+    want = model(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(inner(IDS).last_hidden_state, want, rtol=0, atol=1e-12)
+    model.state_dict()
+    with pytest.raises(RuntimeError, match="call the model before its parts"):
+        inner(IDS)

@@ -159,7 +159,7 @@ class WeightKeeper:
         inside of one. The caller holds `forwards.lock`.
         """
         if any(adapters.values()):
-            self._engage()
+            self._engage(whole=False)
         self._take(adapters).write()
 
     def prepare(self) -> None:
@@ -273,12 +273,12 @@ class WeightKeeper:
                 if moved:
                     self._locate()
 
-    def _engage(self) -> None:
+    def _engage(self, whole: bool = True) -> None:
         """Bring the weights into the working basis, if there is one and nothing is merged."""
         if self.arrangement is None or self.arrangement.engaged or self.merged:
             return
         try:
-            self.arrangement.engage(self.layers, self.obstacles.of(self.layers[0].weight))
+            self.arrangement.engage(self.layers, self.obstacles.of(self.layers[0].weight), whole)
         finally:
             if self.arrangement.moved:
                 self._locate()

@@ -92,8 +92,10 @@ class Arrangement(Protocol):
     def moves(self, layers: Sequence[Any]) -> bool:
         """Whether `engage` puts channels into another order."""
 
-    def engage(self, layers: Sequence[Any], why_not: str | None) -> None:
-        """Bring the channels into the order that the layers want."""
+    def engage(self, layers: Sequence[Any], why_not: str | None, whole: bool) -> None:
+        """Bring the channels into the order that the layers want. whole: before a forward of the
+        whole model, and not of a part.
+        """
 
     def release(self) -> bool:
         """Undo all of it. Whether there was anything to undo."""

@@ -48,13 +48,20 @@ class ArrangedWeights:
         """Whether any layer wants its structure permuted."""
         return any("permute" in layer.layouts.values() for layer in layers)
 
-    def engage(self, layers: Sequence[Any], why_not: str | None) -> None:
+    def engage(self, layers: Sequence[Any], why_not: str | None, whole: bool) -> None:
         """Bring the weights into the working basis.
 
         why_not: what forbids it in the whole model, or None. Raises ValueError where a layer's
-        layout="permute" cannot be had; the weights are then untouched.
+        layout="permute" cannot be had, and RuntimeError unless the whole model is about to be
+        called: of a part, some layers have been already. The weights are then untouched.
         """
         permutations = self.plan(layers, why_not)
+        if permutations and not whole:
+            raise RuntimeError(
+                "layout='permute' reorders channels when the whole model is called, and a part of "
+                "it was called first, or after a state_dict: call the model before its parts, or "
+                "use layout='gather'"
+            )
         try:
             for name, permutation in permutations.items():
                 if name not in self.permutations:  # a release may have failed half-way
