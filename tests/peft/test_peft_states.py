@@ -1,6 +1,7 @@
 """Interruptions, odd orders and odd places: the base weights are never wrong and never lost."""
 
 import copy
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model,
 from s2ft_models import WIDE, config, deltas, randomized
 from safetensors.torch import load_file
 from tiny_models import tiny_model, token_ids
+from torch import nn
 
 from s2kernels.peft import S2FTConfig, S2FTLinear, SpIELConfig, save_pretrained
 from s2kernels.peft.s2ft import arranged_weights
@@ -337,3 +339,15 @@ def test_a_part_that_is_called_before_channels_are_reordered_is_refused(targets)
     model.state_dict()
     with pytest.raises(RuntimeError, match="call the model before its parts"):
         inner(IDS)
+
+
+@pytest.mark.parametrize("config", (config(), SPIEL), ids=("s2ft", "spiel"))
+def test_a_copy_takes_another_base_as_the_original_does(config):
+    model = get_peft_model(tiny_model("llama", **WIDE), config)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layer = adapter_models.layers(copied)[0]
+        other = nn.Parameter(layer.weight.detach() + 0.1, requires_grad=False)
+        layer.base_layer.weight = other
+        copied.state_dict()
+        copied(IDS)
+        assert layer.weight is other

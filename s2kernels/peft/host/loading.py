@@ -25,6 +25,13 @@ class _Known:
     unknown: bool = False
     refused: str | None = None
 
+    def __getstate__(self) -> dict:  # a copy of a tensor counts its versions anew
+        return vars(self) | {"seen": [(x, version_of(x) == version) for x, version in self.seen]}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.seen = [(x, version_of(x) if is_current else -1) for x, is_current in self.seen]
+
 
 class KnownAdapters:
     """The adapters of one `AdapterLayer`, as they were when they were last looked at."""
