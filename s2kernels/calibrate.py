@@ -337,6 +337,7 @@ def _in_original_basis(model: nn.Module, structure: Structure, units: Tensor) ->
         layer: Any = layer_of(model, structure, member)
         arrangement = getattr(getattr(layer, "keeper", None), "arrangement", None)
         permutations = getattr(arrangement, "permutations", {})
-        if permutation := permutations.get(getattr(layer, "structure", None)):
+        own = getattr(layer, "structure", None)
+        if own is not None and (permutation := permutations.get(own.name)):
             return torch.empty_like(units).index_copy_(0, permutation.orders[structure.unit], units)
     return units

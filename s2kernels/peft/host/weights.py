@@ -75,9 +75,11 @@ class WeightKeeper:
 
     def is_up_to_date(self, call: Any) -> bool:
         """Whether a prepared call, or None, is what would be prepared now, by its own premises."""
-        if call is not None and call.changes == self.changes and not call.premises.hold():
+        if call is None or call.changes != self.changes:
+            return False
+        if not (holds := call.premises.hold()) and not self.obstacles.sharded:
             self.changed()
-        return call is not None and call.changes == self.changes
+        return holds
 
     # Its life
 
@@ -155,8 +157,7 @@ class WeightKeeper:
 
     def ensure_written(self, adapters: dict[Any, str | None]) -> None:
         """The weights of the layers hold these adapters, as they are now, or for None W0: of layers
-        that are used outside of a forward of the model, or after something has restored weights
-        inside of one. The caller holds `forwards.lock`.
+        used outside of a forward of the model, or restored inside of one. The caller has the lock.
         """
         if any(adapters.values()):
             self._engage(whole=False)
@@ -303,8 +304,7 @@ class WeightKeeper:
         """Undo the last `merge` of the layer: the weight is what it was before, bit for bit."""
         with self.forwards.alone():
             held = self.merged[layer].pop()
-            if not self.merged[layer]:
-                del self.merged[layer]
+            self.merged = {layer: each for layer, each in self.merged.items() if each}
             Writes(layer.entries(held, None), self._writer).write()
             self.changed()
 
