@@ -144,8 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     ceilings = [GPUS[name] for name in args.gpu]
     if args.ceiling is not None:
         half, copied = args.ceiling
-        name = f"{half:g} TFLOP/s"
-        ceilings.append(Ceilings(name, {"bfloat16": half * 1e12}, copied * 1e12))
+        ceilings.append(Ceilings(f"{half:g} TFLOP/s", {"bfloat16": half * 1e12}, copied * 1e12))
     for name in args.model:
         print(f"{name}, {args.sequences} x {args.tokens} tokens, {args.dtype}: predictions")
         print(results.table(_rows(TABLE[name], ceilings, args)))
@@ -166,7 +165,7 @@ def _rows(shape: Shape, ceilings: list[Ceilings], args: argparse.Namespace) -> l
     rows[0] += [cell for each in ceilings for cell in (f"{each.name} ms", "x")]
     for name in args.methods:
         try:
-            found = predict(replace(case, method=name), budget)
+            found = floor if name == FLOOR else predict(replace(case, method=name), budget)
         except Unavailable as reason:
             print(f"{name}: {reason}", file=sys.stderr)
             continue

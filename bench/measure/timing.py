@@ -29,22 +29,15 @@ class Clock:
         return time.perf_counter() / self.launches
 
 
-def order(names: Sequence[str], round_: int) -> list[str]:
-    """The order of a round: every second round reverses the one before it, then rotates by one.
-
-    So each name takes every place, and none always finds the caches as one other left them.
-    """
-    shift = round_ // 2 % len(names)
-    rotated = [*names[shift:], *names[:shift]]
-    return rotated[::-1] if round_ % 2 else rotated
-
-
 def interleave(
     steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> Iterator[dict[str, float]]:
-    """Runs each step once a round, in `order`; yields the seconds of the round by name."""
+    """Runs each step once a round; yields the seconds of the round by name. Each takes every place:
+    every second round reverses the order of the one before it, then rotates it by one.
+    """
     for round_ in range(rounds):
-        names = order(list(steps), round_)
+        names, shift = list(steps), round_ // 2 % len(steps)
+        names = [*names[shift:], *names[:shift]][:: -1 if round_ % 2 else 1]
         seconds = dict(zip(names, laps([steps[name] for name in names], device), strict=True))
         yield {name: seconds[name] for name in steps}
 

@@ -66,14 +66,22 @@ class SHiRA(Method):
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
-def random_mask(layer: nn.Linear, r: int, random_seed: int, **others: object) -> Tensor:
-    """PEFT's mask, bool (N, K), of r (N + K) random entries, drawn where the weight is.
+class Entries(Tensor):
+    """A mask of which only `places` are there: the rows and the columns of its ones."""
 
-    PEFT's own permutes all N K entries on the CPU, which takes minutes for a model of 7B.
-    """
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return args[0].places if func is torch.where else args[0]
+
+
+def random_mask(layer: nn.Linear, r: int, random_seed: int, **others: object) -> Tensor:
+    """PEFT's mask, drawn where the weight is: PEFT's own permutes all N K entries on the CPU."""
     device, (n, k) = layer.weight.device, layer.weight.shape
     generator = torch.Generator(device).manual_seed(random_seed)
-    mask = torch.zeros(n * k, dtype=torch.bool, device=device)
-    while missing := r * (n + k) - int(mask.sum()):  # as many as were drawn twice
-        mask[torch.randint(n * k, (missing,), generator=generator, device=device)] = True
-    return mask.view(n, k)
+    drawn = torch.empty(0, dtype=torch.int64, device=device)
+    while missing := r * (n + k) - len(drawn):  # as many as were drawn twice
+        more = torch.randint(n * k, (missing,), generator=generator, device=device)
+        drawn = torch.cat([drawn, more]).unique()
+    mask = torch.empty(0).as_subclass(Entries)
+    mask.places = drawn // k, drawn % k
+    return mask

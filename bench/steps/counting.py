@@ -66,7 +66,7 @@ class DryRun(TorchDispatchMode):
             return func(*args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
         if _is_long(func, tensors):
-            result = _hollow(func, args, kwargs)
+            result = _hollow(func, args, kwargs, tensors)
         else:
             result = func(*args, **kwargs)
         results = list(tensors_in(result))
@@ -158,39 +158,40 @@ def _is_long(func, tensors: list[Tensor]) -> bool:
     return 2 <= len(floats) <= 3 and 4 * math.prod(floats) > LARGE
 
 
-def _hollow(func, args: tuple, kwargs: dict[str, Any]) -> Any:
+# Operator and sizes of its arguments -> its results; a text is the number of an argument.
+_known: dict[tuple, Any] = {}
+
+
+def _hollow(func, args: tuple, kwargs: dict[str, Any], given: list[Tensor]) -> Any:
     """What `func` returns, but for its numbers; what it would write to is returned as it is."""
-    given = list(tensors_in((args, kwargs)))
     if any(x.layout is not torch.strided for x in given):
         # Looking at the entries of a sparse tensor is quick. Adding it to a dense one is not.
         dense = next((x for x in given if x.layout is torch.strided), None)
         if dense is not None and func.overloadpacket is aten.add:
             return _empty(dense)
         return dense if func.overloadpacket is aten.add_ else func(*args, **kwargs)
-    shadows: list[Tensor] = []
-
-    def shadow(x: Tensor) -> Tensor:
-        shadows.append(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
-        return shadows[-1]
-
-    shadow_args, shadow_kwargs = tree_map_only(Tensor, shadow, (args, kwargs))
-    if "device" in kwargs:
-        shadow_kwargs["device"] = "meta"
-    try:
-        result = _LACKING.get(func.overloadpacket, func)(*shadow_args, **shadow_kwargs)
-    except NotImplementedError:
+    key = func, str(tree_map_only(Tensor, lambda x: (x.shape, x.stride(), x.dtype), [args, kwargs]))
+    if key not in _known:
+        on_meta = tree_map_only(Tensor, partial(_empty, device="meta"), (args, kwargs))
+        if "device" in kwargs:
+            on_meta[1]["device"] = "meta"
+        try:
+            result = _LACKING.get(func.overloadpacket, func)(*on_meta[0], **on_meta[1])
+        except NotImplementedError:
+            return func(*args, **kwargs)
+        numbers = {id(meta): str(number) for number, meta in enumerate(tensors_in(on_meta))}
+        _known[key] = tree_map_only(Tensor, lambda x: numbers.get(id(x), x), result)
+    if any(x.layout is not torch.strided for x in tensors_in(_known[key])):
         return func(*args, **kwargs)
-    if any(x.layout is not torch.strided for x in tensors_in(result)):
-        return func(*args, **kwargs)
-    own = {id(each): x for each, x in zip(shadows, given, strict=True)}
-    return tree_map_only(Tensor, lambda x: own[id(x)] if id(x) in own else _empty(x), result)
+    made = tree_map_only(Tensor, _empty, _known[key])
+    return tree_map_only(str, lambda number: given[int(number)], made)
 
 
 # Operators of which torch does not know the sizes of the results, and which take long.
 _LACKING = {aten.geqrf: lambda a: (torch.empty_like(a), a.new_empty(min(a.shape[-2:])))}
 
 
-def _empty(like: Tensor) -> Tensor:
+def _empty(like: Tensor, device: str = "cpu") -> Tensor:
     """Zeros where they may be taken for positions: they cost nothing, the pages being empty."""
-    x = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
+    x = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
     return x if _is_large(x) else x.zero_()

@@ -1,5 +1,4 @@
-"""Bytes and FLOPs of every op of `s2kernels.reference`, by its arguments, and of torch operators,
-and the most of both that a GPU can do in a second.
+"""Bytes and FLOPs of the ops of `s2kernels.reference` and of torch, and what a GPU does a second.
 
 They are what any program for the same result has to move and to multiply: every operand is read
 once, every result written once. A multiplication and an addition are two FLOPs. The sizes are those
