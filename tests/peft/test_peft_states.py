@@ -351,3 +351,15 @@ def test_a_copy_takes_another_base_as_the_original_does(config):
         copied.state_dict()
         copied(IDS)
         assert layer.weight is other
+
+
+def test_a_model_with_additive_adapters_alone_keeps_the_forward_of_its_class():
+    """torch.export, replicas of DataParallel and accelerate's unwrapping expect it."""
+    model = wrapped(mode="additive")
+    assert "forward" not in vars(model.base_model.model)
+    exported = torch.export.export(
+        model.base_model.model, (IDS,), {"use_cache": False}, strict=False
+    )
+    want = model(IDS, use_cache=False).logits
+    got = exported.module()(IDS, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
