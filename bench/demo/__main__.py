@@ -94,8 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             "held_out": {"steps": list(curves[name]), "losses": list(curves[name].values())},
             "losses": [float(loss) for loss in losses[name]],
         }
-        if name in as_run:
-            extra["ratio_as_run"] = as_run[name]
+        extra |= {"ratio_as_run": as_run[name]} if name in as_run else {}
         entries.append(benchmark(chosen, name, times[name], extra))
     path = args.results / machine.device_name(device) / "demo.json"
     results.write(path, entries, machine.machine_info(device))

@@ -158,7 +158,7 @@ def _is_long(func, tensors: list[Tensor]) -> bool:
     return 2 <= len(floats) <= 3 and 4 * math.prod(floats) > LARGE
 
 
-# Operator and sizes of its arguments -> its results; a text is the number of an argument.
+# Operator, default dtype and sizes of arguments -> results; a text is the number of an argument.
 _known: dict[tuple, Any] = {}
 
 
@@ -170,7 +170,8 @@ def _hollow(func, args: tuple, kwargs: dict[str, Any], given: list[Tensor]) -> A
         if dense is not None and func.overloadpacket is aten.add:
             return _empty(dense)
         return dense if func.overloadpacket is aten.add_ else func(*args, **kwargs)
-    key = func, str(tree_map_only(Tensor, lambda x: (x.shape, x.stride(), x.dtype), [args, kwargs]))
+    sizes = tree_map_only(Tensor, lambda x: (x.shape, x.stride(), x.dtype), (args, kwargs))
+    key = func, torch.get_default_dtype(), str(sizes)
     if key not in _known:
         on_meta = tree_map_only(Tensor, partial(_empty, device="meta"), (args, kwargs))
         if "device" in kwargs:
