@@ -67,7 +67,7 @@ check: $(VENV)/.installed
 
 # Goes on where it was interrupted. `make bench AGAIN=--again` measures all of it again.
 bench: $(VENV)/.installed
-	$(PYTEST_BENCH) bench --results out/results $(AGAIN)
+	$(PYTEST_BENCH) bench/kernels bench/steps --results out/results $(AGAIN)
 	$(BIN)/python -m plots --results out/results --out out/figures
 
 bench-compare: $(VENV)/.installed
