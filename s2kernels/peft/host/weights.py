@@ -245,7 +245,7 @@ class WeightKeeper:
             with self.forwards.alone():
                 each = [layer.entries(self.held_by_layer[layer], None) for layer in found]
                 Writes(chain.from_iterable(each), self._writer).write()
-                self.changed()  # first, as in there
+                self.changed()  # before they are forgotten, lest an interrupt keep `writes`
                 for layer in found:
                     del self.held_by_layer[layer]
 
