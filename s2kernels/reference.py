@@ -194,6 +194,7 @@ def linear_dx_swiglu_bwd(
     return swiglu_bwd(linear_dx(dy, weight), gate, up, index, out)
 
 
+@torch.no_grad()
 def slice_write(
     weights: Sequence[Tensor],
     base_slices: Sequence[Tensor],
